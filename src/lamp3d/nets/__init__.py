@@ -1,0 +1,7 @@
+"""Plain segmentation networks, which know nothing of devices."""
+
+from lamp3d.nets.seunet import SEUNet
+from lamp3d.nets.unet import UNet
+from lamp3d.nets.ushape import NormName, UShape
+
+__all__ = ["NormName", "SEUNet", "UNet", "UShape"]

@@ -1,0 +1,191 @@
+"""The U shape that all networks here share: five encoder blocks, four decoder blocks, four skips (paper §2.2, eq. 2).
+
+    images ─ encoder1 ───────────── skip1 ───────────── cat ─ decoder1 ─ logits
+                pool1                                   up1
+               encoder2 ─────────── skip2 ───── cat ─ decoder2
+                  pool2                         up2
+                 encoder3 ───────── skip3 cat ─ decoder3
+                    pool3                 up3
+                   encoder4 ─ skip4 ─ cat ─ decoder4
+                        pool4         up4
+                              encoder5
+
+Every operation is a small child module with a name of its own and `forward` reads no concrete shape, so that a graph
+tracer sees single convolutions and norms and can cut a network anywhere, also inside one level.
+"""
+
+import math
+from abc import ABC
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lamp3d.errors import ConfigError
+
+LEVELS = 5
+NEGATIVE_SLOPE = 0.01
+
+NormName = Literal["instance", "batch", "group"]
+NormFactory = Callable[[int], nn.Module]
+BlockFactory = Callable[[int, int, int], nn.Module]
+
+NORMS: dict[str, NormFactory] = {
+    "instance": lambda channels: nn.InstanceNorm3d(channels, affine=True),
+    "batch": lambda channels: nn.BatchNorm3d(channels),
+    "group": lambda channels: nn.GroupNorm(math.gcd(channels, 8), channels),
+}
+
+
+def activation() -> nn.LeakyReLU:
+    """The networks' activation; it works in place, which is safe behind a norm or a sum and keeps one tensor less."""
+    return nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True)
+
+
+def convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv3d:
+    """A 3x3x3 convolution in front of a norm, which would cancel a bias: so it has none."""
+    return nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+def norm_factory(norm: NormName) -> NormFactory:
+    """The maker of a norm layer for a number of channels.
+
+    Raises:
+        ConfigError: `norm` is none of `instance`, `batch`, `group`.
+    """
+    if norm not in NORMS:
+        raise ConfigError(f"norm={norm!r} is unknown; choose one of {', '.join(NORMS)}")
+    return NORMS[norm]
+
+
+class UShape(nn.Module, ABC):
+    """A U of one kind of block; logits at the resolution of the images.
+
+    Down-sampling is max pooling by 2. Up-sampling is a transposed convolution, kernel and stride 2, that brings the
+    channels to those of the skip (3D U-Net, Çiçek et al. 2016, and the paper's released code). Its windows do not
+    overlap, so cutting the volume into slabs needs no halo there. It is not the cheapest choice: see
+    `docs/decisions/upsampling.md` for the measurement.
+
+    Args:
+        in_channels: channels of the images (1 for CT).
+        out_channels: channels of the logits, the background included.
+        filters: channels f of the first block; the following have 2f, 4f, 8f, 16f.
+        block: makes a block from (in_channels, out_channels, stride).
+        stem_stride: 2 halves the resolution in the first convolution and doubles it again in front of the logits, as
+            the paper's released code does; an eighth of the memory for coarser features.
+        max_filters: upper limit of the channels of any block, None for no limit.
+
+    Attributes:
+        divisor: every spatial size of the images must be a multiple of it (16, or 32 with `stem_stride=2`).
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        filters: int,
+        block: BlockFactory,
+        stem_stride: Literal[1, 2] = 1,
+        max_filters: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("filters", filters)):
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        if stem_stride not in (1, 2):
+            raise ConfigError(f"stem_stride={stem_stride} is neither 1 (full resolution) nor 2 (half resolution)")
+        if max_filters is not None and max_filters < filters:
+            raise ConfigError(f"max_filters={max_filters} is below filters={filters}; raise it or leave it out")
+
+        self.divisor = stem_stride * 2 ** (LEVELS - 1)
+        widths = [filters * 2**level for level in range(LEVELS)]
+        f1, f2, f3, f4, f5 = widths if max_filters is None else [min(width, max_filters) for width in widths]
+
+        self.encoder1 = block(in_channels, f1, stem_stride)
+        self.pool1 = nn.MaxPool3d(2)
+        self.encoder2 = block(f1, f2, 1)
+        self.pool2 = nn.MaxPool3d(2)
+        self.encoder3 = block(f2, f3, 1)
+        self.pool3 = nn.MaxPool3d(2)
+        self.encoder4 = block(f3, f4, 1)
+        self.pool4 = nn.MaxPool3d(2)
+        self.encoder5 = block(f4, f5, 1)
+
+        self.up4 = nn.ConvTranspose3d(f5, f4, kernel_size=2, stride=2)
+        self.decoder4 = block(2 * f4, f4, 1)
+        self.up3 = nn.ConvTranspose3d(f4, f3, kernel_size=2, stride=2)
+        self.decoder3 = block(2 * f3, f3, 1)
+        self.up2 = nn.ConvTranspose3d(f3, f2, kernel_size=2, stride=2)
+        self.decoder2 = block(2 * f2, f2, 1)
+        self.up1 = nn.ConvTranspose3d(f2, f1, kernel_size=2, stride=2)
+        self.decoder1 = block(2 * f1, f1, 1)
+
+        self.head = nn.Sequential()
+        if stem_stride == 2:
+            half = max(1, f1 // 2)
+            self.head.add_module("up", nn.ConvTranspose3d(f1, half, kernel_size=2, stride=2))
+            self.head.add_module("act", activation())
+            f1 = half
+        self.logits = nn.Conv3d(f1, out_channels, kernel_size=1)
+
+        self._smallest = 2 if any(isinstance(child, nn.InstanceNorm3d) for child in self.modules()) else 1
+        self.apply(_initialise)
+        self.register_forward_pre_hook(_check_images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, out_channels, D, H, W) of images (B, in_channels, D, H, W)."""
+        skip1 = self.encoder1(images)
+        skip2 = self.encoder2(self.pool1(skip1))
+        skip3 = self.encoder3(self.pool2(skip2))
+        skip4 = self.encoder4(self.pool3(skip3))
+        x = self.encoder5(self.pool4(skip4))
+        x = self.decoder4(torch.cat([skip4, self.up4(x)], dim=1))
+        x = self.decoder3(torch.cat([skip3, self.up3(x)], dim=1))
+        x = self.decoder2(torch.cat([skip2, self.up2(x)], dim=1))
+        x = self.decoder1(torch.cat([skip1, self.up1(x)], dim=1))
+        logits: Tensor = self.logits(self.head(x))
+        return logits
+
+    def check_input(self, shape: Sequence[int]) -> None:
+        """Refuse a shape of images that the network cannot take; `forward` does not look, so that it can be traced.
+
+        Raises:
+            ConfigError: not (B, in_channels, D, H, W), or D, H, W no multiples of `divisor`, or too small to normalise.
+        """
+        shape = tuple(shape)
+        if len(shape) != 5:
+            raise ConfigError(f"images of shape {shape} are not (batch, channels, depth, height, width)")
+        coarsest = tuple(max(1, math.ceil(size / self.divisor)) for size in shape[2:])
+        padded = tuple(size * self.divisor for size in coarsest)
+        if shape[2:] != padded:
+            raise ConfigError(
+                f"images of size {shape[2:]}: each size must be a multiple of {self.divisor}; pad them to {padded}"
+            )
+        if math.prod(coarsest) < self._smallest:
+            raise ConfigError(
+                f"images of size {padded} leave a single voxel at the coarsest level, which instance norm cannot "
+                f"normalise; make one size {2 * self.divisor}, or choose norm='group'"
+            )
+
+
+def _initialise(module: nn.Module) -> None:
+    """Kaiming's initialisation; a transposed convolution without overlap and activation keeps the variance instead."""
+    if isinstance(module, nn.Conv3d):
+        nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE, nonlinearity="leaky_relu")
+    elif isinstance(module, nn.ConvTranspose3d):
+        nn.init.normal_(module.weight, std=module.in_channels**-0.5)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _check_images(network: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Before a plain call: a clear message instead of one about the sizes of a concatenation. Tracers pass proxies."""
+    assert isinstance(network, UShape)
+    if inputs and type(inputs[0]) is Tensor and not torch.compiler.is_compiling():
+        network.check_input(inputs[0].shape)
