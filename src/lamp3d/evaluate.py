@@ -22,9 +22,7 @@ a network from looking good by the distances of the organs that it did find.
 from __future__ import annotations
 
 import math
-import os
 import statistics
-import tempfile
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -37,9 +35,11 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from torch import Tensor
 
 from lamp3d.errors import DatasetError, ScanError
-from lamp3d.volume import Volume
+from lamp3d.volume import Volume, corners_mm, write_atomically
 
 DEFAULT_TOLERANCE_MM = 2.0
+# Two files of one grid may differ by the rounding of their headers; by this fraction of a voxel they are one grid.
+GRID_TOLERANCE = 0.1
 
 
 class OrganScore(BaseModel):
@@ -109,17 +109,7 @@ class Results(BaseModel):
 
     def save(self, path: Path) -> None:
         """Writes the results as JSON, atomically; an existing file is replaced."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.model_dump_json(indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path, lambda temporary: temporary.write_text(self.model_dump_json(indent=1) + "\n", "utf-8"))
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -164,10 +154,11 @@ def evaluate_case(
             f"the prediction's shape is {prediction.data.shape} and the contours' is {truth.data.shape}: "
             "predict on the scan that the contours were drawn on"
         )
-    if not np.allclose(prediction.affine, truth.affine, atol=1e-3):
+    apart_mm = float(np.abs(corners_mm(prediction) - corners_mm(truth)).max())
+    if apart_mm > GRID_TOLERANCE * min(truth.spacing_mm):
         raise ScanError(
-            f"prediction and contours lie on different grids (affines {prediction.affine.tolist()} and "
-            f"{truth.affine.tolist()}): predict on the scan that the contours were drawn on"
+            f"the grids of prediction and contours lie {apart_mm:.2f} mm apart: "
+            "predict on the scan that the contours were drawn on"
         )
     predicted, expected = _label_tensor(prediction), _label_tensor(truth)
     dice = _dice_of_labels(predicted, expected, 1 + len(organs))

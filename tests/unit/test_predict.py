@@ -1,0 +1,115 @@
+from collections import deque
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lamp3d.data.preprocess import PreprocessConfig
+from lamp3d.errors import ConfigError
+from lamp3d.predict import Predictor
+from lamp3d.volume import Volume
+
+
+class Threshold(nn.Module):
+    """Class 1 above 0.5; a local network, so that windows and whole volume agree. Refuses sides that 4 does not divide."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert all(side % 4 == 0 for side in x.shape[2:]), x.shape
+        return torch.cat([0.5 - x, x - 0.5], dim=1)
+
+
+class OneRankEngine:
+    """The surface of Engine that prediction uses, for one rank with any role; two volumes in flight."""
+
+    device = torch.device("cpu")
+    plan = SimpleNamespace(micro_batches=3)
+
+    def __init__(self, net: nn.Module, reads_input: bool = True, holds_output: bool = True):
+        self.net, self.reads_input, self.holds_output = net, reads_input, holds_output
+        self.calls: list[tuple[int, ...] | None] = []
+        self.outputs: deque[Tensor] = deque()  # of the other ranks, for one that holds the output but reads no input
+
+    def forward(self, images: Tensor | None) -> Tensor | None:
+        assert (images is not None) == self.reads_input
+        self.calls.append(None if images is None else tuple(images.shape))
+        if not self.holds_output:
+            return None
+        if images is None:
+            return self.outputs.popleft()
+        with torch.no_grad():
+            self.outputs.append(self.net(images))
+        return self.outputs[-1].clone()
+
+    def stream(self, volumes):
+        waiting = deque()
+        for volume in volumes:
+            waiting.append(self.forward(volume))
+            if len(waiting) == 2:
+                yield waiting.popleft()
+        yield from waiting
+
+
+PREPROCESS = PreprocessConfig(window=(0, 1000), foreground_above=100, margin_voxels=1)
+
+
+def scan(shape=(17, 22, 13)) -> tuple[Volume, np.ndarray]:
+    """A bright block in a body in air, on a flipped and anisotropic grid."""
+    data = np.zeros(shape, np.float32)
+    data[2:-1, 3:-2, 1:-1] = 300
+    data[5:9, 8:15, 4:9] = 900
+    affine = np.diag([-2.0, 3.0, 4.0, 1.0])
+    affine[:3, 3] = 50, -40, 30
+    return Volume(data, affine), (data > 500).astype(np.uint8)
+
+
+@pytest.mark.parametrize("window", [None, (8, 8, 8), (32, 8, 16)])
+def test_labels_come_back_on_the_scans_own_grid(window):
+    volume, expected = scan()
+    prediction = Predictor(OneRankEngine(Threshold()), PREPROCESS, divisor=4, window=window).predict(volume)
+    assert prediction is not None
+    assert prediction.data.dtype == np.uint8
+    np.testing.assert_array_equal(prediction.data, expected)
+    np.testing.assert_array_equal(prediction.affine, volume.affine)
+
+
+def test_volumes_of_different_shapes_stream_in_order():
+    images = [torch.full((1, 5 + i, 8, 9), 0.1 * i) for i in range(5)]
+    engine = OneRankEngine(Threshold())
+    results = list(Predictor(engine, PREPROCESS, divisor=4).predict_prepared(iter(images)))
+    assert [result.shape for result in results] == [(2, 5 + i, 8, 9) for i in range(5)]
+    for i, result in enumerate(results):
+        torch.testing.assert_close(result[1], images[i][0] - 0.5)
+    assert set(engine.calls) == {(1, 1, 8, 8, 12), (1, 1, 12, 8, 12)}
+
+
+@pytest.mark.parametrize("reads_input", [True, False])
+@pytest.mark.parametrize("window", [None, (8, 8, 8)])
+def test_ranks_without_the_output_make_the_same_calls(window, reads_input):
+    images = [torch.rand(1, 10, 9, 8), torch.rand(1, 8, 8, 17)]
+    whole_engine = OneRankEngine(Threshold())
+    list(Predictor(whole_engine, PREPROCESS, 4, window).predict_prepared(images))
+
+    engine = OneRankEngine(Threshold(), reads_input, holds_output=False)
+    given = images if reads_input else [image.to("meta") for image in images]
+    assert list(Predictor(engine, PREPROCESS, 4, window).predict_prepared(given)) == [None, None]
+    assert engine.calls == (whole_engine.calls if reads_input else [None] * len(whole_engine.calls))
+
+
+@pytest.mark.parametrize("window", [None, (8, 8, 8)])
+def test_a_rank_with_the_output_alone_needs_no_voxels(window):
+    images = [torch.rand(1, 10, 9, 8), torch.rand(1, 8, 8, 17)]
+    one_device = OneRankEngine(Threshold())
+    expected = list(Predictor(one_device, PREPROCESS, 4, window).predict_prepared(images))
+
+    last = OneRankEngine(Threshold(), reads_input=False)
+    last.outputs = one_device.outputs
+    given = [image.to("meta") for image in images]
+    for result, wanted in zip(Predictor(last, PREPROCESS, 4, window).predict_prepared(given), expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+def test_a_window_that_the_network_cannot_halve_is_refused():
+    with pytest.raises(ConfigError, match=r"multiples of 16.*take \(64, 64, 80\)"):
+        Predictor(OneRankEngine(Threshold()), PREPROCESS, divisor=16, window=(64, 70, 80))
