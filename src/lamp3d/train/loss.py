@@ -1,0 +1,177 @@
+"""The hybrid loss for few and many voxels alike: soft Dice of each class plus a focal term, with missing organs masked.
+
+For one case with probabilities p = softmax(logits), truth g, annotated mask m, class weights w::
+
+    sum_c m_c w_c (1 - TP_c / (TP_c + FN_c / 2 + FP_c / 2))
+        + lambda * mean over voxels of sum_c m_c w_c (-(1 - p_c)^2 g_c log p_c)
+
+The denominator is (sum p_c + sum g_c) / 2, so class-wise sums and the probability of the true class say everything.
+Both passes walk over the volume in pieces that stay in the processor's cache, and the backward pass computes the
+softmax again instead of keeping it: beside the logits, the only thing as large as them is their gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from lamp3d.errors import ConfigError
+
+CPU_PIECE_VOXELS = 1 << 13  # with ten classes some 300 kB: a core's own cache
+GPU_PIECE_VOXELS = 1 << 22  # enough work for a kernel, little beside the volume's activations
+
+
+class LossConfig(BaseModel):
+    """Settings of `HybridLoss`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    class_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    """Weight by organ name, or of "background"; 1 for those not named."""
+    focal_weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    """lambda, the weight of the focal term beside the Dice term."""
+
+
+class HybridLoss(nn.Module):
+    """Dice and focal loss over the annotated classes of each case, averaged over the batch (AnatomyNet's hybrid loss).
+
+    A class that is annotated but absent from the patch costs its full weight and has no Dice gradient; its false
+    positives are pushed down through the classes that are there.
+
+    Args:
+        config: weights.
+        organs: names of labels 1, 2, ...; label 0 is the background.
+
+    Raises:
+        ConfigError: a class weight names an unknown organ.
+    """
+
+    class_weights: Tensor
+
+    def __init__(self, config: LossConfig, organs: Sequence[str]) -> None:
+        super().__init__()
+        classes = ["background", *organs]
+        unknown = sorted(set(config.class_weights) - set(classes))
+        if unknown:
+            raise ConfigError(f"class_weights names {', '.join(unknown)}; the classes are {', '.join(classes)}.")
+        weights = [config.class_weights.get(name, 1.0) for name in classes]
+        self.register_buffer("class_weights", torch.tensor(weights, dtype=torch.float64), persistent=False)
+        self.focal_weight = config.focal_weight
+
+    def forward(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss of a mini-batch.
+
+        Args:
+            logits: (B, C, D, H, W), any floating type; computed in float32, or float64 if they are.
+            targets: labels (B, 1, D, H, W), integers; and annotated (B, C), bool: may the class be judged in the case?
+
+        Returns:
+            0-dim tensor.
+
+        Raises:
+            ConfigError: the network's number of output channels is not the number of classes.
+        """
+        labels, annotated = targets
+        if logits.shape[1] != len(self.class_weights):
+            raise ConfigError(
+                f"The network gives {logits.shape[1]} channels, but there are {len(self.class_weights)} classes "
+                "(background and the organs): set the network's out_channels to that number."
+            )
+        assert labels.shape == (logits.shape[0], 1, *logits.shape[2:]), (labels.shape, logits.shape)
+        assert annotated.shape == logits.shape[:2], (annotated.shape, logits.shape)
+        weights = self.class_weights.to(logits.device) * annotated.to(logits.device)
+        loss: Tensor = _HybridLoss.apply(  # type: ignore[no-untyped-call]
+            logits, labels.to(logits.device), weights, self.focal_weight
+        )
+        return loss
+
+
+class _HybridLoss(torch.autograd.Function):
+    """The formula above with its derivative written out, piece by piece over the voxels."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, focal_weight: float) -> Tensor:
+        logits = _flattenable(logits)
+        batch, n_classes = logits.shape[:2]
+        voxels = logits[0, 0].numel()
+        # Float64 for what is added over millions of voxels: C numbers a case, so it costs nothing.
+        sums = torch.zeros(3, batch, n_classes, dtype=torch.float64, device=logits.device)
+        predicted, true, hit = sums
+        focal = torch.zeros(batch, dtype=torch.float64, device=logits.device)
+        weights_here = weights.to(_working_dtype(logits))
+        classes = torch.arange(n_classes, device=logits.device)[:, None]
+        for case, piece in _pieces(logits):
+            p, label, p_true, log_p_true = _softmax(logits, labels, case, piece)
+            mask = label == classes
+            predicted[case] += p.sum(1, dtype=torch.float64)
+            true[case] += mask.sum(1)
+            hit[case] += (p * mask).sum(1, dtype=torch.float64)
+            weight = weights_here[case][label]
+            focal[case] -= ((1 - p_true).square() * log_p_true * weight).sum(dtype=torch.float64)
+
+        # An absent class has hit = 0 and stays at 0 whatever the clamp; a present one has at least half a voxel here.
+        union = ((predicted + true) / 2).clamp_min(1e-30)
+        dice = (weights * (1 - hit / union)).sum(1)
+        ctx.save_for_backward(logits, labels, weights)
+        ctx.by_predicted = weights * hit / (2 * union.square())  # d dice / d p_c at every voxel, through the union
+        ctx.by_hit = -weights / union  # and at the class's own voxels, through the overlap
+        ctx.focal_weight = focal_weight
+        loss: Tensor = (dice + focal_weight / voxels * focal).mean().to(_working_dtype(logits))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, labels, weights = ctx.saved_tensors
+        dtype = _working_dtype(logits)
+        voxels = logits[0, 0].numel()
+        scale = grad_outputs[0].double() / logits.shape[0]
+        by_predicted = (ctx.by_predicted * scale).to(dtype)
+        by_hit = (ctx.by_hit * scale).to(dtype)
+        by_focal = (weights * scale * (ctx.focal_weight / voxels)).to(dtype)
+        grad = torch.empty_like(logits)
+        for case, piece in _pieces(logits):
+            p, label, p_true, log_p_true = _softmax(logits, labels, case, piece)
+            # p_y * d loss / d p_y at the voxel's true class y. In the focal term the product is formed before anything
+            # is divided by p_y, so a probability of zero is no special case.
+            rest = 1 - p_true
+            at_true = by_hit[case][label] * p_true
+            at_true += by_focal[case][label] * rest * (2 * p_true * log_p_true - rest)
+            everywhere = by_predicted[case][:, None]
+            # Softmax: d loss / d z_c = p_c (d_c - sum_k p_k d_k).
+            mean = (p * everywhere).sum(0).add_(at_true)
+            slope = p.mul_(everywhere - mean).scatter_add_(0, label[None], at_true[None])
+            grad[case].flatten(1)[:, piece] = slope
+        return grad, None, None, None
+
+
+def _softmax(logits: Tensor, labels: Tensor, case: int, piece: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of one piece: probabilities (C, n), label (n,), and the label's probability and its logarithm (n,)."""
+    # Pointwise operations and sums only: autocast, which lowers products, has nothing to touch here.
+    scores = torch.log_softmax(logits[case].flatten(1)[:, piece].to(_working_dtype(logits)), 0)
+    label = labels[case].flatten()[piece].long()
+    log_p_true = scores.gather(0, label[None])[0]
+    return scores.exp_(), label, log_p_true.exp(), log_p_true
+
+
+def _pieces(logits: Tensor) -> Iterator[tuple[int, slice]]:
+    """(case, slice of its flattened voxels), in order."""
+    length = CPU_PIECE_VOXELS if logits.device.type == "cpu" else GPU_PIECE_VOXELS
+    voxels = logits[0, 0].numel()
+    for case in range(logits.shape[0]):
+        for start in range(0, voxels, length):
+            yield case, slice(start, min(start + length, voxels))
+
+
+def _working_dtype(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _flattenable(logits: Tensor) -> Tensor:
+    """Logits in a layout whose voxels flatten without a copy (either memory format does)."""
+    if logits.is_contiguous() or logits.is_contiguous(memory_format=torch.channels_last_3d):
+        return logits
+    return logits.contiguous()
