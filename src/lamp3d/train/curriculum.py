@@ -1,0 +1,90 @@
+"""The curriculum (small patches, medium patches, whole volumes) and all settings of a training run."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+WARM_UP = 0.03  # part of a stage over which the cosine schedule rises to the full learning rate
+COSINE_FLOOR = 0.01  # of the learning rate, at the end of the stage
+
+
+class CurriculumStage(BaseModel):
+    """One stage of the curriculum: inputs of one size, with an optimizer of its own (paper §2.3)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    patch: tuple[PositiveInt, PositiveInt, PositiveInt] | Literal["whole"]
+    """Voxels along each axis, or one number for all three; or "whole" (cropped) volumes."""
+    batch: PositiveInt = 1
+    """Cases a step."""
+    micro_batches: PositiveInt | None = None
+    """Parts a mini-batch is cut into for the pipeline; None: the planner's choice."""
+    epochs: PositiveInt
+    learning_rate: PositiveFloat = 1e-3
+    patches_per_case: PositiveInt = 1
+    """Patches drawn from each case in an epoch; whole volumes come once."""
+    recompute: Literal["never", "always"] = "never"
+    """Whether activations are computed a second time in the backward pass, to save memory."""
+
+    @field_validator("patch", mode="before")
+    @classmethod
+    def _cube(cls, patch: Any) -> Any:
+        return (patch, patch, patch) if isinstance(patch, int) else patch
+
+    @property
+    def patch_shape(self) -> tuple[int, int, int] | None:
+        """Voxels of a patch; None for whole volumes."""
+        return None if self.patch == "whole" else self.patch
+
+    def __str__(self) -> str:
+        size = "whole volumes" if self.patch == "whole" else f"patches of {'x'.join(map(str, self.patch))}"
+        return f"{size}, batch {self.batch}, learning rate {self.learning_rate:g}"
+
+
+class TrainConfig(BaseModel):
+    """Settings of a training run, beside data, augmentation, network and loss."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    curriculum: tuple[CurriculumStage, ...] = Field(min_length=1)
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    """The paper's RMSProp, or AdamW."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """On convolution and linear weights; biases and normalisation are left alone."""
+    clip_norm: PositiveFloat | None = None
+    """Limit of the whole network's gradient norm; None: no limit."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """"cosine": over each stage, after a short warm-up, down to a hundredth."""
+    ema_decay: Fraction | None = None
+    """If given, an exponential moving average of the weights is validated and kept as the best, e.g. 0.999."""
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    """"auto": bf16 where the hardware computes in it."""
+    validate_every: PositiveInt = 1
+    """Epochs between validations; the last epoch of a stage is always validated."""
+    max_bad_steps: PositiveInt = 10
+    """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    seed: int = Field(default=0, ge=0)
+
+    def learning_rate(self, stage: int, position: float) -> float:
+        """Learning rate of a step.
+
+        Args:
+            stage: index into the curriculum.
+            position: in (0, 1], part of the stage's steps that are done when this one is.
+        """
+        full = self.curriculum[stage].learning_rate
+        if self.lr_schedule == "constant":
+            return full
+        if position < WARM_UP:
+            return full * position / WARM_UP
+        swing = (1 + math.cos(math.pi * (position - WARM_UP) / (1 - WARM_UP))) / 2
+        return full * (COSINE_FLOOR + (1 - COSINE_FLOOR) * swing)
+
+    def validates(self, stage: int, epoch: int) -> bool:
+        """Whether the network is validated after this epoch (counted from 0 within its stage)."""
+        return (epoch + 1) % self.validate_every == 0 or epoch + 1 == self.curriculum[stage].epochs
