@@ -1,0 +1,7 @@
+"""Datasets, preprocessing, augmentation and patches: from scan files to mini-batches."""
+
+from lamp3d.data.dataset import Case, Dataset, read_dataset
+from lamp3d.data.preprocess import PreparedScan, PreprocessConfig, prepare_scan
+from lamp3d.data.store import CaseStore
+
+__all__ = ["Case", "CaseStore", "Dataset", "PreparedScan", "PreprocessConfig", "prepare_scan", "read_dataset"]

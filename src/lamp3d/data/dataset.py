@@ -1,0 +1,181 @@
+"""A dataset folder in the Medical Segmentation Decathlon layout: which cases, which organs, which split.
+
+``dataset.json`` may hold two things beyond the Decathlon's own: ``annotated``, per case, the names of the organs that
+were contoured (all of them when absent), and ``splits``, the case names of "train", "validation" and maybe "test".
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lamp3d.errors import DatasetError
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+VALIDATION_FRACTION = 0.2  # of a dataset that names no splits
+_SPLIT_SEED = 2020
+
+
+@dataclass(frozen=True)
+class Case:
+    """One patient's scan.
+
+    Args:
+        name: the image file's name without ``.nii`` or ``.nii.gz``; unique in its dataset.
+        image: the scan.
+        label: the label map on the same grid, or None for a scan without one.
+        annotated: names of the organs that the label map has contours for.
+    """
+
+    name: str
+    image: Path
+    label: Path | None
+    annotated: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The cases of one folder.
+
+    Args:
+        name: what ``dataset.json`` calls it.
+        root: the folder.
+        organs: names; voxels of ``organs[k]`` have label k + 1, the background is 0.
+        cases: all cases, in the file's order.
+        splits: names of the cases of each split.
+    """
+
+    name: str
+    root: Path
+    organs: tuple[str, ...]
+    cases: tuple[Case, ...]
+    splits: dict[str, tuple[str, ...]]
+
+    @property
+    def n_classes(self) -> int:
+        """The organs and the background."""
+        return 1 + len(self.organs)
+
+    def split(self, name: str) -> tuple[Case, ...]:
+        """The cases of one split.
+
+        Raises:
+            DatasetError: there is no such split.
+        """
+        if name not in self.splits:
+            raise DatasetError(f"{self.root}: no split {name!r}; it has {', '.join(self.splits)}")
+        by_name = {case.name: case for case in self.cases}
+        return tuple(by_name[case] for case in self.splits[name])
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    image: str
+    label: str | None = None
+    annotated: tuple[str, ...] | None = None
+
+
+class _DatasetJson(BaseModel):
+    """What lamp3d reads of a ``dataset.json``; the Decathlon has more in it."""
+
+    model_config = ConfigDict(extra="ignore")
+    name: str = ""
+    labels: dict[int, str]
+    training: tuple[_Entry, ...]
+    test: tuple[str | _Entry, ...] = ()
+    splits: dict[str, tuple[str, ...]] | None = None
+
+
+def read_dataset(root: Path) -> Dataset:
+    """Read and check the ``dataset.json`` of a folder, without opening any scan.
+
+    Args:
+        root: the folder; all paths in ``dataset.json`` are relative to it.
+
+    Raises:
+        DatasetError: the JSON is broken or contradicts itself: labels with gaps, files that are absent, case names
+            given twice, annotated organs or split members that do not exist, a case in two splits.
+    """
+    root = Path(root)
+    path = root / "dataset.json"
+    try:
+        content = _DatasetJson.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path}: no such file; give the folder of a dataset in Decathlon layout") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: not valid JSON ({error}); repair it") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DatasetError(f"{path}: {where or 'content'}: {first['msg']}; see the Decathlon layout") from error
+
+    organs = _organs(path, content.labels)
+    tests = tuple(_Entry(image=entry) if isinstance(entry, str) else entry for entry in content.test)
+    cases = tuple(_case(path, entry, organs) for entry in (*content.training, *tests))
+    if twice := _twice(case.name for case in cases):
+        raise DatasetError(f"{path}: cases listed twice: {', '.join(twice)}; list each image once")
+    if content.splits is None:
+        splits = _default_splits(case.name for case in cases[: len(content.training)])
+        if tests:
+            splits[TEST] = tuple(case.name for case in cases[len(content.training) :])
+    else:
+        splits = content.splits
+    _check_splits(path, splits, cases)
+    return Dataset(content.name or root.resolve().name, root, organs, cases, splits)
+
+
+def _organs(path: Path, labels: dict[int, str]) -> tuple[str, ...]:
+    if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
+        raise DatasetError(
+            f"{path}: labels {sorted(labels)} must be 0 (background), 1, 2, … without gaps; renumber them"
+        )
+    organs = tuple(labels[value] for value in range(1, len(labels)))
+    if twice := _twice(organs):
+        raise DatasetError(f"{path}: label names used twice: {', '.join(twice)}; name each organ once")
+    return organs
+
+
+def _case(path: Path, entry: _Entry, organs: tuple[str, ...]) -> Case:
+    image = path.parent / entry.image
+    label = None if entry.label is None else path.parent / entry.label
+    for file in (image, label):
+        if file is not None and not file.exists():
+            raise DatasetError(f"{path}: lists {file}, which is absent; add the file or take the case off the list")
+    name = image.name.removesuffix(".gz").removesuffix(".nii")
+    annotated = organs if entry.annotated is None else entry.annotated
+    if unknown := [organ for organ in annotated if organ not in organs]:
+        raise DatasetError(
+            f"{path}: case {name}: annotated organs {unknown} are not among the labels {list(organs)}; "
+            "spell them as the labels do"
+        )
+    # In the labels' order, so that a different spelling of the same list is the same case.
+    return Case(name, image, label, tuple(organ for organ in organs if organ in annotated))
+
+
+def _default_splits(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """80 % train, 20 % validation, by a shuffle of the sorted names that is the same on every machine."""
+    ordered = sorted(names)
+    shuffled = [ordered[i] for i in np.random.default_rng(_SPLIT_SEED).permutation(len(ordered))]
+    n_validation = max(1, round(VALIDATION_FRACTION * len(ordered))) if len(ordered) > 1 else 0
+    return {TRAIN: tuple(shuffled[n_validation:]), VALIDATION: tuple(shuffled[:n_validation])}
+
+
+def _check_splits(path: Path, splits: dict[str, tuple[str, ...]], cases: tuple[Case, ...]) -> None:
+    by_name = {case.name: case for case in cases}
+    for split, names in splits.items():
+        if unknown := [name for name in names if name not in by_name]:
+            raise DatasetError(f"{path}: split {split!r} names unknown cases: {', '.join(unknown)}; correct the split")
+        if split != TEST and (bare := [name for name in names if by_name[name].label is None]):
+            raise DatasetError(f"{path}: split {split!r} has cases without a label: {', '.join(bare)}")
+    if shared := _twice(name for names in splits.values() for name in names):
+        raise DatasetError(f"{path}: cases in more than one split place: {', '.join(shared)}; keep splits disjoint")
+
+
+def _twice(names: Iterable[str]) -> list[str]:
+    return [name for name, n in Counter(names).items() if n > 1]

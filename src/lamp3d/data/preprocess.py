@@ -1,0 +1,175 @@
+"""From a scan to a network's input, and from the network's output back to the scan's own grid."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, CropForegroundd, Orientationd, Resize, Resized, ScaleIntensityRanged
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from torch import Tensor
+
+from lamp3d.errors import ScanError
+from lamp3d.volume import Volume
+
+_AXIS_ENDS = (("L", "R"), ("P", "A"), ("I", "S"))
+_KEYS = ("image", "label")
+
+
+class PreprocessConfig(BaseModel):
+    """How scans are brought to one form.
+
+    Args:
+        orientation: what the axes of a prepared scan grow towards; the augmentation's left and right rely on RAS.
+        spacing_mm: voxel size of a prepared scan; None keeps the scan's own. Reached to the nearest whole number of
+            voxels, so that the scan's extent stays exactly as it is.
+        window: intensities that become 0 and 1; what lies outside is clipped.
+        crop_foreground: cut away the air around the patient.
+        foreground_above: raw intensity above which a voxel belongs to the patient.
+        margin_voxels: voxels of the scan kept around the foreground.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    orientation: Literal["RAS"] = "RAS"
+    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    window: tuple[float, float] = (-200.0, 400.0)
+    crop_foreground: bool = True
+    foreground_above: float = -500.0
+    margin_voxels: int = Field(default=2, ge=0)
+
+    @model_validator(mode="after")
+    def _window_rises(self) -> PreprocessConfig:
+        if not self.window[0] < self.window[1]:
+            raise ValueError(f"window {self.window} must rise: (intensity that becomes 0, intensity that becomes 1)")
+        return self
+
+
+@dataclass(frozen=True)
+class PreparedScan:
+    """A scan as the network wants it, made by `prepare_scan`.
+
+    Args:
+        image: (1, D, H, W) float32 in [0, 1], axes as configured.
+        label: (1, D, H, W) uint8 on the same grid, when there was a label map.
+        affine: (4, 4) float64, voxel index of ``image`` -> mm in RAS+.
+        source_affine: (4, 4) float64 of the scan that was prepared.
+    """
+
+    image: Tensor
+    label: Tensor | None
+    affine: npt.NDArray[np.float64]
+    source_affine: npt.NDArray[np.float64]
+    _to_crop: Compose = field(repr=False, compare=False)
+    _crop: MetaTensor = field(repr=False, compare=False)
+
+    def restore_labels(self, logits: Tensor) -> Volume:
+        """The likeliest class of every voxel of the source scan, on that scan's own grid and affine.
+
+        Class scores are interpolated, not labels (which would leave stairs): one class at a time under a running
+        maximum, so that the memory beyond the logits is a few volumes however many classes there are.
+
+        Args:
+            logits: (C, D, H, W), scores of the classes on the grid of ``image``.
+
+        Returns:
+            A uint8 volume; what was cropped away is background, 0.
+        """
+        assert logits.shape[1:] == self.image.shape[1:], (tuple(logits.shape), tuple(self.image.shape))
+        resize = Resize(self._crop.shape[1:], mode="trilinear", align_corners=False)
+        best = torch.full(self._crop.shape, -torch.inf)
+        labels = torch.zeros(self._crop.shape, dtype=torch.uint8)
+        for value, score in enumerate(logits.detach()):
+            here = score[None].float().cpu()
+            if here.shape != best.shape:
+                here = resize(here).as_tensor()
+            labels[here > best] = value
+            torch.maximum(best, here, out=best)
+        operations = deepcopy(self._crop.applied_operations)
+        traced = MetaTensor(labels, affine=self._crop.affine, applied_operations=operations)
+        restored = self._to_crop.inverse({"image": traced})["image"]
+        return Volume(np.ascontiguousarray(restored.numpy()[0]), self.source_affine)
+
+
+def prepare_scan(volume: Volume, config: PreprocessConfig, label: Volume | None = None) -> PreparedScan:
+    """Orient, crop to the patient, window and resample a scan.
+
+    Args:
+        volume: raw intensities.
+        config: the form to bring it to.
+        label: its label map, on the same grid.
+
+    Raises:
+        ScanError: nothing in the scan is brighter than ``foreground_above``.
+    """
+    scan: dict[str, Any] = {"image": _meta(volume.data.astype(np.float32), volume.affine)}
+    if label is not None:
+        # On the image's affine: the two were found equal up to rounding, and must be turned alike.
+        scan["label"] = _meta(label.data.astype(np.uint8), volume.affine)
+    to_crop = _to_crop(volume, config)
+    scan = to_crop(scan)
+    crop = scan["image"]
+    # Windowed before it is resampled, so that metal of +20,000 does not bleed into its neighbours.
+    low, high = config.window
+    scan = ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True)(scan)
+    if config.spacing_mm is not None:
+        spacing = np.linalg.norm(np.asarray(crop.affine)[:3, :3], axis=0)
+        size = [
+            max(1, round(n * old / new)) for n, old, new in zip(crop.shape[1:], spacing, config.spacing_mm, strict=True)
+        ]
+        resize = Resized(
+            _KEYS,
+            size,
+            mode=("trilinear", "nearest-exact"),
+            align_corners=(False, None),
+            anti_aliasing=(True, False),
+            allow_missing_keys=True,
+        )
+        scan = resize(scan)
+    return PreparedScan(
+        image=_plain(scan["image"]),
+        label=_plain(scan["label"]).to(torch.uint8) if "label" in scan else None,
+        affine=np.asarray(scan["image"].affine, dtype=np.float64),
+        source_affine=volume.affine,
+        _to_crop=to_crop,
+        # Only its shape and its record of transforms are needed; an expanded scalar takes no memory.
+        _crop=MetaTensor(
+            torch.zeros(()).expand(crop.shape), affine=crop.affine, applied_operations=deepcopy(crop.applied_operations)
+        ),
+    )
+
+
+def _to_crop(volume: Volume, config: PreprocessConfig) -> Compose:
+    steps = [Orientationd(_KEYS, axcodes=config.orientation, labels=_AXIS_ENDS, allow_missing_keys=True)]
+    if config.crop_foreground:
+        above = config.foreground_above
+        if not np.any(volume.data > above):
+            raise ScanError(
+                f"no voxel is above foreground_above={above}: the scan's values run from {volume.data.min()} to "
+                f"{volume.data.max()}; lower foreground_above, or set crop_foreground to false"
+            )
+        steps.append(
+            CropForegroundd(
+                _KEYS,
+                source_key="image",
+                select_fn=lambda image: image > above,
+                margin=config.margin_voxels,
+                allow_smaller=True,
+                allow_missing_keys=True,
+            )
+        )
+    return Compose(steps)
+
+
+def _meta(data: npt.NDArray[np.generic], affine: npt.NDArray[np.float64]) -> MetaTensor:
+    return MetaTensor(torch.from_numpy(data)[None], affine=torch.from_numpy(affine.copy()))
+
+
+def _plain(tensor: MetaTensor) -> Tensor:
+    plain: Tensor = tensor.as_tensor()
+    return plain.contiguous()

@@ -1,0 +1,240 @@
+"""Prepared cases on disk: every scan is read, checked, oriented, cropped and windowed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.progress import track
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lamp3d.data.dataset import Case, Dataset
+from lamp3d.data.preprocess import PreprocessConfig, prepare_scan
+from lamp3d.errors import DatasetError, ScanError, WorkerError
+from lamp3d.volume import Volume, corners_mm, read_volume, write_atomically
+
+Region = tuple[slice, slice, slice]
+
+# Raised whenever the meaning of a cache file changes, so that old ones are not read.
+_FORMAT = 1
+_VOXELS_PER_ORGAN = 2000
+# Labelled voxels that a foreground crop may cut off: contours reach a voxel beyond the skin here and there.
+_MAX_CUT_FRACTION = 0.01
+
+
+class CaseStore:
+    """The prepared scans of a dataset, one safetensors file a case, read region by region.
+
+    Args:
+        dataset: whose cases.
+        config: how they are prepared.
+        folder: where the files lie; may be shared between datasets, configurations and processes, since a file's name
+            holds a hash of everything that it depends on (source files by path, size and time; config; organs).
+    """
+
+    def __init__(self, dataset: Dataset, config: PreprocessConfig, folder: Path) -> None:
+        self.dataset = dataset
+        self.config = config
+        self.folder = Path(folder)
+        self._paths: dict[str, Path] = {}
+
+    def prepare(self, cases: Sequence[Case], workers: int = 1, progress: bool = True) -> None:
+        """Prepare the cases that are not yet in the folder.
+
+        Args:
+            cases: which.
+            workers: processes to share the work.
+            progress: show a progress bar.
+
+        Raises:
+            ScanError: a file is corrupt, not 3D, holds NaN, or has no foreground.
+            DatasetError: image and label differ in shape or place, or a label value has no organ.
+            WorkerError: a process was killed, most likely for want of memory.
+        """
+        missing = [case for case in cases if not self._path(case).exists()]
+        if not missing:
+            return
+        done = (
+            self._prepare_here(missing) if workers <= 1 or len(missing) == 1 else self._prepare_apart(missing, workers)
+        )
+        for _ in track(done, description="Preparing scans", total=len(missing), disable=not progress):
+            pass
+
+    def _prepare_here(self, cases: Sequence[Case]) -> Iterator[None]:
+        for case in cases:
+            _prepare_case(case, self.dataset.organs, self.config, self._path(case))
+            yield
+
+    def _prepare_apart(self, cases: Sequence[Case], workers: int) -> Iterator[None]:
+        # Spawned, not forked: torch's threads do not survive a fork.
+        pool = ProcessPoolExecutor(
+            min(workers, len(cases)), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+        )
+        try:
+            organs, config = self.dataset.organs, self.config
+            tasks = [pool.submit(_prepare_case, case, organs, config, self._path(case)) for case in cases]
+            for task in as_completed(tasks):
+                yield task.result()
+        except BrokenProcessPool as error:
+            raise WorkerError(
+                "a process that prepares scans was killed, most likely for want of memory; use fewer workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def shape(self, case: Case) -> tuple[int, int, int]:
+        """(D, H, W) of the prepared scan in voxels."""
+        depth, height, width = self._info(case)["shape"]
+        return depth, height, width
+
+    def spacing_mm(self, case: Case) -> tuple[float, float, float]:
+        """Voxel size of the prepared scan."""
+        x, y, z = self._info(case)["spacing_mm"]
+        return x, y, z
+
+    def minimum(self, case: Case) -> float:
+        """The smallest value of the prepared image: what is around it when it is padded."""
+        return float(self._info(case)["minimum"])
+
+    def read(
+        self, case: Case, region: Region | None = None, *, image: bool = True, label: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Image and label map of a case, or the parts of them in a region; nothing else is read.
+
+        Args:
+            case: a prepared case.
+            region: within the prepared scan; None is all of it.
+            image: whether the image is wanted.
+            label: whether the label map is wanted.
+
+        Returns:
+            image (1, D, H, W) float32 and label (1, D, H, W) uint8; None for what is not wanted or not there.
+        """
+        where = (slice(None), *(region or (slice(None),) * 3))
+        with safe_open(self._prepared(case), framework="pt") as file:
+            there = file.keys()
+            wanted = {"image": image, "label": label and "label" in there}
+            parts = {name: file.get_slice(name)[where] if wanted[name] else None for name in ("image", "label")}
+        return parts["image"], parts["label"]
+
+    def annotated(self, case: Case) -> Tensor:
+        """(n_classes,) bool: which classes the label map tells the truth about.
+
+        The background is among them only when all organs are: otherwise it hides the organs that were not contoured.
+        """
+        organs = [organ in case.annotated for organ in self.dataset.organs]
+        return torch.tensor([all(organs), *organs])
+
+    def foreground_voxels(self, case: Case) -> dict[str, npt.NDArray[np.int32]]:
+        """A fixed random sample of at most 2,000 voxels (N, 3) of each annotated organ that the scan shows."""
+        with safe_open(self._prepared(case), framework="np") as file:
+            there = set(file.keys())
+            return {
+                organ: file.get_tensor(key)
+                for value, organ in enumerate(self.dataset.organs, start=1)
+                if organ in case.annotated and (key := f"voxels/{value}") in there
+            }
+
+    def _info(self, case: Case) -> dict[str, Any]:
+        return _read_info(self._prepared(case))
+
+    def _prepared(self, case: Case) -> Path:
+        path = self._path(case)
+        if not path.exists():
+            raise DatasetError(f"case {case.name} is not prepared in {self.folder}; call prepare() on it first")
+        return path
+
+    def _path(self, case: Case) -> Path:
+        if case.name not in self._paths:
+            sources = [file for file in (case.image, case.label) if file is not None]
+            state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
+            depends = [_FORMAT, self.config.model_dump(mode="json"), self.dataset.organs, state]
+            key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
+            self._paths[case.name] = self.folder / f"{case.name}-{key}.safetensors"
+        return self._paths[case.name]
+
+
+@lru_cache(maxsize=4096)
+def _read_info(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="np") as file:
+        info: dict[str, Any] = json.loads(file.metadata()["info"])
+    return info
+
+
+def _prepare_case(case: Case, organs: tuple[str, ...], config: PreprocessConfig, path: Path) -> None:
+    volume = read_volume(case.image)
+    truth = None if case.label is None else read_volume(case.label)
+    if truth is not None:
+        _check_label(case, volume, truth, organs)
+    try:
+        scan = prepare_scan(volume, config, truth)
+    except ScanError as error:
+        raise ScanError(f"{case.image}: {error}") from error
+    tensors = {"image": scan.image}
+    if truth is not None and scan.label is not None:
+        if config.spacing_mm is None:  # else the counts differ anyway
+            _check_cut(case, int(np.count_nonzero(truth.data)), int(torch.count_nonzero(scan.label)))
+        tensors |= {"label": scan.label, **_sample_voxels(case, scan.label, len(organs))}
+    info = {
+        "shape": scan.image.shape[1:],
+        "spacing_mm": Volume(scan.image[0].numpy(), scan.affine).spacing_mm,
+        "minimum": float(scan.image.min()),
+    }
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"info": json.dumps(info)}))
+
+
+def _check_label(case: Case, image: Volume, label: Volume, organs: tuple[str, ...]) -> None:
+    what = f"{case.label}: "
+    if label.data.shape != image.data.shape:
+        raise DatasetError(
+            f"{what}label map of shape {label.data.shape} does not fit its image {case.image} of shape "
+            f"{image.data.shape}; resample the label map onto the image's grid"
+        )
+    apart_mm = float(np.abs(corners_mm(image) - corners_mm(label)).max())
+    if apart_mm > 0.5 * min(image.spacing_mm):
+        raise DatasetError(
+            f"{what}label map lies up to {apart_mm:.1f} mm away from its image {case.image} by their affines; "
+            "one of the two headers is wrong: repair it"
+        )
+    values = np.unique(label.data)
+    wrong = [float(value) for value in values if not (0 <= value <= len(organs) and value == int(value))]
+    if wrong:
+        raise DatasetError(
+            f"{what}holds label values {wrong[:5]}, but dataset.json names 0 to {len(organs)} "
+            f"({', '.join(organs)}); name the missing labels there, or correct the label map"
+        )
+
+
+def _check_cut(case: Case, before: int, after: int) -> None:
+    if before - after > _MAX_CUT_FRACTION * before:
+        raise DatasetError(
+            f"{case.label}: the foreground crop cuts off {before - after} of {before} labelled voxels; lower "
+            "foreground_above, raise margin_voxels, or set crop_foreground to false"
+        )
+
+
+def _sample_voxels(case: Case, label: Tensor, n_organs: int) -> dict[str, Tensor]:
+    places = torch.nonzero(label[0])
+    values = label[0][tuple(places.T)]
+    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    samples = {}
+    for value in range(1, n_organs + 1):
+        own = places[values == value].to(torch.int32)
+        if len(own) > _VOXELS_PER_ORGAN:
+            own = own[np.sort(rng.choice(len(own), _VOXELS_PER_ORGAN, replace=False))]
+        if len(own):
+            samples[f"voxels/{value}"] = own
+    return samples

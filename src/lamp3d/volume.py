@@ -1,0 +1,185 @@
+"""A scan with its place in the patient: NIfTI and DICOM in, NIfTI out."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import os
+import tempfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import SimpleITK as sitk
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from lamp3d.errors import ScanError
+
+# A stack whose slice steps differ by more than this fraction has lost slices (or holds two scans).
+SLICE_STEP_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Voxels of one 3D scan or label map, and where they lie.
+
+    Args:
+        data: voxels (D, H, W), any real dtype; the axes are those of the file, whatever their direction.
+        affine: (4, 4) float64, voxel index -> mm in RAS+ (x grows to the patient's right, y to the front, z to the
+            head), as in nibabel.
+    """
+
+    data: npt.NDArray[np.generic]
+    affine: npt.NDArray[np.float64]
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """The distance in mm between neighbouring voxels along each axis of ``data``."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(x), float(y), float(z)
+
+
+def read_volume(path: Path) -> Volume:
+    """Read one 3D scan or label map.
+
+    Args:
+        path: a ``.nii`` or ``.nii.gz`` file, or a folder that holds the DICOM files of one series.
+
+    Raises:
+        ScanError: the file is absent, truncated or corrupt, not 3D, holds NaN or infinity, or has no usable affine.
+    """
+    path = Path(path)
+    if path.is_dir():
+        data, affine = _read_dicom(path)
+    elif not path.is_file():
+        raise ScanError(f"{path}: no such file; check the path")
+    elif path.name.endswith((".nii", ".nii.gz")):
+        data, affine = _read_nifti(path)
+    else:
+        raise ScanError(f"{path}: neither .nii, .nii.gz nor a DICOM folder; convert it to NIfTI first")
+    return _checked(path, data, affine)
+
+
+def write_nifti(volume: Volume, path: Path, *, overwrite: bool = False) -> None:
+    """Write a volume as NIfTI, all or nothing: readers never see half a file.
+
+    Args:
+        volume: what to write; bool is stored as uint8 and int64 as int32.
+        path: ends in ``.nii`` or ``.nii.gz``; the folder is made.
+        overwrite: replace a file that is there.
+
+    Raises:
+        ScanError: the file exists and ``overwrite`` is off, or the name is not a NIfTI name.
+    """
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise ScanError(f"{path}: a NIfTI file's name ends in .nii or .nii.gz; rename it")
+    if path.exists() and not overwrite:
+        raise ScanError(f"{path} exists already and is not replaced; choose another name, or allow overwriting")
+    stored = {"bool": np.uint8, "int64": np.int32}.get(volume.data.dtype.name)
+    data = volume.data if stored is None else volume.data.astype(stored)
+    image = nib.Nifti1Image(data, volume.affine)
+    image.header.set_xyzt_units("mm")
+    content: bytes = image.to_bytes()
+    if path.suffix == ".gz":
+        content = gzip.compress(content, compresslevel=6, mtime=0)  # no time stamp: the same volume is the same file
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Have ``write`` fill a temporary file in the same folder, flush it to disk, and rename it to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp's 0600 would hide results from colleagues
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _read_nifti(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
+    try:
+        image = nib.load(path)
+        data = np.asanyarray(image.dataobj)
+    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
+        raise ScanError(f"{path}: truncated or corrupt ({error}); fetch or export the file again") from error
+    if image.affine is None:
+        raise ScanError(f"{path}: has no affine, so left and right are unknown; export it again with its geometry")
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
+    if data.dtype.kind == "f":  # float64 is what a scale factor in the header makes of integers; CT has 12 bits
+        with np.errstate(over="ignore"):  # what overflows is infinite, and refused as such
+            data = data.astype(np.float32)
+    elif not data.dtype.isnative and data.dtype.names is None:
+        data = data.astype(data.dtype.newbyteorder("="))
+    return data, np.asarray(image.affine, dtype=np.float64)
+
+
+def _read_dicom(folder: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
+    names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if len(names) != 1:
+        raise ScanError(f"{folder}: holds {len(names)} DICOM series, wanted one; give a folder with one series in it")
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), names[0]))
+    reader.MetaDataDictionaryArrayUpdateOn()
+    sitk_warnings = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # uneven slices are told below, as an error
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise ScanError(f"{folder}: truncated or corrupt DICOM ({error}); export the series again") from error
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(sitk_warnings)
+    _check_slice_steps(folder, reader, len(reader.GetFileNames()))
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    affine = np.eye(4)
+    affine[:3, :3] = direction * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    lps_to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
+    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), lps_to_ras @ affine
+
+
+def _check_slice_steps(folder: Path, reader: sitk.ImageSeriesReader, n_slices: int) -> None:
+    position = "0020|0032"  # Image Position (Patient)
+    if n_slices < 3 or not all(reader.HasMetaDataKey(i, position) for i in range(n_slices)):
+        return
+    places = np.array([[float(x) for x in reader.GetMetaData(i, position).split("\\")] for i in range(n_slices)])
+    steps_mm = np.linalg.norm(np.diff(places, axis=0), axis=1)
+    usual = float(np.median(steps_mm))
+    worst = int(np.argmax(np.abs(steps_mm - usual)))
+    if abs(steps_mm[worst] - usual) > SLICE_STEP_TOLERANCE * usual:
+        raise ScanError(
+            f"{folder}: slices {worst + 1} and {worst + 2} lie {steps_mm[worst]:.2f} mm apart, the others "
+            f"{usual:.2f} mm; a slice is missing or doubled: export the series again"
+        )
+
+
+def _checked(path: Path, data: npt.NDArray[np.generic], affine: npt.NDArray[np.float64]) -> Volume:
+    if data.dtype.names is not None or data.dtype.kind not in "buif":
+        raise ScanError(f"{path}: voxels of type {data.dtype} are not real numbers; give a plain intensity image")
+    if data.ndim != 3 or 0 in data.shape:
+        raise ScanError(f"{path}: shape {tuple(data.shape)} is not a 3D volume; give one 3D scan a file")
+    bad = 0 if data.dtype.kind != "f" else data.size - int(np.count_nonzero(np.isfinite(data)))
+    if bad:
+        raise ScanError(f"{path}: {bad} of {data.size} voxels are NaN or infinite; replace them (for CT, by air)")
+    if not np.all(np.isfinite(affine)) or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ScanError(f"{path}: affine {affine[:3].tolist()} has no inverse; repair the header's geometry")
+    return Volume(data, affine)
+
+
+def corners_mm(volume: Volume) -> npt.NDArray[np.float64]:
+    """The places (8, 3) in mm of a volume's corner voxels, to compare two grids with."""
+    ends = [(0, n - 1) for n in volume.data.shape]
+    corners = np.array([(*corner, 1) for corner in itertools.product(*ends)], dtype=np.float64)
+    return np.asarray((corners @ volume.affine.T)[:, :3])
