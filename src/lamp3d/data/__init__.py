@@ -1,7 +1,20 @@
 """Datasets, preprocessing, augmentation and patches: from scan files to mini-batches."""
 
+from lamp3d.data.augment import AugmentConfig
 from lamp3d.data.dataset import Case, Dataset, read_dataset
+from lamp3d.data.patches import Batch, Batches
 from lamp3d.data.preprocess import PreparedScan, PreprocessConfig, prepare_scan
 from lamp3d.data.store import CaseStore
 
-__all__ = ["Case", "CaseStore", "Dataset", "PreparedScan", "PreprocessConfig", "prepare_scan", "read_dataset"]
+__all__ = [
+    "AugmentConfig",
+    "Batch",
+    "Batches",
+    "Case",
+    "CaseStore",
+    "Dataset",
+    "PreparedScan",
+    "PreprocessConfig",
+    "prepare_scan",
+    "read_dataset",
+]

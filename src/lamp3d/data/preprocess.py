@@ -148,10 +148,11 @@ def _to_crop(volume: Volume, config: PreprocessConfig) -> Compose:
     steps = [Orientationd(_KEYS, axcodes=config.orientation, labels=_AXIS_ENDS, allow_missing_keys=True)]
     if config.crop_foreground:
         above = config.foreground_above
-        if not np.any(volume.data > above):
+        darkest, brightest = float(np.min(volume.data)), float(np.max(volume.data))
+        if brightest <= above:
             raise ScanError(
-                f"no voxel is above foreground_above={above}: the scan's values run from {volume.data.min()} to "
-                f"{volume.data.max()}; lower foreground_above, or set crop_foreground to false"
+                f"no voxel is above foreground_above={above}: the scan's values run from {darkest} to {brightest}; "
+                "lower foreground_above, or set crop_foreground to false"
             )
         steps.append(
             CropForegroundd(

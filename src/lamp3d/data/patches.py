@@ -1,0 +1,217 @@
+"""Mini-batches of positive patches or whole volumes (paper §2.3), a pure function of the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lamp3d.data.augment import (
+    AugmentConfig,
+    Change,
+    draw_change,
+    label_swap,
+    recoloured,
+    sampling_grid,
+    source_box,
+    turned,
+)
+from lamp3d.data.dataset import Case
+from lamp3d.data.store import CaseStore
+from lamp3d.errors import ConfigError
+
+Shape3 = tuple[int, int, int]
+Shape5 = tuple[int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One mini-batch; what was not asked for is None.
+
+    Args:
+        images: (B, 1, D, H, W) float32, or a list of (1, 1, D, H, W) for whole volumes, whose shapes differ.
+        labels: the same shapes, int64.
+        annotated: (B, n_classes) bool, which classes each sample's labels tell the truth about.
+        names: the cases.
+    """
+
+    images: Tensor | list[Tensor] | None
+    labels: Tensor | list[Tensor] | None
+    annotated: Tensor
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Where one sample lies and what happens to it: everything random but the noise."""
+
+    case: Case
+    start: Shape3
+    size: Shape3
+    padded: Shape3
+    change: Change
+    noise: np.random.Generator
+
+
+class Batches:
+    """The mini-batches of one epoch: each a pure function of (seed, its index), so the same on every rank.
+
+    Every case comes ``patches_per_case`` times, in random order; the last mini-batch is filled up from the start of
+    that order, so that all have the same size.
+
+    Args:
+        store: where the cases are prepared.
+        cases: of one split.
+        patch: (D, H, W) voxels of a positive patch: around a random voxel of a random organ that the case shows and has
+            contours for, jittered, within the scan. None is the whole prepared scan.
+        batch: samples a mini-batch.
+        divisor: what the network needs shapes to be multiples of; whole scans are padded at the end of each axis, with
+            the image's minimum and label 0.
+        seed: of this epoch, e.g. (seed, stage, epoch).
+        augment: random changes.
+        patches_per_case: how often each case comes.
+
+    Raises:
+        ConfigError: the patch is not a multiple of the divisor, there are no cases or some without a label map, or
+            flips would mix up left and right.
+    """
+
+    def __init__(
+        self,
+        store: CaseStore,
+        cases: Sequence[Case],
+        *,
+        patch: Shape3 | None,
+        batch: int,
+        divisor: int,
+        seed: Sequence[int],
+        augment: AugmentConfig,
+        patches_per_case: int = 1,
+    ) -> None:
+        if not cases:
+            raise ConfigError("no cases to make mini-batches from; name some in the dataset's split")
+        if bare := [case.name for case in cases if case.label is None]:
+            raise ConfigError(f"cases without a label map cannot be trained on: {', '.join(bare)}; leave them out")
+        if batch < 1 or patches_per_case < 1:
+            raise ConfigError(f"batch ({batch}) and patches_per_case ({patches_per_case}) must be at least 1")
+        if patch is not None and any(n < 1 or n % divisor for n in patch):
+            nearest = "x".join(str(max(1, round(n / divisor)) * divisor) for n in patch)
+            raise ConfigError(
+                f"patch {'x'.join(map(str, patch))} is not a multiple of {divisor}, as the network needs; try {nearest}"
+            )
+        self._store, self._patch, self._batch, self._divisor = store, patch, batch, divisor
+        self._augment, self._seed = augment, [int(part) for part in seed]
+        self._swap = label_swap(augment, store.dataset.organs)
+        order = self._rng().permutation(len(cases) * patches_per_case)
+        self._order = [cases[item % len(cases)] for item in order]
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // self._batch)
+
+    def read(self, i: int, *, images: bool = True, labels: bool = True) -> Batch:
+        """Read the i-th mini-batch.
+
+        Args:
+            i: 0 to ``len(self) - 1``.
+            images: whether the images are wanted.
+            labels: whether the labels are wanted; the images are the same either way.
+        """
+        samples = [self._sample(i, j, case) for j, case in enumerate(self._cases(i))]
+        read = [self._read(sample, images, labels) for sample in samples]
+        return Batch(
+            images=self._joined([image for image, _ in read if image is not None]) if images else None,
+            labels=self._joined([label for _, label in read if label is not None]) if labels else None,
+            annotated=torch.stack([self._annotated(sample) for sample in samples]),
+            names=tuple(sample.case.name for sample in samples),
+        )
+
+    def shapes(self, i: int) -> list[Shape5]:
+        """The shapes of the i-th mini-batch's images, without reading a voxel: one, or one a whole volume."""
+        if self._patch is not None:
+            return [(self._batch, 1, *self._patch)]
+        return [(1, 1, *self._padded(self._store.shape(case))) for case in self._cases(i)]
+
+    def _cases(self, i: int) -> list[Case]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"mini-batch {i} of {len(self)}")
+        first = i * self._batch
+        return [self._order[item % len(self._order)] for item in range(first, first + self._batch)]
+
+    def _rng(self, *place: int) -> np.random.Generator:
+        # The place goes into spawn_key: as a part of the entropy, (1,) and (1, 0) would be the same seed.
+        return np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=place))
+
+    def _padded(self, shape: Shape3) -> Shape3:
+        depth, height, width = (-(-n // self._divisor) * self._divisor for n in shape)
+        return depth, height, width
+
+    def _sample(self, i: int, j: int, case: Case) -> _Sample:
+        place, change, noise = self._rng(i, j).spawn(3)
+        shape = self._store.shape(case)
+        if self._patch is None:
+            start, size, padded = (0, 0, 0), shape, self._padded(shape)
+        else:
+            start, size, padded = self._positive_start(case, shape, self._patch, place), self._patch, self._patch
+        return _Sample(case, start, size, padded, draw_change(self._augment, change), noise)
+
+    def _positive_start(self, case: Case, shape: Shape3, patch: Shape3, rng: np.random.Generator) -> Shape3:
+        organs = self._store.foreground_voxels(case)
+        if organs:
+            voxels = organs[sorted(organs)[rng.integers(len(organs))]]
+            centre = voxels[rng.integers(len(voxels))]
+        else:  # nothing contoured: any place will do
+            centre = rng.integers(shape)
+        low, high = np.array(patch) // 4, np.array(patch) // 4 + 1
+        jitter = rng.integers(-low, high)  # at most a quarter patch, so that the voxel stays well inside
+        room = np.maximum(np.array(shape) - patch, 0)
+        depth, height, width = (int(n) for n in np.clip(centre + jitter - np.array(patch) // 2, 0, room))
+        return depth, height, width
+
+    def _annotated(self, sample: _Sample) -> Tensor:
+        annotated = self._store.annotated(sample.case)
+        return annotated[self._swap] if sample.change.mirrors else annotated
+
+    def _read(self, sample: _Sample, image: bool, label: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Image (1, D, H, W) float32 and label (1, D, H, W) int64 of a sample."""
+        case, change, shape = sample.case, sample.change, self._store.shape(sample.case)
+        matrix = None
+        if change.matrix_mm is None:
+            depth, height, width = (
+                slice(a, min(a + n, m)) for a, n, m in zip(sample.start, sample.size, shape, strict=True)
+            )
+            box = (depth, height, width)
+        else:
+            spacing = np.array(self._store.spacing_mm(case))
+            matrix = change.matrix_mm * spacing[None, :] / spacing[:, None]
+            box = source_box(sample.start, sample.size, shape, matrix)
+        pixels, truth = self._store.read(case, box, image=image, label=label)
+        grid = None if matrix is None else sampling_grid(sample.start, sample.size, box, matrix)
+        if pixels is not None:
+            minimum = self._store.minimum(case)
+            pixels = _placed(pixels - minimum, grid, "bilinear", sample, change) + minimum
+            pixels = recoloured(pixels, change, sample.noise)
+        if truth is not None:
+            truth = _placed(truth, grid, "nearest", sample, change).long()
+            truth = self._swap[truth] if change.mirrors else truth
+        return pixels, truth
+
+    def _joined(self, tensors: list[Tensor]) -> Tensor | list[Tensor]:
+        return [tensor[None] for tensor in tensors] if self._patch is None else torch.stack(tensors)
+
+
+def _placed(part: Tensor, grid: Tensor | None, mode: str, sample: _Sample, change: Change) -> Tensor:
+    """Rotate, flip and pad a part that was read; what lies outside the scan is 0."""
+    if grid is not None:
+        part = functional.grid_sample(part[None].float(), grid, mode=mode, padding_mode="zeros", align_corners=False)[0]
+    else:
+        part = _padded_end(part, sample.size)
+    return _padded_end(turned(part, change), sample.padded)
+
+
+def _padded_end(part: Tensor, size: Shape3) -> Tensor:
+    missing = [n - m for n, m in zip(size, part.shape[1:], strict=True)]
+    return functional.pad(part, [0, missing[2], 0, missing[1], 0, missing[0]]) if any(missing) else part.contiguous()
