@@ -1,0 +1,268 @@
+"""Making a plan: profile the cells, cut the sequence optimally under the memory limit, predict the step."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lamp3d.errors import PlanError
+from lamp3d.graph import CellGraph, trace
+from lamp3d.plan.hardware import device_count, device_type, has_fast_bf16, worker_threads
+from lamp3d.plan.partition import minimise_largest, minimise_sum
+from lamp3d.plan.plan import Plan, Precision, Recompute, ScheduleName, StagePlan, format_bytes, parse_bytes
+from lamp3d.plan.profile import Profile, profile_cells
+from lamp3d.plan.schedule import SCHEDULES
+from lamp3d.plan.simulate import simulate
+
+OPTIMIZER_COPIES = 2
+"""Optimizer state in units of the parameters (AdamW's two moments; RMSProp has one)."""
+
+TOLERANCE = 1.02
+"""Cuts whose slowest stage is within this factor of the best count as equally fast; the fewest bytes sent decide."""
+
+
+def make_plan(
+    network: nn.Module,
+    input_shape: Sequence[int],
+    devices: int = 1,
+    *,
+    micro_batches: int | None = None,
+    schedule: ScheduleName = "gpipe",
+    recompute: Recompute | None = None,
+    precision: Precision | Literal["auto"] = "fp32",
+    channels_last: bool | None = None,
+    memory: str | int | None = None,
+    pipe: int | None = None,
+    space: int = 1,
+    repeats: int = 3,
+) -> Plan:
+    """Profile ``network`` on this machine and find the fastest cut into ``devices`` stages that fits.
+
+    Args:
+        network: any traceable module that takes one (B, C, D, H, W) tensor; left as it is.
+        input_shape: the mini-batch's shape.
+        devices: K, the number of devices, one stage each.
+        micro_batches: M; by default the batch size, which fills the pipeline best.
+        schedule: the order of the micro-batches' forwards and backwards.
+        recompute: ``"never"`` or ``"always"`` recompute a stage's activations in backward; by default only where the
+            plan does not fit otherwise.
+        precision: ``"fp32"``, ``"bf16"`` (autocast), or ``"auto"``: bf16 where the hardware is fast at it.
+        channels_last: memory layout of volumes; by default channels-last on CPUs with more than one input channel or
+            bf16, where it was measured faster.
+        memory: limit per device, such as ``"16GB"``.
+        pipe: fixed by hand it must equal ``devices``.
+        space: slabs that a volume is cut into; 1 is what this version plans.
+        repeats: timed repetitions of each cell.
+
+    Raises:
+        PlanError: no cut fits; the message says how many devices or how much memory would do.
+        ConfigError: the network cannot be traced or does not accept ``input_shape``.
+    """
+    if space != 1 or (pipe is not None and pipe != devices):
+        raise PlanError(f"pipe × space must be devices × 1 here; pipe={pipe}, space={space}, devices={devices} is not.")
+    if devices < 1:
+        raise PlanError(f"a plan needs at least one device, not {devices}.")
+    kind = device_type()
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(kind) else "fp32"
+    if channels_last is None:
+        channels_last = kind == "cpu"
+    batch = input_shape[0]
+    micro_batches = min(batch, micro_batches or batch)
+    shape = (math.ceil(batch / micro_batches), *input_shape[1:])
+    with _worker_conditions(network, devices, kind, channels_last) as twin:
+        graph = trace(twin, shape)
+        if devices > len(graph.cells):
+            raise PlanError(f"the network has {len(graph.cells)} cells and cannot be cut into {devices} stages.")
+        profile = profile_cells(graph, shape, precision=precision, channels_last=channels_last, repeats=repeats)
+    limit = None if memory is None else parse_bytes(memory)
+    choices: list[Recompute] = [recompute] if recompute else ["never", "always"]
+    for choice in choices:
+        costs = StageCosts(graph, profile, micro_batches, choice)
+        if starts := costs.best_cut(devices, limit):
+            return _plan(network, input_shape, kind, schedule, precision, channels_last, limit, costs, starts)
+    raise PlanError(_does_not_fit(costs, devices, limit or 0))
+
+
+@dataclass
+class StageCosts:
+    """Seconds and bytes of any contiguous run of cells, and the best cut by them."""
+
+    graph: CellGraph
+    profile: Profile
+    micro_batches: int
+    recompute: Recompute
+
+    def __post_init__(self) -> None:
+        self._maker = {edge.value: edge.maker for edge in self.graph.edges}
+        self._users = {edge.value: edge.users for edge in self.graph.edges}
+        self.peak_bytes = functools.cache(self._peak_bytes)
+        self.seconds = functools.cache(self._seconds)
+
+    def forward_seconds(self, begin: int, end: int) -> float:
+        """One micro-batch's forward through the cells begin … end-1."""
+        return sum(cell.forward_seconds for cell in self.profile.cells[begin:end])
+
+    def backward_seconds(self, begin: int, end: int) -> float:
+        """One micro-batch's backward, the second forward of recomputation included."""
+        again = self.forward_seconds(begin, end) if self.recompute == "always" else 0.0
+        return again + sum(cell.backward_seconds for cell in self.profile.cells[begin:end])
+
+    def _seconds(self, begin: int, end: int) -> float:
+        return self.forward_seconds(begin, end) + self.backward_seconds(begin, end)
+
+    def received(self, begin: int, end: int) -> list[str]:
+        """The values that a stage of these cells gets from earlier ones."""
+        return [
+            value
+            for value, maker in self._maker.items()
+            if maker < begin and any(begin <= user < end for user in self._users[value])
+        ]
+
+    def parameter_bytes(self, begin: int, end: int) -> int:
+        """Bytes of the parameters alone."""
+        return sum(cell.parameter_bytes for cell in self.profile.cells[begin:end])
+
+    def _peak_bytes(self, begin: int, end: int) -> int:
+        cells = self.profile.cells[begin:end]
+        size = self.profile.value_bytes
+        received = set(self.received(begin, end))
+        saved = set().union(*(cell.saved_values for cell in cells)) | received
+        one = sum(cell.internal_bytes for cell in cells) + sum(size[value] for value in saved)
+        kept = sum(size[value] for value in received)
+        in_flight = self.micro_batches * one if self.recompute == "never" else self.micro_batches * kept + one
+        return self.parameter_bytes(begin, end) * (2 + OPTIMIZER_COPIES) + in_flight
+
+    def crossing_bytes(self, cell: int) -> int:
+        """Bytes of the values alive just before ``cell``: what one more cut there would send, forward only."""
+        return sum(
+            self.profile.value_bytes[value]
+            for value, maker in self._maker.items()
+            if maker < cell <= self._users[value][-1]
+        )
+
+    def best_cut(self, stages: int, limit: int | None) -> list[int] | None:
+        """The first cell of each stage: least slowest stage, then (within TOLERANCE) fewest bytes; None if none fits."""
+        n = len(self.profile.cells)
+
+        def fits(i: int, j: int) -> bool:
+            return limit is None or self.peak_bytes(i, j) <= limit
+
+        fastest = minimise_largest(n, stages, self.seconds, fits)
+        if fastest is None:
+            return None
+        bound = TOLERANCE * max(self.seconds(i, j) for i, j in _runs(fastest, n))
+        return minimise_sum(
+            n, stages, lambda i, _: self.crossing_bytes(i), lambda i, j: fits(i, j) and self.seconds(i, j) <= bound
+        )
+
+    def least_memory(self, stages: int) -> int | None:
+        """The smallest limit that ``stages`` devices could do with."""
+        n = len(self.profile.cells)
+        starts = minimise_largest(n, stages, self.peak_bytes, lambda i, j: True)
+        return None if starts is None else max(self.peak_bytes(i, j) for i, j in _runs(starts, n))
+
+
+def _runs(starts: Sequence[int], n_cells: int) -> Iterator[tuple[int, int]]:
+    return zip(starts, [*starts[1:], n_cells], strict=True)
+
+
+def _plan(
+    network: nn.Module,
+    input_shape: Sequence[int],
+    kind: Literal["cpu", "cuda"],
+    schedule: ScheduleName,
+    precision: Precision,
+    channels_last: bool,
+    limit: int | None,
+    costs: StageCosts,
+    starts: list[int],
+) -> Plan:
+    cells = costs.graph.cells
+    sent = [0] * len(starts)
+    for edge in costs.graph.stage_edges(starts):
+        if edge.value in costs.profile.value_bytes:
+            size = costs.profile.value_bytes[edge.value] * costs.micro_batches
+            sent[edge.maker] += size * len(edge.users)
+            for user in edge.users:
+                sent[user] += size if edge.value not in costs.graph.inputs else 0
+    stages = tuple(
+        StagePlan(
+            rank=rank,
+            first_cell=begin,
+            last_cell=end - 1,
+            cells=tuple(cell.name for cell in cells[begin:end]),
+            forward_seconds=costs.forward_seconds(begin, end),
+            backward_seconds=costs.backward_seconds(begin, end),
+            parameter_bytes=costs.parameter_bytes(begin, end),
+            peak_bytes=costs.peak_bytes(begin, end),
+            sent_bytes=sent[rank],
+        )
+        for rank, (begin, end) in enumerate(_runs(starts, len(cells)))
+    )
+    line = simulate(
+        SCHEDULES[schedule](len(stages), costs.micro_batches),
+        [stage.forward_seconds for stage in stages],
+        [stage.backward_seconds for stage in stages],
+    )
+    return Plan(
+        network=type(network).__name__,
+        input_shape=tuple(input_shape),
+        devices=len(stages),
+        device_type=kind,
+        micro_batches=costs.micro_batches,
+        schedule=schedule,
+        recompute=costs.recompute,
+        precision=precision,
+        channels_last=channels_last,
+        memory_limit_bytes=limit,
+        stages=stages,
+        step_seconds=line.seconds,
+        bubble=line.bubble,
+    )
+
+
+def _does_not_fit(costs: StageCosts, devices: int, limit: int) -> str:
+    n = len(costs.profile.cells)
+    ways = []
+    if (memory := costs.least_memory(devices)) is not None:
+        ways.append(f"{format_bytes(memory)} a device on {devices} device{'s' if devices > 1 else ''}")
+    more = next((k for k in range(devices + 1, min(n, 64) + 1) if costs.best_cut(k, limit)), None)
+    if more is not None:
+        ways.append(f"{more} devices of {format_bytes(limit)}")
+    if costs.recompute == "never":
+        ways.append("recompute='always'")
+    if costs.micro_batches > 1:
+        ways.append("a smaller batch")
+    return (
+        f"the network does not fit {devices} device(s) of {format_bytes(limit)} with recompute={costs.recompute!r}. "
+        f"These would do: {'; '.join(ways)}; or a smaller volume."
+    )
+
+
+@contextmanager
+def _worker_conditions(
+    network: nn.Module, devices: int, kind: Literal["cpu", "cuda"], channels_last: bool
+) -> Iterator[nn.Module]:
+    """A copy of the network on the device, layout and number of threads that a worker will have."""
+    twin = copy.deepcopy(network)
+    if channels_last:
+        twin = twin.to(memory_format=torch.channels_last_3d)
+    twin.to(kind).train()
+    threads = torch.get_num_threads()
+    if kind == "cpu":
+        torch.set_num_threads(worker_threads(devices))
+    try:
+        yield twin
+    finally:
+        torch.set_num_threads(threads)
+
+

@@ -1,0 +1,138 @@
+"""What every cell costs on the device it will run on: seconds and bytes, measured with one micro-batch.
+
+A value may be saved for backward by its maker, by its user, or by both; a stage holds it once. The profile therefore
+names the saved values of a cell and counts only the rest (``internal_bytes``) by cell.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lamp3d.graph import CellGraph, Stage, autocast, module_device, preserved_buffers
+
+
+@dataclass(frozen=True)
+class CellProfile:
+    """The cost of one cell for one micro-batch.
+
+    Attributes:
+        name: the cell's name.
+        forward_seconds, backward_seconds: medians over the repetitions.
+        internal_bytes: saved for backward, values of other cells and parameters not counted.
+        saved_values: the values (edges of the graph) among what the cell saves for backward.
+        parameter_bytes: the cell's parameters.
+    """
+
+    name: str
+    forward_seconds: float
+    backward_seconds: float
+    internal_bytes: int
+    saved_values: frozenset[str]
+    parameter_bytes: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The cells' costs, and the bytes of every value that passes between cells."""
+
+    cells: tuple[CellProfile, ...]
+    value_bytes: dict[str, int]
+
+
+def profile_cells(
+    graph: CellGraph, input_shape: Sequence[int], *, precision: str, channels_last: bool, repeats: int = 3
+) -> Profile:
+    """Time forward and backward of every cell and record what it saves.
+
+    Args:
+        graph: the network's cells; they run on the device where its parameters are.
+        input_shape: (b, C, D, H, W) of one micro-batch.
+        precision: ``"fp32"`` or ``"bf16"`` (autocast).
+        channels_last: whether the input is laid out channels-last.
+        repeats: timed repetitions, after one that warms up.
+    """
+    device = module_device(graph.root)
+    parameter = next(iter(graph.root.parameters()), None)
+    image = torch.randn(tuple(input_shape), device=device, dtype=torch.float32 if parameter is None else parameter.dtype)
+    if channels_last:
+        image = image.to(memory_format=torch.channels_last_3d)
+    last_use = {edge.value: max(edge.users) for edge in graph.edges}
+    values: dict[str, Tensor] = {graph.inputs[0]: image}
+    value_bytes = {graph.inputs[0]: image.nbytes}
+    cells = []
+    gradients = [(p, p.grad) for p in graph.root.parameters()]
+    try:
+        with preserved_buffers(graph.root):
+            for index, stage in enumerate(graph.cut(range(len(graph.cells)))):
+                inputs = {name: values[name] for name in stage.inputs}
+                cell, outputs = _profile_cell(stage, inputs, precision, device, repeats)
+                cells.append(cell)
+                values.update(outputs)
+                value_bytes.update({name: value.nbytes for name, value in outputs.items()})
+                for name in [name for name in values if last_use.get(name, -1) <= index]:
+                    del values[name]
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+    return Profile(tuple(cells), value_bytes)
+
+
+def _profile_cell(
+    stage: Stage, inputs: dict[str, Tensor], precision: str, device: torch.device, repeats: int
+) -> tuple[CellProfile, dict[str, Tensor]]:
+    parameters = stage.parameters_by_name()
+    seconds: list[tuple[float, float]] = []
+    for _ in range(repeats + 1):
+        leaves = [value.detach().requires_grad_(value.requires_grad) for value in inputs.values()]
+        saved: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor, saved: dict[int, Tensor] = saved) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        begin = _now(device)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(device, precision):
+            outputs = stage(*leaves)
+        middle = _now(device)
+        roots = [output for output in outputs if output.requires_grad]
+        gradients = [torch.ones_like(root) for root in roots]
+        start = _now(device)
+        if roots:
+            torch.autograd.backward(roots, gradients)
+        seconds.append((middle - begin, _now(device) - start))
+    names = {_address(leaf): name for name, leaf in zip(inputs, leaves, strict=True)}
+    names |= {_address(output): name for name, output in zip(stage.outputs, outputs, strict=True)}
+    own = {_address(parameter) for parameter in (*parameters.values(), *stage.buffers_by_name().values())}
+    profile = CellProfile(
+        name=" + ".join(cell.name for cell in stage.cells),
+        forward_seconds=statistics.median(forward for forward, _ in seconds[1:]),
+        backward_seconds=statistics.median(backward for _, backward in seconds[1:]),
+        internal_bytes=sum(
+            tensor.untyped_storage().nbytes()
+            for address, tensor in saved.items()
+            if address not in names and address not in own
+        ),
+        saved_values=frozenset(names[address] for address in saved if address in names),
+        parameter_bytes=sum(parameter.nbytes for parameter in parameters.values()),
+    )
+    values = {
+        name: output.detach().requires_grad_(output.requires_grad)
+        for name, output in zip(stage.outputs, outputs, strict=True)
+    }
+    return profile, values
+
+
+def _address(tensor: Tensor | nn.Parameter) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
