@@ -1,0 +1,119 @@
+"""Starting worker processes with torch's elastic launcher, and saying clearly what happened when one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from lamp3d.errors import LampError, PlanError, WorkerError
+from lamp3d.plan.hardware import device_count, device_type, worker_threads
+
+Result = TypeVar("Result")
+
+LOST_PEER_SECONDS = 5.0
+"""How long a worker that has lost a peer waits for the launcher to find the peer's own failure, which is the cause."""
+
+
+def launch(
+    fn: Callable[..., Result], devices: int, args: Sequence[Any] = (), *, timeout: timedelta = timedelta(hours=1)
+) -> list[Result]:
+    """Run ``fn(*args)`` in ``devices`` worker processes, one a device, joined in a ``torch.distributed`` group.
+
+    With ``devices=1`` it runs in this process and without a group. Under ``torchrun`` every process is a worker
+    already: ``fn`` runs in it, and the list holds this worker's result alone.
+
+    Args:
+        fn: a function at module level (workers import it).
+        devices: number of workers; on CUDA at most the devices of this machine.
+        args: passed to every worker; must be picklable.
+        timeout: after which a collective operation without progress fails.
+
+    Returns:
+        the results by rank.
+
+    Raises:
+        WorkerError: a worker failed or was killed; its own traceback is in the message, and all others have been ended.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:
+        return [_work(fn, args, timeout)]
+    kind = device_type()
+    if kind == "cuda" and devices > device_count(kind):
+        raise PlanError(f"{devices} devices asked for, but this machine has {device_count(kind)}; use that many.")
+    if devices == 1:
+        return [fn(*args)]
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn",
+        logs_specs=DefaultLogsSpecs(),
+        local_addr="localhost",
+    )
+    try:
+        results: dict[int, Result] = elastic_launch(config, _work)(fn, tuple(args), timeout)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise _worker_error(rank, failure) from None
+    return [results[rank] for rank in sorted(results)]
+
+
+def _work(fn: Callable[..., Result], args: Sequence[Any], timeout: timedelta) -> Result:
+    """A worker's life: its device, its threads, its group, its work."""
+    local_rank, workers = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if device_type() == "cuda":
+        torch.cuda.set_device(local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        torch.set_num_threads(worker_threads(workers))
+        backend = "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timeout)
+    try:
+        result = fn(*args)
+    except RuntimeError as error:
+        if _lost_peer(error):
+            time.sleep(LOST_PEER_SECONDS)
+        raise
+    dist.barrier()  # no one leaves while another still wants to hear from it
+    dist.destroy_process_group()
+    return result
+
+
+def _lost_peer(error: BaseException) -> bool:
+    signs = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process has exited", "socket")
+    return any(sign in str(error).lower() for sign in signs)
+
+
+def _worker_error(rank: int, failure: ProcessFailure) -> LampError:
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        reason = " (often the system's reaction to memory running out)" if name == "SIGKILL" else ""
+        return WorkerError(
+            f"worker {rank} was killed by {name}{reason}; all other workers have been ended. Nothing that was saved is "
+            "lost: a training run goes on with --resume."
+        )
+    message = failure.message
+    try:
+        with open(failure.error_file) as file:
+            details = json.load(file)["message"]
+        text = details["extraInfo"]["py_callstack"] if isinstance(details, dict) else str(details)
+    except (OSError, ValueError, KeyError, TypeError):
+        text = str(message)
+    return WorkerError(f"worker {rank} failed; all other workers have been ended. Its traceback:\n{text}")
