@@ -84,7 +84,5 @@ def infer_specs(
 
 def _is_channels_last(tensor: Tensor) -> bool:
     return (
-        tensor.dim() == 5
-        and tensor.is_contiguous(memory_format=torch.channels_last_3d)
-        and not tensor.is_contiguous()
+        tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d) and not tensor.is_contiguous()
     )

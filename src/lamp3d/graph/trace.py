@@ -41,7 +41,7 @@ def trace(network: nn.Module, input_shape: Sequence[int]) -> CellGraph:
     nodes = _sink_attributes(root)
     recorder = _Recorder(root)
     recorder.dry_run(network, input_shape)
-    cells = []
+    cells: list[Cell] = []
     begin = 0
     for end in range(1, len(nodes) + 1):
         if end == len(nodes) or recorder.may_cut(nodes, end):
@@ -157,4 +157,4 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

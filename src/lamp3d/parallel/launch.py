@@ -97,7 +97,13 @@ def _work(fn: Callable[..., Result], args: Sequence[Any], timeout: timedelta) ->
 
 
 def _lost_peer(error: BaseException) -> bool:
-    signs = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process has exited", "socket")
+    signs = (
+        "connection closed by peer",
+        "connection reset by peer",
+        "broken pipe",
+        "remote process has exited",
+        "socket",
+    )
     return any(sign in str(error).lower() for sign in signs)
 
 

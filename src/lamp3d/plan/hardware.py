@@ -33,5 +33,5 @@ def worker_threads(workers: int) -> int:
 def has_fast_bf16(kind: DeviceType) -> bool:
     """Whether convolutions in bf16 run in hardware (AVX512-BF16 or AMX; CUDA compute capability 8 or higher)."""
     if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported())

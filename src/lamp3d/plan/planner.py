@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from lamp3d.errors import PlanError
-from lamp3d.graph import CellGraph, trace
-from lamp3d.plan.hardware import device_count, device_type, has_fast_bf16, worker_threads
+from lamp3d.graph import CellGraph, trace, weights_channels_last
+from lamp3d.plan.hardware import device_type, has_fast_bf16, worker_threads
 from lamp3d.plan.partition import minimise_largest, minimise_sum
 from lamp3d.plan.plan import Plan, Precision, Recompute, ScheduleName, StagePlan, format_bytes, parse_bytes
 from lamp3d.plan.profile import Profile, profile_cells
@@ -150,7 +150,7 @@ class StageCosts:
         )
 
     def best_cut(self, stages: int, limit: int | None) -> list[int] | None:
-        """The first cell of each stage: least slowest stage, then (within TOLERANCE) fewest bytes; None if none fits."""
+        """First cells of the stages: least slowest stage, then (within TOLERANCE) fewest bytes; None if none fits."""
         n = len(self.profile.cells)
 
         def fits(i: int, j: int) -> bool:
@@ -255,7 +255,7 @@ def _worker_conditions(
     """A copy of the network on the device, layout and number of threads that a worker will have."""
     twin = copy.deepcopy(network)
     if channels_last:
-        twin = twin.to(memory_format=torch.channels_last_3d)
+        weights_channels_last(twin)
     twin.to(kind).train()
     threads = torch.get_num_threads()
     if kind == "cpu":
@@ -264,5 +264,3 @@ def _worker_conditions(
         yield twin
     finally:
         torch.set_num_threads(threads)
-
-

@@ -59,7 +59,9 @@ def profile_cells(
     """
     device = module_device(graph.root)
     parameter = next(iter(graph.root.parameters()), None)
-    image = torch.randn(tuple(input_shape), device=device, dtype=torch.float32 if parameter is None else parameter.dtype)
+    image = torch.randn(
+        tuple(input_shape), device=device, dtype=torch.float32 if parameter is None else parameter.dtype
+    )
     if channels_last:
         image = image.to(memory_format=torch.channels_last_3d)
     last_use = {edge.value: max(edge.users) for edge in graph.edges}
