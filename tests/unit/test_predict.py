@@ -13,7 +13,7 @@ from lamp3d.volume import Volume
 
 
 class Threshold(nn.Module):
-    """Class 1 above 0.5; a local network, so that windows and whole volume agree. Refuses sides that 4 does not divide."""
+    """Class 1 above 0.5: local, so that windows and whole volume agree; refuses sides that 4 does not divide."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert all(side % 4 == 0 for side in x.shape[2:]), x.shape

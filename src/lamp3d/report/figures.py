@@ -1,0 +1,182 @@
+"""The report's charts: learning curves, scores per organ, and what a plan looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from lamp3d.evaluate import Results
+from lamp3d.plan import SCHEDULES, Plan
+from lamp3d.plan.simulate import simulate
+from lamp3d.report.run import Epoch
+from lamp3d.report.style import ACCENT, ACCENT_LIGHT, FONT, INK, MUTED, WARM, organ_colours
+
+GB = 1e9
+_WIDTH = 10.4  # inches; the width of the page's column
+
+
+def learning_curves(history: Sequence[Epoch], organs: Sequence[str]) -> Figure:
+    """Loss and validation Dice by epoch, with the curriculum's stages as bands.
+
+    Args:
+        history: the epochs in order.
+        organs: the organs' names, for their colours.
+    """
+    with rc_context(FONT):
+        figure = _figure(_WIDTH, 3.5)
+        loss_axes, dice_axes = figure.subplots(1, 2)
+        epochs = np.arange(1, len(history) + 1)
+        loss_axes.set(title="Training loss", xlabel="epoch")
+        loss_axes.plot(epochs, [epoch.loss for epoch in history], color=ACCENT, linewidth=1.8)
+
+        dice_axes.set(title="Validation Dice", xlabel="epoch", ylim=(0, 1))
+        validated = [(at, epoch.dice) for at, epoch in zip(epochs, history, strict=True) if epoch.dice]
+        colours = organ_colours(organs)
+        for organ in organs:
+            points = [(at, value) for at, dice in validated if (value := dice.get(organ)) is not None]
+            if points:
+                dice_axes.plot(*zip(*points, strict=True), color=colours[organ], linewidth=1, alpha=0.9, label=organ)
+        means = [(at, float(np.mean([v for v in dice.values() if v is not None]))) for at, dice in validated if dice]
+        if means:
+            dice_axes.plot(*zip(*means, strict=True), color=INK, linewidth=2.2, label="mean")
+            at, best = max(means, key=lambda point: point[1])
+            dice_axes.plot(at, best, "o", color=INK, markersize=6)
+            dice_axes.annotate(
+                f"best {best:.3f}", (at, best), xytext=(0, 8), textcoords="offset points", ha="right", weight="bold"
+            )
+            dice_axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=8)
+        for axes in (loss_axes, dice_axes):
+            axes.grid(axis="y")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlim(0.5, len(history) + 0.5)
+        _stage_bands(loss_axes, history, at_top=True)
+        _stage_bands(dice_axes, history, at_top=False)
+    return figure
+
+
+def scores_per_organ(results: Results) -> Figure:
+    """Dice and HD95 of every case, organ by organ: a box for the quartiles, a dot a case."""
+    organs = [organ for organ, summary in results.organs.items() if summary.dice.n]
+    colours = organ_colours(list(results.organs))
+    with rc_context(FONT):
+        figure = _figure(_WIDTH, 0.9 + 0.42 * max(1, len(organs)))
+        dice_axes, distance_axes = figure.subplots(1, 2, sharey=True)
+        scores = [[case.organs[organ] for case in results.cases if organ in case.organs] for organ in organs]
+        for axes, key in ((dice_axes, "dice"), (distance_axes, "hd95_mm")):
+            for row, (organ, of_organ) in enumerate(zip(organs, scores, strict=True)):
+                _strip(axes, row, [v for score in of_organ if (v := getattr(score, key)) is not None], colours[organ])
+            axes.grid(axis="x")
+        dice_axes.set(title="Dice", xlim=(-0.02, 1.02), ylim=(len(organs) - 0.4, -0.6))
+        dice_axes.set_yticks(range(len(organs)), organs, color=INK)
+        distance_axes.set(title="HD95 (mm)")
+        distance_axes.set_xlim(left=0)
+        distance_axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def plan_bars(plan: Plan) -> Figure:
+    """Seconds and memory of each device, as the plan predicts them."""
+    devices = [f"device {stage.rank}" for stage in plan.stages]
+    rows = np.arange(len(devices))
+    with rc_context(FONT):
+        figure = _figure(_WIDTH, 1.0 + 0.36 * len(devices))
+        time_axes, memory_axes = figure.subplots(1, 2, sharey=True)
+        forward = np.array([stage.forward_seconds for stage in plan.stages]) * 1e3
+        backward = np.array([stage.backward_seconds for stage in plan.stages]) * 1e3
+        time_axes.barh(rows, forward, 0.6, color=ACCENT, label="forward")
+        time_axes.barh(rows, backward, 0.6, left=forward, color=ACCENT_LIGHT, label="backward")
+        time_axes.set(title="Work of one micro-batch (ms)", ylim=(len(devices) - 0.4, -0.6))
+        time_axes.set_yticks(rows, devices, color=INK)
+
+        peak = np.array([stage.peak_bytes for stage in plan.stages]) / GB
+        weights = np.minimum(np.array([stage.parameter_bytes for stage in plan.stages]) / GB, peak)
+        memory_axes.barh(rows, weights, 0.6, color=WARM, label="parameters")
+        memory_axes.barh(rows, peak - weights, 0.6, left=weights, color="#f3cdb3", label="gradients, activations")
+        if plan.memory_limit_bytes is not None:
+            limit = plan.memory_limit_bytes / GB
+            memory_axes.axvline(limit, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="limit")
+        memory_axes.set(title="Peak memory (GB)")
+        memory_axes.tick_params(axis="y", length=0)
+        for axes in (time_axes, memory_axes):
+            axes.grid(axis="x")
+            axes.legend(loc="upper right", bbox_to_anchor=(1, 1.22), ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def plan_picture(plan: Plan) -> Figure:
+    """One training step on the devices' common clock: which micro-batch is where, and when (paper, Fig. 2c).
+
+    Args:
+        plan: the plan; its stages' seconds place the boxes.
+    """
+    schedule = SCHEDULES[plan.schedule](len(plan.stages), plan.micro_batches)
+    line = simulate(
+        schedule, [stage.forward_seconds for stage in plan.stages], [stage.backward_seconds for stage in plan.stages]
+    )
+    with rc_context(FONT):
+        figure = _figure(_WIDTH, 1.15 + 0.38 * len(plan.stages))
+        axes = figure.subplots()
+        for rank, actions in enumerate(line.actions):
+            for action, begin, end in actions:
+                forward = action.kind == "forward"
+                box = Rectangle(
+                    (begin * 1e3, rank - 0.38), (end - begin) * 1e3, 0.76,
+                    facecolor=ACCENT if forward else ACCENT_LIGHT, edgecolor="white", linewidth=0.8,
+                )  # fmt: skip
+                axes.add_patch(box)
+                if end - begin > 0.018 * line.seconds:
+                    axes.text(
+                        (begin + end) * 500, rank, str(action.micro_batch), ha="center", va="center", fontsize=8,
+                        color="white" if forward else INK,
+                    )  # fmt: skip
+        axes.set(
+            title=f"One step: {line.seconds:.3g} s, devices idle {line.bubble:.0%} of it",
+            xlabel="ms", xlim=(0, line.seconds * 1e3), ylim=(len(plan.stages) - 0.45, -0.55),
+        )  # fmt: skip
+        axes.set_yticks(range(len(plan.stages)), [f"device {stage.rank}" for stage in plan.stages], color=INK)
+        axes.tick_params(axis="y", length=0)
+        axes.legend(
+            handles=[Patch(color=ACCENT, label="forward of micro-batch"), Patch(color=ACCENT_LIGHT, label="backward")],
+            loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8,
+        )  # fmt: skip
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _strip(axes: Axes, row: int, values: Sequence[float], colour: str) -> None:
+    if not values:
+        return
+    # A dot's height within its row only keeps dots apart; the golden ratio spreads them without chance.
+    heights = row + 0.44 * ((np.arange(len(values)) * 0.618034) % 1 - 0.5)
+    axes.boxplot(
+        values, positions=[row], widths=0.62, orientation="horizontal", showfliers=False, patch_artist=True,
+        manage_ticks=False, medianprops={"color": INK, "linewidth": 1.6}, whiskerprops={"color": MUTED},
+        capprops={"color": MUTED}, boxprops={"facecolor": colour, "alpha": 0.28, "edgecolor": MUTED},
+    )  # fmt: skip
+    axes.scatter(values, heights, s=11, color=colour, edgecolor=INK, linewidth=0.35, zorder=3)
+
+
+def _stage_bands(axes: Axes, history: Sequence[Epoch], *, at_top: bool) -> None:
+    """Tells the stages apart; their names go where the curve is not: losses fall, scores rise."""
+    stages = np.array([epoch.stage for epoch in history])
+    starts = np.flatnonzero(np.diff(stages, prepend=stages[0] - 1))
+    for k, start in enumerate(starts):
+        stop = starts[k + 1] if k + 1 < len(starts) else len(history)
+        if k % 2:
+            axes.axvspan(start + 0.5, stop + 0.5, color="#f1f5f9", zorder=0)
+        axes.text(
+            (start + stop + 1) / 2, 0.97 if at_top else 0.02, f"stage {k + 1}", transform=axes.get_xaxis_transform(),
+            ha="center", va="top" if at_top else "bottom", fontsize=8, color=MUTED,
+        )  # fmt: skip

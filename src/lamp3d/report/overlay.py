@@ -1,0 +1,255 @@
+"""A scan in three views with contours and prediction drawn on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.ndimage
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from nibabel.orientations import apply_orientation, io_orientation
+
+from lamp3d.errors import ScanError
+from lamp3d.report.style import FONT, organ_colours
+from lamp3d.volume import Volume
+
+Slice = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _View:
+    """One anatomical plane of a volume in RAS order, and how it is hung: as a radiologist sees it."""
+
+    title: str
+    normal: int  # the axis that the slice is taken along
+    across: int  # the axis from left to right on the screen, and the letters at its two ends
+    across_ends: tuple[str, str]
+    up: int
+    up_ends: tuple[str, str]  # bottom, top
+
+
+_VIEWS = (
+    _View("axial", 2, 0, ("R", "L"), 1, ("P", "A")),
+    _View("coronal", 1, 0, ("R", "L"), 2, ("I", "S")),
+    _View("sagittal", 0, 1, ("A", "P"), 2, ("I", "S")),
+)
+_BACKGROUND = "#0b0f14"
+_MARGIN_MM = 30.0
+# Masks are drawn on a grid this much finer, so that their outlines are curves and not stairs.
+_REFINEMENT = 4
+_TINT = 0.5
+_SCALE_BAR_MM = 50
+_OUTLINE = [withStroke(linewidth=2, foreground="black")]
+
+
+def overlay_picture(
+    image: Volume,
+    truth: Volume | None,
+    prediction: Volume | None,
+    organs: Sequence[str],
+    *,
+    window: tuple[float, float] | None = None,
+    title: str = "",
+    width_inches: float = 10.0,
+) -> Figure:
+    """Draws axial, coronal and sagittal slices through the organs, the contours as lines, the prediction as a tint.
+
+    The three views share one scale in mm. Each shows the slice that cuts the most organs near their widest.
+
+    Args:
+        image: the scan (D, H, W).
+        truth: label map on the same grid, k + 1 is ``organs[k]``; None draws no contours.
+        prediction: the same for the prediction; None draws no tint.
+        organs: the organs' names, in the order of the labels.
+        window: intensities shown as black and white; by default what shows the soft tissue around the organs.
+        title: a line above the views.
+        width_inches: width of the figure; the height follows from the scan, up to a half of the width.
+
+    Returns:
+        A figure; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        ScanError: if the volumes' shapes differ.
+    """
+    for volume in (truth, prediction):
+        if volume is not None and volume.data.shape != image.data.shape:
+            raise ScanError(
+                f"the scan's shape is {image.data.shape}, its labels' {volume.data.shape}: "
+                "draw labels that lie on the scan's own grid"
+            )
+    orientation = io_orientation(image.affine)
+    spacing_mm = np.empty(3)
+    spacing_mm[orientation[:, 0].astype(int)] = image.spacing_mm
+    scan = apply_orientation(image.data, orientation).astype(np.float64)
+    expected = None if truth is None else apply_orientation(truth.data, orientation)
+    predicted = None if prediction is None else apply_orientation(prediction.data, orientation)
+    maps = [labels for labels in (expected, predicted) if labels is not None]
+
+    body = _body(scan)
+    low, high = window or _soft_tissue(scan[body])
+    boxes = [_shown_box(body, maps, view, len(organs), spacing_mm) for view in _VIEWS]
+    sides_mm = [[(s.stop - s.start) * step for s, step in zip(box, spacing_mm, strict=True)] for box in boxes]
+    widths = [sides[view.across] for sides, view in zip(sides_mm, _VIEWS, strict=True)]
+    heights = [sides[view.up] for sides, view in zip(sides_mm, _VIEWS, strict=True)]
+
+    with rc_context(FONT):
+        gap = 0.08
+        inches_per_mm = min((width_inches - 4 * gap) / sum(widths), width_inches / 2 / max(heights))
+        top, bottom = (0.42 if title else gap), 0.58
+        height = inches_per_mm * max(heights) + top + bottom
+        figure = Figure(figsize=(width_inches, height), facecolor=_BACKGROUND, dpi=130)
+        FigureCanvasAgg(figure)
+        colours = organ_colours(organs)
+        shown: set[str] = set()
+        left = (width_inches - inches_per_mm * sum(widths) - 2 * gap) / 2
+        for k, (view, box) in enumerate(zip(_VIEWS, boxes, strict=True)):
+            wide, tall = widths[k] * inches_per_mm, heights[k] * inches_per_mm
+            middle = bottom + (inches_per_mm * max(heights) - tall) / 2
+            axes = figure.add_axes((left / width_inches, middle / height, wide / width_inches, tall / height))
+            crop = tuple(box[axis].start if axis == view.normal else box[axis] for axis in range(3))
+            axes.imshow(
+                _hung(scan[crop]),
+                cmap="gray", vmin=low, vmax=high, origin="lower", interpolation="bicubic",
+                extent=(0, widths[k], 0, heights[k]),
+            )  # fmt: skip
+            for label, organ in enumerate(organs, start=1):
+                steps = (spacing_mm[view.across], spacing_mm[view.up])
+                colour = colours[organ]
+                if predicted is not None and _draw_mask(axes, _hung(predicted[crop] == label), steps, colour, True):
+                    shown.add(organ)
+                if expected is not None and _draw_mask(axes, _hung(expected[crop] == label), steps, colour, False):
+                    shown.add(organ)
+            left += wide + gap
+            _letters(axes, view)
+            if k == 0:
+                _scale_bar(axes)
+        if title:
+            figure.text(0.012, 1 - 0.2 / height, title, color="white", fontsize=11, weight="bold", va="center")
+        _legend(
+            figure, [organ for organ in organs if organ in shown], colours, truth is not None, prediction is not None
+        )
+    return figure
+
+
+def _hung(plane: npt.NDArray[np.generic]) -> Slice:
+    """A slice of a volume in RAS order as rows from bottom to top and columns from left to right of the screen.
+
+    All three views are mirrored: the patient's right, or front, is on the screen's left.
+    """
+    # Taking one index of (x, y, z) leaves the axis across before the axis up.
+    return plane.T[:, ::-1].astype(np.float64)
+
+
+def _body(scan: Slice) -> npt.NDArray[np.bool_]:
+    """The largest connected thing that is brighter than halfway from air to tissue."""
+    tissue = float(np.median(scan[scan > scan.mean()])) if np.ptp(scan) > 0 else float(scan.flat[0])
+    components, count = scipy.ndimage.label(scan > (float(scan.min()) + tissue) / 2)
+    if count == 0:
+        return np.ones(scan.shape, bool)
+    largest = 1 + int(np.argmax(np.bincount(components.ravel())[1:]))
+    return np.asarray(components == largest)
+
+
+def _soft_tissue(body: Slice) -> tuple[float, float]:
+    """A window around the body's usual intensity: black is air, white is bone in a CT."""
+    low, middle, high = np.quantile(body, [0.25, 0.5, 0.75])
+    half = max(2 * float(high - low), 1e-3 * float(np.ptp(body)), 1e-6)
+    return float(middle) - half, float(middle) + half
+
+
+def _shown_box(
+    body: npt.NDArray[np.bool_],
+    maps: Sequence[npt.NDArray[np.generic]],
+    view: _View,
+    n_organs: int,
+    spacing_mm: npt.NDArray[np.float64],
+) -> list[slice]:
+    """The slice of a view, and the part of it that is drawn: the organs' surroundings, as far as there is body."""
+    position = _most_organs(maps[0], view.normal, n_organs) if maps else None
+    if position is None:
+        position = body.shape[view.normal] // 2
+    box = [slice(0, side) for side in body.shape]
+    box[view.normal] = slice(position, position + 1)
+    masks = [body[tuple(box)], *(labels != 0 for labels in maps)]
+    for axis in (view.across, view.up):
+        others = tuple(other for other in range(3) if other != axis)
+        extents = [np.flatnonzero(mask.any(axis=others)) for mask in masks]
+        extents = [extent for extent in extents if extent.size]
+        if not extents:
+            continue
+        margin = round(_MARGIN_MM / spacing_mm[axis])
+        start, stop = extents[0][0] - margin // 5, extents[0][-1] + 1 + margin // 5
+        if len(extents) > 1:
+            start = max(start, min(extent[0] for extent in extents[1:]) - margin)
+            stop = min(stop, max(extent[-1] for extent in extents[1:]) + 1 + margin)
+        box[axis] = slice(max(0, start), min(body.shape[axis], stop))
+    return box
+
+
+def _most_organs(labels: npt.NDArray[np.generic], axis: int, n_organs: int) -> int | None:
+    """The slice in which the organs' areas, each as a share of its largest, add up to the most."""
+    others = tuple(other for other in range(3) if other != axis)
+    total = np.zeros(labels.shape[axis])
+    for label in range(1, n_organs + 1):
+        areas = np.count_nonzero(labels == label, axis=others)
+        if areas.any():
+            total += areas / areas.max()
+    return int(np.argmax(total)) if total.any() else None
+
+
+def _draw_mask(axes: Axes, mask: Slice, steps_mm: tuple[float, float], colour: str, filled: bool) -> bool:
+    """Draws one organ's cut; tells whether there was any."""
+    if not mask.any():
+        return False
+    fine = scipy.ndimage.zoom(np.pad(mask, 1), _REFINEMENT, order=1, grid_mode=True, mode="nearest")
+    smooth = scipy.ndimage.gaussian_filter(fine, 0.35 * _REFINEMENT)
+    x = ((np.arange(smooth.shape[1]) + 0.5) / _REFINEMENT - 1) * steps_mm[0]
+    y = ((np.arange(smooth.shape[0]) + 0.5) / _REFINEMENT - 1) * steps_mm[1]
+    # A mask of a voxel or two stays visible although smoothing lowers it.
+    level = min(0.5, 0.6 * float(smooth.max()))
+    if filled:
+        axes.contourf(x, y, smooth, levels=[level, 2], colors=[colour], alpha=_TINT)
+    else:
+        axes.contour(x, y, smooth, levels=[level], colors=[colour], linewidths=1.5)
+    return True
+
+
+def _letters(axes: Axes, view: _View) -> None:
+    def write(x: float, y: float, text: str, ha: str, va: str, **style: Any) -> None:
+        usual: dict[str, Any] = {"color": "white", "fontsize": 9, "weight": "bold", "path_effects": _OUTLINE}
+        axes.text(x, y, text, ha=ha, va=va, transform=axes.transAxes, **(usual | style))
+
+    axes.set_axis_off()
+    write(0.015, 0.5, view.across_ends[0], "left", "center")
+    write(0.985, 0.5, view.across_ends[1], "right", "center")
+    write(0.5, 0.015, view.up_ends[0], "center", "bottom")
+    write(0.5, 0.985, view.up_ends[1], "center", "top")
+    write(0.015, 0.985, view.title, "left", "top", color="#cbd5e1", weight="normal")
+
+
+def _scale_bar(axes: Axes) -> None:
+    style: dict[str, Any] = {"color": "white", "path_effects": _OUTLINE}
+    axes.plot([6, 6 + _SCALE_BAR_MM], [6, 6], linewidth=2, solid_capstyle="butt", **style)
+    axes.text(6 + _SCALE_BAR_MM / 2, 8, f"{_SCALE_BAR_MM} mm", ha="center", va="bottom", fontsize=7.5, **style)
+
+
+def _legend(figure: Figure, organs: Sequence[str], colours: dict[str, str], truth: bool, prediction: bool) -> None:
+    handles: list[Patch | Line2D] = [Patch(color=colours[organ], label=organ) for organ in organs]
+    if truth:
+        handles.append(Line2D([], [], color="white", linewidth=1.5, label="line: contour"))
+    if prediction:
+        handles.append(Patch(facecolor="white", alpha=_TINT, label="tint: prediction"))
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / 1.45)))
+    figure.legend(
+        handles=handles, loc="lower center", ncols=columns, frameon=False, labelcolor="white", fontsize=8.5,
+        handlelength=1.2, handleheight=0.9, columnspacing=1.4, borderaxespad=0.2,
+    )  # fmt: skip
