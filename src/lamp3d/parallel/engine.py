@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lamp3d.errors import PlanError
-from lamp3d.graph import Edge, ValueSpec, infer_specs, refuse_tied_parameters, trace
+from lamp3d.graph import Edge, ValueSpec, infer_specs, refuse_tied_parameters, trace, weights_channels_last
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.stage import StageRunner
 from lamp3d.parallel.transfer import Receipt, Transfer
@@ -67,7 +67,7 @@ class Engine:
         stage = stages[self.rank]
         stage.to(self.device)
         if plan.channels_last:
-            stage.to(memory_format=torch.channels_last_3d)
+            weights_channels_last(stage)
         if plan.micro_batches > 1:
             _refuse_batch_norm(stages)
         self._runner = StageRunner(stage, self.device, plan.precision, plan.recompute == "always")
@@ -297,13 +297,13 @@ class _Step:
         with torch.enable_grad():
             if whole:
                 loss = loss_fn(_concatenate([graph.collect(self._outputs[m]) for m in order]), targets)
-                loss.backward()
+                torch.autograd.backward(loss)
                 total = loss.detach().double().cpu()
             else:
                 total = torch.zeros((), dtype=torch.float64)
                 for m, target in zip(order, targets, strict=True):
                     loss = loss_fn(graph.collect(self._outputs[m]), target) / len(order)
-                    loss.backward()
+                    torch.autograd.backward(loss)
                     total += loss.detach().double().cpu()
         for m in order:
             outputs = self._outputs.pop(m)
@@ -377,6 +377,6 @@ def _refuse_batch_norm(stages: Sequence[nn.Module]) -> None:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
                 raise PlanError(
                     f"{name.removeprefix('body.')} is a BatchNorm in training mode: with more than one micro-batch its "
-                    "statistics would be those of a micro-batch, not of the mini-batch. Use norm='instance' or 'group', "
-                    "micro_batches=1, or network.eval() to freeze the statistics."
+                    "statistics would be those of a micro-batch, not of the mini-batch. Use norm='instance' or 'group',"
+                    " micro_batches=1, or network.eval() to freeze the statistics."
                 )
