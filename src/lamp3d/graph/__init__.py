@@ -2,10 +2,20 @@
 
 from lamp3d.graph.buffers import preserved_buffers
 from lamp3d.graph.cells import Cell, CellGraph, Edge, Stage, refuse_tied_parameters
-from lamp3d.graph.shapes import ValueSpec, autocast, infer_specs, module_device
+from lamp3d.graph.shapes import ValueSpec, autocast, infer_specs, module_device, weights_channels_last
 from lamp3d.graph.trace import trace
 
 __all__ = [
-    "Cell", "CellGraph", "Edge", "Stage", "ValueSpec", "autocast", "infer_specs", "module_device", "preserved_buffers", "refuse_tied_parameters",
+    "Cell",
+    "CellGraph",
+    "Edge",
+    "Stage",
+    "ValueSpec",
+    "autocast",
+    "infer_specs",
+    "module_device",
+    "preserved_buffers",
+    "refuse_tied_parameters",
     "trace",
-]  # fmt: skip
+    "weights_channels_last",
+]

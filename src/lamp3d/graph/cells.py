@@ -7,6 +7,7 @@ an edge that crosses a cut is the paper's :math:`e_{i,1}` (§2.2, eq. 3), whiche
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +153,7 @@ class CellGraph:
     def _stage_of_cell(self, starts: Sequence[int]) -> list[int]:
         bounds = [*starts, len(self.cells)]
         assert bounds[0] == 0, f"the first stage must begin at cell 0, not {bounds[0]}"
-        assert all(a < b for a, b in zip(bounds, bounds[1:], strict=False)), f"stages must not be empty: {bounds}"
+        assert all(a < b for a, b in itertools.pairwise(bounds)), f"stages must not be empty: {bounds}"
         return [stage for stage in range(len(starts)) for _ in range(bounds[stage], bounds[stage + 1])]
 
 

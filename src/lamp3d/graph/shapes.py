@@ -76,10 +76,17 @@ def infer_specs(
                 )
             return result
 
-    with fake_inputs(graph.root, input_shape, dtype, channels_last) as inputs, torch.enable_grad():
-        with autocast(module_device(graph.root), precision):
-            Recorder(graph.root).run(*inputs)
+    mode = autocast(module_device(graph.root), precision)
+    with fake_inputs(graph.root, input_shape, dtype, channels_last) as inputs, torch.enable_grad(), mode:
+        Recorder(graph.root).run(*inputs)
     return specs
+
+
+def weights_channels_last(network: nn.Module) -> None:
+    """Lay the convolution weights out channels-last, in place: the ``nn.Parameter`` objects stay the same."""
+    for parameter in network.parameters():
+        if parameter.dim() == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
