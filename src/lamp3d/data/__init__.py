@@ -3,6 +3,7 @@
 from lamp3d.data.augment import AugmentConfig
 from lamp3d.data.dataset import Case, Dataset, read_dataset
 from lamp3d.data.patches import Batch, Batches
+from lamp3d.data.phantom import make_phantom, write_phantom_dataset
 from lamp3d.data.preprocess import PreparedScan, PreprocessConfig, prepare_scan
 from lamp3d.data.store import CaseStore
 
@@ -15,6 +16,8 @@ __all__ = [
     "Dataset",
     "PreparedScan",
     "PreprocessConfig",
+    "make_phantom",
     "prepare_scan",
     "read_dataset",
+    "write_phantom_dataset",
 ]
