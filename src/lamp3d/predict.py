@@ -26,7 +26,7 @@ class Predictor:
     """Predicts label maps of whole scans in one pass, or by a sliding window.
 
     Args:
-        engine: the network on its devices.
+        engine: the network on its devices, in evaluation mode.
         preprocess: how the scans that the network was trained on were prepared.
         divisor: what every side of the network's input must be a multiple of (16 for the U-Net with four levels).
         window: the sides of the sliding window in voxels (paper §3, "64³"); None predicts the whole volume at once.

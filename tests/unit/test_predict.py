@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from lamp3d.data.preprocess import PreprocessConfig
 from lamp3d.errors import ConfigError
+from lamp3d.nets import UNet
+from lamp3d.parallel import Engine
+from lamp3d.plan import make_plan
 from lamp3d.predict import Predictor
 from lamp3d.volume import Volume
 
@@ -108,6 +111,21 @@ def test_a_rank_with_the_output_alone_needs_no_voxels(window):
     given = [image.to("meta") for image in images]
     for result, wanted in zip(Predictor(last, PREPROCESS, 4, window).predict_prepared(given), expected, strict=True):
         assert torch.equal(result, wanted)
+
+
+def test_the_engine_on_one_device_gives_the_networks_own_logits():
+    torch.manual_seed(0)
+    net = UNet(1, 3, filters=2).eval()
+    engine = Engine(net, make_plan(net, (2, 1, 32, 16, 16), devices=1, micro_batches=2, repeats=1))
+    images = [torch.rand(1, 16, 17, 30), torch.rand(1, 32, 16, 16)]
+    whole = list(Predictor(engine, PREPROCESS, net.divisor).predict_prepared(images))
+    with torch.no_grad():
+        padded = nn.functional.pad(images[0][None], (0, 2, 0, 15), value=images[0].min().item())
+        torch.testing.assert_close(whole[0], net(padded)[0, :, :, :17, :30])
+        torch.testing.assert_close(whole[1], net(images[1][None])[0])
+    windows = list(Predictor(engine, PREPROCESS, net.divisor, (32, 16, 16)).predict_prepared(images))
+    assert windows[0].shape == whole[0].shape
+    torch.testing.assert_close(windows[1], whole[1])
 
 
 def test_a_window_that_the_network_cannot_halve_is_refused():

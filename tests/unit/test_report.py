@@ -9,6 +9,7 @@ from lamp3d.errors import ConfigError, ScanError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
 from lamp3d.plan import Plan, StagePlan
 from lamp3d.report import overlay_picture, plan_picture, write_report
+from lamp3d.train import EpochRecord
 from lamp3d.volume import Volume, write_nifti
 
 ORGANS = ("BrainStem", "ParotidLeft", "ParotidRight", "Chiasm")
@@ -59,16 +60,21 @@ def make_plan(micro_batches: int) -> Plan:
 
 
 def write_history(run: Path) -> None:
+    """Two stages of nine epochs, every second one validated, the chiasm unknown at first."""
+    best = 0.0
     with (run / "history.jsonl").open("w") as file:
         for i in range(18):
             dice = {organ: 0.9 - 0.1 * k - 0.8 * math.exp(-(i + 1) / (4 + k)) for k, organ in enumerate(ORGANS)}
-            dice["Chiasm"] = math.nan if i < 4 else max(0.0, dice["Chiasm"])
-            epoch = {
-                "stage": i // 9, "epoch": i % 9, "step": 20 * i, "loss": 3 * math.exp(-i / 6), "learning_rate": 1e-3,
-                "seconds_per_step": 0.5 + (i // 9), "peak_bytes": [800_000_000, 700_000_000], "bad_steps": i == 3,
-                "dice": dice if i % 2 else None,
-            }  # fmt: skip
-            file.write(json.dumps(epoch) + "\n")
+            mean = sum(dice.values()) / len(dice)
+            best = max(best, mean)
+            record = EpochRecord(
+                stage=1 + i // 9, epoch=1 + i % 9, step=20 * (i + 1), loss=3 * math.exp(-i / 6) if i else None, lr=1e-3,
+                seconds_per_step=0.5 + i // 9, peak_bytes=[800_000_000, 700_000_000], bad_steps=i == 3,
+                bad_cases={"p2": 1} if i == 3 else {},
+                dice={**dice, ORGANS[-1]: None if i < 4 else mean} if i % 2 else None,
+                mean_dice=mean if i % 2 else None, best_dice=best,
+            )  # fmt: skip
+            file.write(record.model_dump_json() + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +100,7 @@ def run(dataset: Path, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "heads-unet16"
     (run / "plans").mkdir(parents=True)
     for stage, micro_batches in enumerate((6, 1)):
-        make_plan(micro_batches).save(run / "plans" / f"stage-{stage}.json")
+        make_plan(micro_batches).save(run / "plans" / f"stage-{stage + 1}.json")
     write_history(run)
     (run / "config.yaml").write_text("network:\n  kind: unet\n  filters: 16\ntrain:\n  precision: fp32\n  seed: 0\n")
     (run / "versions.json").write_text('{"lamp3d": "0.1.0", "torch": "2.13.0", "seed": 0}')
@@ -153,7 +159,7 @@ def test_names_are_escaped(run: Path, tmp_path: Path):
 def test_what_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"neither history\.jsonl nor"):
         write_report(tmp_path)
-    (tmp_path / "history.jsonl").write_text('{"stage": 0, "ep')
+    (tmp_path / "history.jsonl").write_text('{"stage": 0}\n')
     with pytest.raises(ConfigError, match="no epoch of a run"):
         write_report(tmp_path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 from matplotlib import rc_context
@@ -15,14 +16,14 @@ from matplotlib.ticker import MaxNLocator
 from lamp3d.evaluate import Results
 from lamp3d.plan import SCHEDULES, Plan
 from lamp3d.plan.simulate import simulate
-from lamp3d.report.run import Epoch
 from lamp3d.report.style import ACCENT, ACCENT_LIGHT, FONT, INK, MUTED, WARM, organ_colours
+from lamp3d.train import EpochRecord
 
 GB = 1e9
 _WIDTH = 10.4  # inches; the width of the page's column
 
 
-def learning_curves(history: Sequence[Epoch], organs: Sequence[str]) -> Figure:
+def learning_curves(history: Sequence[EpochRecord], organs: Sequence[str]) -> Figure:
     """Loss and validation Dice by epoch, with the curriculum's stages as bands.
 
     Args:
@@ -43,7 +44,7 @@ def learning_curves(history: Sequence[Epoch], organs: Sequence[str]) -> Figure:
             points = [(at, value) for at, dice in validated if (value := dice.get(organ)) is not None]
             if points:
                 dice_axes.plot(*zip(*points, strict=True), color=colours[organ], linewidth=1, alpha=0.9, label=organ)
-        means = [(at, float(np.mean([v for v in dice.values() if v is not None]))) for at, dice in validated if dice]
+        means = [(at, e.mean_dice) for at, e in zip(epochs, history, strict=True) if e.mean_dice is not None]
         if means:
             dice_axes.plot(*zip(*means, strict=True), color=INK, linewidth=2.2, label="mean")
             at, best = max(means, key=lambda point: point[1])
@@ -98,7 +99,7 @@ def plan_bars(plan: Plan) -> Figure:
         peak = np.array([stage.peak_bytes for stage in plan.stages]) / GB
         weights = np.minimum(np.array([stage.parameter_bytes for stage in plan.stages]) / GB, peak)
         memory_axes.barh(rows, weights, 0.6, color=WARM, label="parameters")
-        memory_axes.barh(rows, peak - weights, 0.6, left=weights, color="#f3cdb3", label="gradients, activations")
+        memory_axes.barh(rows, peak - weights, 0.6, left=weights, color="#f3cdb3", label="rest")
         if plan.memory_limit_bytes is not None:
             limit = plan.memory_limit_bytes / GB
             memory_axes.axvline(limit, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="limit")
@@ -168,15 +169,15 @@ def _strip(axes: Axes, row: int, values: Sequence[float], colour: str) -> None:
     axes.scatter(values, heights, s=11, color=colour, edgecolor=INK, linewidth=0.35, zorder=3)
 
 
-def _stage_bands(axes: Axes, history: Sequence[Epoch], *, at_top: bool) -> None:
+def _stage_bands(axes: Axes, history: Sequence[EpochRecord], *, at_top: bool) -> None:
     """Tells the stages apart; their names go where the curve is not: losses fall, scores rise."""
-    stages = np.array([epoch.stage for epoch in history])
-    starts = np.flatnonzero(np.diff(stages, prepend=stages[0] - 1))
-    for k, start in enumerate(starts):
-        stop = starts[k + 1] if k + 1 < len(starts) else len(history)
-        if k % 2:
+    start = 0
+    for stage, epochs in groupby(history, key=lambda epoch: epoch.stage):
+        stop = start + len(list(epochs))
+        if stage % 2 == 0:
             axes.axvspan(start + 0.5, stop + 0.5, color="#f1f5f9", zorder=0)
         axes.text(
-            (start + stop + 1) / 2, 0.97 if at_top else 0.02, f"stage {k + 1}", transform=axes.get_xaxis_transform(),
+            (start + stop + 1) / 2, 0.97 if at_top else 0.02, f"stage {stage}", transform=axes.get_xaxis_transform(),
             ha="center", va="top" if at_top else "bottom", fontsize=8, color=MUTED,
         )  # fmt: skip
+        start = stop

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,58 +87,69 @@ def overlay_picture(
                 f"the scan's shape is {image.data.shape}, its labels' {volume.data.shape}: "
                 "draw labels that lie on the scan's own grid"
             )
+    scene = _in_ras(image, truth, prediction)
+    body = _body(scene.scan)
+    black, white = window or _soft_tissue(scene.scan[body])
+    boxes = [_shown_box(scene, body, view, len(organs)) for view in _VIEWS]
+    sides_mm = [[(s.stop - s.start) * step for s, step in zip(box, scene.spacing_mm, strict=True)] for box in boxes]
+    widths = [sides[view.across] for sides, view in zip(sides_mm, _VIEWS, strict=True)]
+    heights = [sides[view.up] for sides, view in zip(sides_mm, _VIEWS, strict=True)]
+    colours = organ_colours(organs)
+
+    gap, top, bottom = 0.08, (0.42 if title else 0.08), 0.58  # inches
+    inches_per_mm = min((width_inches - 4 * gap) / sum(widths), width_inches / 2 / max(heights))
+    height_inches = inches_per_mm * max(heights) + top + bottom
+    with rc_context(FONT):
+        figure = Figure(figsize=(width_inches, height_inches), facecolor=_BACKGROUND, dpi=130)
+        FigureCanvasAgg(figure)
+        shown: set[str] = set()
+        left = (width_inches - inches_per_mm * sum(widths) - 2 * gap) / 2
+        for view, box, width, height in zip(_VIEWS, boxes, widths, heights, strict=True):
+            wide, tall = width * inches_per_mm, height * inches_per_mm
+            low = bottom + (inches_per_mm * max(heights) - tall) / 2  # centred
+            axes = figure.add_axes(
+                (left / width_inches, low / height_inches, wide / width_inches, tall / height_inches)
+            )
+            crop = tuple(box[axis].start if axis == view.normal else box[axis] for axis in range(3))
+            axes.imshow(
+                _hung(scene.scan[crop]),
+                cmap="gray", vmin=black, vmax=white, origin="lower", interpolation="bicubic",
+                extent=(0, width, 0, height),
+            )  # fmt: skip
+            shown |= _draw_organs(axes, scene, view, crop, colours)
+            _letters(axes, view)
+            left += wide + gap
+        _scale_bar(figure.axes[0])
+        if title:
+            figure.text(
+                0.012, 1 - 0.2 / height_inches, title, color="white", fontsize=11, weight="bold", va="center"
+            )  # fmt: skip
+        _legend(figure, {organ: colours[organ] for organ in organs if organ in shown}, scene)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """A scan and its label maps with their axes in RAS order."""
+
+    scan: Slice
+    truth: npt.NDArray[np.generic] | None
+    prediction: npt.NDArray[np.generic] | None
+    spacing_mm: npt.NDArray[np.float64]
+
+    @property
+    def maps(self) -> list[npt.NDArray[np.generic]]:
+        return [labels for labels in (self.truth, self.prediction) if labels is not None]
+
+
+def _in_ras(image: Volume, truth: Volume | None, prediction: Volume | None) -> _Scene:
     orientation = io_orientation(image.affine)
     spacing_mm = np.empty(3)
     spacing_mm[orientation[:, 0].astype(int)] = image.spacing_mm
-    scan = apply_orientation(image.data, orientation).astype(np.float64)
-    expected = None if truth is None else apply_orientation(truth.data, orientation)
-    predicted = None if prediction is None else apply_orientation(prediction.data, orientation)
-    maps = [labels for labels in (expected, predicted) if labels is not None]
-
-    body = _body(scan)
-    low, high = window or _soft_tissue(scan[body])
-    boxes = [_shown_box(body, maps, view, len(organs), spacing_mm) for view in _VIEWS]
-    sides_mm = [[(s.stop - s.start) * step for s, step in zip(box, spacing_mm, strict=True)] for box in boxes]
-    widths = [sides[view.across] for sides, view in zip(sides_mm, _VIEWS, strict=True)]
-    heights = [sides[view.up] for sides, view in zip(sides_mm, _VIEWS, strict=True)]
-
-    with rc_context(FONT):
-        gap = 0.08
-        inches_per_mm = min((width_inches - 4 * gap) / sum(widths), width_inches / 2 / max(heights))
-        top, bottom = (0.42 if title else gap), 0.58
-        height = inches_per_mm * max(heights) + top + bottom
-        figure = Figure(figsize=(width_inches, height), facecolor=_BACKGROUND, dpi=130)
-        FigureCanvasAgg(figure)
-        colours = organ_colours(organs)
-        shown: set[str] = set()
-        left = (width_inches - inches_per_mm * sum(widths) - 2 * gap) / 2
-        for k, (view, box) in enumerate(zip(_VIEWS, boxes, strict=True)):
-            wide, tall = widths[k] * inches_per_mm, heights[k] * inches_per_mm
-            middle = bottom + (inches_per_mm * max(heights) - tall) / 2
-            axes = figure.add_axes((left / width_inches, middle / height, wide / width_inches, tall / height))
-            crop = tuple(box[axis].start if axis == view.normal else box[axis] for axis in range(3))
-            axes.imshow(
-                _hung(scan[crop]),
-                cmap="gray", vmin=low, vmax=high, origin="lower", interpolation="bicubic",
-                extent=(0, widths[k], 0, heights[k]),
-            )  # fmt: skip
-            for label, organ in enumerate(organs, start=1):
-                steps = (spacing_mm[view.across], spacing_mm[view.up])
-                colour = colours[organ]
-                if predicted is not None and _draw_mask(axes, _hung(predicted[crop] == label), steps, colour, True):
-                    shown.add(organ)
-                if expected is not None and _draw_mask(axes, _hung(expected[crop] == label), steps, colour, False):
-                    shown.add(organ)
-            left += wide + gap
-            _letters(axes, view)
-            if k == 0:
-                _scale_bar(axes)
-        if title:
-            figure.text(0.012, 1 - 0.2 / height, title, color="white", fontsize=11, weight="bold", va="center")
-        _legend(
-            figure, [organ for organ in organs if organ in shown], colours, truth is not None, prediction is not None
-        )
-    return figure
+    expected, predicted = (
+        None if volume is None else apply_orientation(volume.data, orientation) for volume in (truth, prediction)
+    )
+    return _Scene(apply_orientation(image.data, orientation).astype(np.float64), expected, predicted, spacing_mm)
 
 
 def _hung(plane: npt.NDArray[np.generic]) -> Slice:
@@ -166,27 +178,21 @@ def _soft_tissue(body: Slice) -> tuple[float, float]:
     return float(middle) - half, float(middle) + half
 
 
-def _shown_box(
-    body: npt.NDArray[np.bool_],
-    maps: Sequence[npt.NDArray[np.generic]],
-    view: _View,
-    n_organs: int,
-    spacing_mm: npt.NDArray[np.float64],
-) -> list[slice]:
+def _shown_box(scene: _Scene, body: npt.NDArray[np.bool_], view: _View, n_organs: int) -> list[slice]:
     """The slice of a view, and the part of it that is drawn: the organs' surroundings, as far as there is body."""
-    position = _most_organs(maps[0], view.normal, n_organs) if maps else None
+    position = _most_organs(scene.maps[0], view.normal, n_organs) if scene.maps else None
     if position is None:
         position = body.shape[view.normal] // 2
     box = [slice(0, side) for side in body.shape]
     box[view.normal] = slice(position, position + 1)
-    masks = [body[tuple(box)], *(labels != 0 for labels in maps)]
+    masks = [body[tuple(box)], *(labels != 0 for labels in scene.maps)]
     for axis in (view.across, view.up):
         others = tuple(other for other in range(3) if other != axis)
         extents = [np.flatnonzero(mask.any(axis=others)) for mask in masks]
         extents = [extent for extent in extents if extent.size]
         if not extents:
             continue
-        margin = round(_MARGIN_MM / spacing_mm[axis])
+        margin = round(_MARGIN_MM / scene.spacing_mm[axis])
         start, stop = extents[0][0] - margin // 5, extents[0][-1] + 1 + margin // 5
         if len(extents) > 1:
             start = max(start, min(extent[0] for extent in extents[1:]) - margin)
@@ -206,21 +212,36 @@ def _most_organs(labels: npt.NDArray[np.generic], axis: int, n_organs: int) -> i
     return int(np.argmax(total)) if total.any() else None
 
 
-def _draw_mask(axes: Axes, mask: Slice, steps_mm: tuple[float, float], colour: str, filled: bool) -> bool:
-    """Draws one organ's cut; tells whether there was any."""
-    if not mask.any():
-        return False
+def _draw_organs(
+    axes: Axes, scene: _Scene, view: _View, crop: tuple[int | slice, ...], colours: Mapping[str, str]
+) -> set[str]:
+    """Draws the cuts of all organs, tints below lines; tells which organs there were."""
+    steps_mm = (scene.spacing_mm[view.across], scene.spacing_mm[view.up])
+    shown = set()
+    for label, (organ, colour) in enumerate(colours.items(), start=1):
+        for labels, draw in ((scene.prediction, _tint), (scene.truth, _line)):
+            if labels is not None and (mask := _hung(labels[crop] == label)).any():
+                draw(axes, *_smooth(mask, steps_mm), colour)
+                shown.add(organ)
+    return shown
+
+
+def _smooth(mask: Slice, steps_mm: tuple[float, float]) -> tuple[Slice, Slice, Slice, float]:
+    """A mask's places in mm and values on a finer grid, and the level at which its outline lies."""
     fine = scipy.ndimage.zoom(np.pad(mask, 1), _REFINEMENT, order=1, grid_mode=True, mode="nearest")
     smooth = scipy.ndimage.gaussian_filter(fine, 0.35 * _REFINEMENT)
     x = ((np.arange(smooth.shape[1]) + 0.5) / _REFINEMENT - 1) * steps_mm[0]
     y = ((np.arange(smooth.shape[0]) + 0.5) / _REFINEMENT - 1) * steps_mm[1]
     # A mask of a voxel or two stays visible although smoothing lowers it.
-    level = min(0.5, 0.6 * float(smooth.max()))
-    if filled:
-        axes.contourf(x, y, smooth, levels=[level, 2], colors=[colour], alpha=_TINT)
-    else:
-        axes.contour(x, y, smooth, levels=[level], colors=[colour], linewidths=1.5)
-    return True
+    return x, y, smooth, min(0.5, 0.6 * float(smooth.max()))
+
+
+def _tint(axes: Axes, x: Slice, y: Slice, values: Slice, level: float, colour: str) -> None:
+    axes.contourf(x, y, values, levels=[level, 2], colors=[colour], alpha=_TINT)
+
+
+def _line(axes: Axes, x: Slice, y: Slice, values: Slice, level: float, colour: str) -> None:
+    axes.contour(x, y, values, levels=[level], colors=[colour], linewidths=1.5)
 
 
 def _letters(axes: Axes, view: _View) -> None:
@@ -242,14 +263,18 @@ def _scale_bar(axes: Axes) -> None:
     axes.text(6 + _SCALE_BAR_MM / 2, 8, f"{_SCALE_BAR_MM} mm", ha="center", va="bottom", fontsize=7.5, **style)
 
 
-def _legend(figure: Figure, organs: Sequence[str], colours: dict[str, str], truth: bool, prediction: bool) -> None:
-    handles: list[Patch | Line2D] = [Patch(color=colours[organ], label=organ) for organ in organs]
-    if truth:
+def _legend(figure: Figure, colours: Mapping[str, str], scene: _Scene) -> None:
+    handles: list[Patch | Line2D] = [Patch(color=colour, label=organ) for organ, colour in colours.items()]
+    if scene.truth is not None:
         handles.append(Line2D([], [], color="white", linewidth=1.5, label="line: contour"))
-    if prediction:
+    if scene.prediction is not None:
         handles.append(Patch(facecolor="white", alpha=_TINT, label="tint: prediction"))
-    columns = max(1, min(len(handles), int(figure.get_figwidth() / 1.45)))
+    if not handles:
+        return
+    # As many rows as the texts' rough width needs, equally long.
+    inches = sum(0.42 + 0.068 * len(str(handle.get_label())) for handle in handles)
+    rows = math.ceil(inches / figure.get_figwidth())
     figure.legend(
-        handles=handles, loc="lower center", ncols=columns, frameon=False, labelcolor="white", fontsize=8.5,
-        handlelength=1.2, handleheight=0.9, columnspacing=1.4, borderaxespad=0.2,
+        handles=handles, loc="lower center", ncols=math.ceil(len(handles) / rows), frameon=False, labelcolor="white",
+        fontsize=8.5, handlelength=1.2, handleheight=0.9, columnspacing=1.4, borderaxespad=0.2,
     )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -23,7 +22,7 @@ from lamp3d.evaluate import CaseResult, Results
 from lamp3d.plan import format_bytes
 from lamp3d.report.figures import learning_curves, plan_bars, plan_picture, scores_per_organ
 from lamp3d.report.overlay import overlay_picture
-from lamp3d.report.run import Epoch, Run, read_run
+from lamp3d.report.run import Run, read_run
 from lamp3d.report.style import organ_colours
 from lamp3d.volume import read_volume, write_atomically
 
@@ -78,7 +77,7 @@ def _organs(run: Run) -> list[str]:
     """Every organ of the run, in the order of the labels."""
     if run.results is not None:
         return list(run.results.organs)
-    return list(dict.fromkeys(organ for epoch in run.history for organ in epoch.dice))
+    return list(dict.fromkeys(organ for epoch in run.history for organ in epoch.dice or ()))
 
 
 def _cards(run: Run) -> list[tuple[str, str, str]]:
@@ -111,27 +110,21 @@ def _stages(run: Run) -> list[dict[str, Any]]:
     rows = []
     for stage in sorted({epoch.stage for epoch in run.history}):
         epochs = [epoch for epoch in run.history if epoch.stage == stage]
-        plan = run.plans[stage] if stage < len(run.plans) else None
+        plan = run.plans[stage - 1] if stage <= len(run.plans) else None
         rows.append(
             {
-                "number": stage + 1,
+                "number": stage,
                 "input": " × ".join(str(side) for side in plan.input_shape) if plan else "",
                 "epochs": len(epochs),
-                "loss": _last(epochs, "loss"),
+                "loss": next((epoch.loss for epoch in reversed(epochs) if epoch.loss is not None), None),
                 "dice": max((epoch.mean_dice for epoch in epochs if epoch.mean_dice is not None), default=None),
-                "seconds": statistics.median([e.seconds_per_step for e in epochs if e.seconds_per_step] or [0.0]),
+                "seconds": statistics.median(epoch.seconds_per_step for epoch in epochs),
                 "predicted_seconds": plan.step_seconds if plan else None,
-                "peak_bytes": [
-                    max(peaks) for peaks in zip(*(e.peak_bytes for e in epochs if e.peak_bytes), strict=False)
-                ],
+                "peak_bytes": [max(peaks) for peaks in zip(*(epoch.peak_bytes for epoch in epochs), strict=False)],
                 "bad_steps": sum(epoch.bad_steps for epoch in epochs),
             }
         )
     return rows
-
-
-def _last(epochs: Sequence[Epoch], key: str) -> float | None:
-    return next((value for epoch in reversed(epochs) if (value := getattr(epoch, key)) is not None), None)
 
 
 def _overlays(run: Run, root: Path | None) -> list[_Overlay]:

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
 from lamp3d.plan import Plan
-
-
-class Epoch(BaseModel):
-    """One line of ``history.jsonl``."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    stage: int
-    epoch: int
-    loss: float | None = None
-    seconds_per_step: float | None = None
-    peak_bytes: tuple[int, ...] = ()
-    bad_steps: int = 0
-    dice: dict[str, float | None] = Field(default_factory=dict)
-
-    @field_validator("dice", mode="before")
-    @classmethod
-    def _no_value_is_none(cls, dice: dict[str, float | None] | None) -> dict[str, float | None]:
-        return {organ: None if v is None or math.isnan(v) else v for organ, v in (dice or {}).items()}
-
-    @property
-    def mean_dice(self) -> float | None:
-        """The mean over the organs that have a Dice; None in an epoch without validation."""
-        values = [value for value in self.dice.values() if value is not None]
-        return sum(values) / len(values) if values else None
+from lamp3d.train import EpochRecord, read_history
 
 
 @dataclass(frozen=True)
@@ -55,7 +29,7 @@ class Run:
     """
 
     folder: Path
-    history: tuple[Epoch, ...]
+    history: tuple[EpochRecord, ...]
     plans: tuple[Plan, ...]
     results: Results | None
     config: dict[str, Any]
@@ -71,7 +45,7 @@ def read_run(folder: Path) -> Run:
     results_path = folder / "results.json"
     run = Run(
         folder=folder,
-        history=_history(folder / "history.jsonl"),
+        history=_history(folder),
         plans=tuple(Plan.load(path) for path in sorted((folder / "plans").glob("stage-*.json"), key=_stage_number)),
         results=Results.load(results_path) if results_path.exists() else None,
         config=_mapping(folder / "config.yaml"),
@@ -84,13 +58,13 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def _history(path: Path) -> tuple[Epoch, ...]:
-    if not path.exists():
-        return ()
+def _history(folder: Path) -> tuple[EpochRecord, ...]:
     try:
-        return tuple(Epoch.model_validate(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
-    except (json.JSONDecodeError, ValidationError) as error:
-        raise ConfigError(f"{path} holds a line that is no epoch of a run ({error}): delete that line") from error
+        return tuple(read_history(folder))
+    except ValidationError as error:
+        raise ConfigError(
+            f"{folder / 'history.jsonl'} holds a line that is no epoch of a run ({error}): take that line out"
+        ) from error
 
 
 def _mapping(path: Path) -> dict[str, Any]:

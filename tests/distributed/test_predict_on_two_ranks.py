@@ -1,0 +1,52 @@
+"""Two ranks predict what one does: whole volumes in flight together, and a sliding window."""
+
+import numpy as np
+import torch
+
+from lamp3d.data.preprocess import PreprocessConfig
+from lamp3d.nets import UNet
+from lamp3d.parallel import Engine, launch
+from lamp3d.plan import Plan, make_plan
+from lamp3d.predict import Predictor
+from lamp3d.volume import Volume
+
+WINDOWS = (None, (32, 16, 16))
+PREPROCESS = PreprocessConfig(window=(0, 1000), foreground_above=100, margin_voxels=1)
+
+
+def network() -> UNet:
+    torch.manual_seed(0)
+    return UNet(1, 3, filters=2).eval()
+
+
+def scan() -> Volume:
+    data = np.zeros((20, 30, 18), np.float32)
+    data[1:-2, 2:-1, 1:-1] = np.random.default_rng(0).uniform(200, 900, (17, 27, 16))
+    return Volume(data, np.diag([-2.0, 2.0, 3.0, 1.0]))
+
+
+def predict(plan: Plan) -> list[tuple[Volume | None, list[torch.Tensor | None]]]:
+    """In each worker: for every window, the label map of a scan and the logits of two volumes."""
+    engine = Engine(network(), plan)
+    images = [torch.rand(1, 16, 17, 30, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    given = images if engine.reads_input else [image.to("meta") for image in images]
+    results = []
+    for window in WINDOWS:
+        predictor = Predictor(engine, PREPROCESS, divisor=16, window=window)
+        labels = predictor.predict(scan())
+        logits = list(predictor.predict_prepared(given))
+        results.append((labels, logits))
+    return results
+
+
+def test_two_ranks_predict_what_one_does():
+    net = network()
+    plans = [make_plan(net, (2, 1, 32, 16, 16), devices=k, micro_batches=2, repeats=1) for k in (1, 2)]
+    alone = predict(plans[0])
+    first, last = launch(predict, devices=2, args=(plans[1],))
+    assert first == [(None, [None, None])] * len(WINDOWS)
+    for (labels, logits), (expected_labels, expected_logits) in zip(last, alone, strict=True):
+        np.testing.assert_array_equal(labels.data, expected_labels.data)
+        np.testing.assert_array_equal(labels.affine, scan().affine)
+        for ours, expected in zip(logits, expected_logits, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
