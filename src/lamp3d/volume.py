@@ -17,6 +17,7 @@ import numpy.typing as npt
 import SimpleITK as sitk
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from lamp3d.errors import ScanError
 
@@ -110,12 +111,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def _read_nifti(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
     try:
-        image = nib.load(path)
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)  # whole, so that its checksum is verified
+        nifti2 = content[:4] in ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))  # its header's size
+        image = (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)
         data = np.asanyarray(image.dataobj)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
-        raise ScanError(f"{path}: truncated or corrupt ({error}); fetch or export the file again") from error
-    if image.affine is None:
-        raise ScanError(f"{path}: has no affine, so left and right are unknown; export it again with its geometry")
+    except (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, zlib.error, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ScanError(f"{path}: truncated or corrupt ({why}); fetch or export the file again") from error
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     if data.dtype.kind == "f":  # float64 is what a scale factor in the header makes of integers; CT has 12 bits

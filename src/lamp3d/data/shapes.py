@@ -5,6 +5,7 @@ A signed distance is in mm, negative inside. Points are arrays (3, D, H, W) in m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -107,8 +108,7 @@ class Canvas:
         for axis in range(3):
             inside &= np.abs(coarse[axis] - np.float32(centre[axis])) <= reach[axis]
         bounds = [np.flatnonzero(inside.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
-        part = Canvas.__new__(Canvas)
-        part.__dict__.update(self.__dict__)
+        part = copy.copy(self)
         part.where = tuple(slice(step * at[0], step * at[-1] + 1) if len(at) else slice(0) for at in bounds)
         part.points = self.points[(slice(None), *part.where)]
         part.image, part.label = self.image[part.where], self.label[part.where]
