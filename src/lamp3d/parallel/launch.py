@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from lamp3d import errors
 from lamp3d.errors import LampError, PlanError, WorkerError
 from lamp3d.plan.hardware import device_count, device_type, worker_threads
 
@@ -44,7 +46,9 @@ def launch(
         the results by rank.
 
     Raises:
-        WorkerError: a worker failed or was killed; its own traceback is in the message, and all others have been ended.
+        LampError: as the worker raised it.
+        WorkerError: a worker failed otherwise (its own traceback is in the message) or was killed. All others have
+            been ended.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:
         return [_work(fn, args, timeout)]
@@ -66,6 +70,8 @@ def launch(
         logs_specs=DefaultLogsSpecs(),
         local_addr="localhost",
     )
+    # The launcher's own report of a failure says less than the error that follows.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         results: dict[int, Result] = elastic_launch(config, _work)(fn, tuple(args), timeout)
     except ChildFailedError as error:
@@ -91,7 +97,7 @@ def _work(fn: Callable[..., Result], args: Sequence[Any], timeout: timedelta) ->
         if _lost_peer(error):
             time.sleep(LOST_PEER_SECONDS)
         raise
-    dist.barrier()  # no one leaves while another still wants to hear from it
+    dist.all_reduce(torch.zeros(1))  # no one leaves while another still wants to hear from it
     dist.destroy_process_group()
     return result
 
@@ -115,11 +121,14 @@ def _worker_error(rank: int, failure: ProcessFailure) -> LampError:
             f"worker {rank} was killed by {name}{reason}; all other workers have been ended. Nothing that was saved is "
             "lost: a training run goes on with --resume."
         )
-    message = failure.message
     try:
         with open(failure.error_file) as file:
             details = json.load(file)["message"]
-        text = details["extraInfo"]["py_callstack"] if isinstance(details, dict) else str(details)
+        text = details["extraInfo"]["py_callstack"]
+        name, _, message = details["message"].partition(": ")
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, LampError):
+            return kind(message)  # the user's to put right: the message says all
     except (OSError, ValueError, KeyError, TypeError):
-        text = str(message)
+        text = str(failure.message)
     return WorkerError(f"worker {rank} failed; all other workers have been ended. Its traceback:\n{text}")

@@ -1,0 +1,212 @@
+"""The command line: ``lamp3d demo | plan | train | predict | evaluate | report | bench``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lamp3d.data import write_phantom_dataset
+from lamp3d.errors import ConfigError, LampError
+from lamp3d.evaluate import Results
+from lamp3d.experiment import NetworkConfig, Run, evaluate, load_config, predict, train
+from lamp3d.plan import make_plan
+from lamp3d.report import write_report
+
+app = typer.Typer(
+    help="Large 3D segmentation networks on whole volumes, spread over devices automatically.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+Devices = Annotated[int, typer.Option(min=1, help="Worker processes, one a device.")]
+WindowOption = Annotated[str, typer.Option(help="'whole', or the side of a sliding window, such as 64 or 64x64x32.")]
+DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
+
+
+def main() -> None:
+    """Run a command; an error that the user can put right is one message and exit status 2."""
+    try:
+        app(standalone_mode=False)
+    except LampError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the phantoms and the run.")] = Path("demo"),
+    devices: Devices = 2,
+    seed: Annotated[int, typer.Option(help="Of the phantoms and of the training.")] = 0,
+) -> None:
+    """Phantom scans -> train on two devices -> predict -> evaluate -> report.html, in under three minutes."""
+    begin = time.monotonic()
+    phantoms, folder = out / "phantoms", out / "run"
+    if not (phantoms / "dataset.json").exists():
+        write_phantom_dataset(phantoms, train=24, validation=6, seed=seed)
+    config = load_config(DEMO_CONFIG, [f"train.seed={seed}", f"cache={out / 'cache'}"])
+    run = train(phantoms, config, devices, folder, resume=(folder / "last.safetensors").exists())
+    results = evaluate(run, phantoms, "validation", devices=devices)
+    console.print(_results_table(results))
+    console.print(f"{time.monotonic() - begin:.0f} s in all. Report: [bold]{write_report(folder)}[/]")
+
+
+@app.command()
+def plan(
+    net: Annotated[Literal["unet", "seunet"], typer.Option(help="Network.")] = "unet",
+    filters: Annotated[int, typer.Option(min=1, help="Channels of the first block.")] = 32,
+    classes: Annotated[int, typer.Option(min=2, help="Organs and background.")] = 10,
+    stem_stride: Annotated[int, typer.Option(min=1, max=2, help="1: full resolution; 2: half.")] = 1,
+    volume: Annotated[str, typer.Option(help="Voxels, such as 64 or 352x256x288.")] = "64",
+    batch: Annotated[int, typer.Option(min=1, help="Cases a step.")] = 1,
+    devices: Devices = 1,
+    memory: Annotated[Optional[str], typer.Option(help="Limit per device, such as 16GB.")] = None,  # noqa: UP045
+    micro_batches: Annotated[Optional[int], typer.Option(min=1, help="Default: one a case.")] = None,  # noqa: UP045
+    recompute: Annotated[Optional[str], typer.Option(help="never, always; default: if needed.")] = None,  # noqa: UP045
+    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option()] = "auto",
+    json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the plan here.")] = None,  # noqa: UP045
+) -> None:
+    """Does it fit, how is it split, what does it cost? Measured on this machine, cell by cell."""
+    if recompute not in (None, "never", "always"):
+        raise ConfigError(f"--recompute {recompute!r} is neither never nor always.")
+    torch.manual_seed(0)
+    settings = NetworkConfig.model_validate({"kind": net, "filters": filters, "stem_stride": stem_stride})
+    network = settings.build(classes)
+    shape = _sides(volume)
+    if any(side % network.divisor for side in shape):
+        near = "x".join(str(-(-side // network.divisor) * network.divisor) for side in shape)
+        raise ConfigError(f"the sides of {volume} must be multiples of {network.divisor}; take {near}.")
+    with console.status("Profiling the network's cells"):
+        found = make_plan(
+            network,
+            (batch, 1, *shape),
+            devices,
+            micro_batches=micro_batches,
+            recompute=recompute,  # type: ignore[arg-type]
+            precision=precision,
+            memory=memory,
+        )
+    console.print(found.table())
+    if json_path is not None:
+        found.save(json_path)
+        console.print(f"Plan: {json_path}")
+
+
+@app.command("train")
+def train_command(
+    dataset: Annotated[Path, typer.Argument(help="Folder in Decathlon layout.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,  # noqa: UP045
+    config: Annotated[Optional[Path], typer.Option(help="YAML file.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Run folder; default: runs/NAME of the config.")] = None,  # noqa: UP045
+    devices: Devices = 1,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+) -> None:
+    """Train through the curriculum; leaves a run folder that predict, evaluate and report take."""
+    if config is None:
+        if not (resume and out is not None):
+            raise ConfigError("give --config FILE, or --resume with --out RUN; experiments/ has files to start from.")
+        config = out / "config.yaml"
+    folder = out or Path("runs") / config.stem
+    run = train(dataset, load_config(config, overrides or []), devices, folder, resume=resume)
+    console.print(f"Done. Next: lamp3d evaluate {run.folder} {dataset}; lamp3d report {run.folder}")
+
+
+@app.command("predict")
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    scans: Annotated[list[Path], typer.Argument(help="NIfTI files or DICOM folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for the label maps.")],
+    window: WindowOption = "whole",
+    devices: Devices = 1,
+    overwrite: Annotated[bool, typer.Option(help="Replace label maps that are there.")] = False,
+) -> None:
+    """Label maps of scans, each on its scan's own grid."""
+    opened = Run.open(run)
+    done = predict(opened, scans, out, window=_window(window), devices=devices, overwrite=overwrite)
+    for prediction in done:
+        console.print(f"{prediction.path}  {prediction.seconds:.2f} s")
+    names = ", ".join(f"{label} {organ}" for label, organ in enumerate(opened.organs, start=1))
+    console.print(f"Labels: {names}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    dataset: Annotated[Path, typer.Argument(help="Folder in Decathlon layout.")],
+    split: Annotated[str, typer.Option(help="Which cases.")] = "validation",
+    window: WindowOption = "whole",
+    devices: Devices = 1,
+    tolerance_mm: Annotated[float, typer.Option(help="Of the surface Dice.")] = 2.0,
+) -> None:
+    """Predict a split and score it: Dice, HD95 and surface Dice per organ and case, in results.json."""
+    results = evaluate(
+        Run.open(run), dataset, split, window=_window(window), devices=devices, tolerance_mm=tolerance_mm
+    )
+    console.print(_results_table(results))
+    console.print(f"Results: {run / 'results.json'}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """One self-contained page: curves, scores, plans and pictures."""
+    console.print(f"Report: {write_report(run)}")
+
+
+@app.command()
+def bench(name: Annotated[str, typer.Argument(help="Folder in benchmarks/.")]) -> None:
+    """Run one of the repository's benchmarks (from a checkout)."""
+    import runpy  # only here
+
+    folder = Path(__file__).parents[2] / "benchmarks"
+    script = folder / name / "run.py"
+    if not script.exists():
+        known = ", ".join(sorted(path.parent.name for path in folder.glob("*/run.py"))) or "none: not a checkout"
+        raise ConfigError(f"no benchmark {name!r} in {folder}; there are: {known}.")
+    sys.argv = [str(script)]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _sides(text: str) -> tuple[int, int, int]:
+    try:
+        sides = [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) == 1:
+        sides *= 3
+    if len(sides) != 3 or min(sides) < 1:
+        raise ConfigError(f"{text!r} is not a volume; write one number of voxels or three, such as 64 or 352x256x288.")
+    return sides[0], sides[1], sides[2]
+
+
+def _window(text: str) -> tuple[int, int, int] | None:
+    return None if text == "whole" else _sides(text)
+
+
+def _results_table(results: Results) -> Table:
+    table = Table(title=f"{len(results.cases)} cases, {results.split} split")
+    table.add_column("organ")
+    for column in ("cases", "Dice", "HD95 mm", "surface Dice", "missed"):
+        table.add_column(column, justify="right")
+
+    def text(value: float | None, digits: int) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    for organ, summary in results.organs.items():
+        dice, hd95, surface = summary.dice, summary.hd95_mm, summary.surface_dice
+        table.add_row(
+            organ, str(dice.n), text(dice.mean, 3), text(hd95.mean, 1), text(surface.mean, 3), str(summary.missed)
+        )
+    table.add_row("mean", "", text(results.mean_dice, 3), "", "", "")
+    return table

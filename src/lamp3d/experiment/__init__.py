@@ -1,0 +1,8 @@
+"""Experiments as a whole: configuration, run folder, training, prediction and evaluation."""
+
+from lamp3d.experiment.config import ExperimentConfig, NetworkConfig, load_config
+from lamp3d.experiment.inference import evaluate, predict
+from lamp3d.experiment.run import Run
+from lamp3d.experiment.training import train
+
+__all__ = ["ExperimentConfig", "NetworkConfig", "Run", "evaluate", "load_config", "predict", "train"]

@@ -1,0 +1,147 @@
+"""The configuration of an experiment: one YAML file, checked key by key, saved as resolved with every run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from lamp3d.data import AugmentConfig, PreprocessConfig
+from lamp3d.errors import ConfigError
+from lamp3d.nets import SEUNet, UNet
+from lamp3d.train import LossConfig, TrainConfig
+from lamp3d.volume import write_atomically
+
+
+class NetworkConfig(BaseModel):
+    """Which of lamp3d's networks, and how large.
+
+    Args:
+        kind: "unet" or "seunet" (paper §2.2).
+        filters: f, channels of the first block (paper: 32, 64, 128).
+        norm: "instance", "batch" or "group".
+        stem_stride: 1 works at full resolution; 2 halves it at once, as the paper's released code does.
+        max_filters: upper limit of the channels; None: 16 f.
+        se_reduction: of the squeeze-and-excitation, "seunet" only.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["unet", "seunet"] = "unet"
+    filters: PositiveInt = 32
+    norm: Literal["instance", "batch", "group"] = "instance"
+    stem_stride: Literal[1, 2] = 1
+    max_filters: PositiveInt | None = None
+    se_reduction: PositiveInt = 8
+
+    def build(self, n_classes: int, in_channels: int = 1) -> UNet | SEUNet:
+        """The network with as many outputs as classes, with fresh weights from torch's random state."""
+        if self.kind == "unet":
+            return UNet(
+                in_channels,
+                n_classes,
+                filters=self.filters,
+                norm=self.norm,
+                stem_stride=self.stem_stride,
+                max_filters=self.max_filters,
+            )
+        return SEUNet(
+            in_channels,
+            n_classes,
+            filters=self.filters,
+            norm=self.norm,
+            stem_stride=self.stem_stride,
+            max_filters=self.max_filters,
+            se_reduction=self.se_reduction,
+        )
+
+
+class ExperimentConfig(BaseModel):
+    """Everything that decides a run, beside the dataset and the devices.
+
+    Args:
+        memory: limit per device, such as "16GB"; None: no limit.
+        cache: folder of prepared scans; None: ~/.cache/lamp3d (or $LAMP3D_CACHE).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    network: NetworkConfig = NetworkConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig
+    memory: str | None = None
+    cache: Path | None = Field(default=None)
+
+    def save(self, path: Path) -> None:
+        """Write the configuration with all defaults filled in."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read a configuration and change single keys.
+
+    Args:
+        path: a YAML file.
+        overrides: such as ``train.seed=3`` or ``train.curriculum.0.epochs=5``; values are read as YAML.
+
+    Raises:
+        ConfigError: the file is absent or not YAML, or a key or a value is not known; the message names it.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration at {path}; see experiments/ for some to start from.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds {type(content).__name__}, not a mapping of settings.")
+    for override in overrides:
+        _override(content, override)
+    try:
+        return ExperimentConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_explanations(error))) from error
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    keys, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"{override!r} is not of the form key=value, e.g. train.seed=3.")
+    *outer, last = keys.split(".")
+    place: Any = content
+    try:
+        for key in outer:
+            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+    except (ValueError, IndexError, AttributeError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{override!r} leads nowhere in the configuration: {error}") from error
+
+
+def _explanations(error: ValidationError) -> Iterable[str]:
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _keys_beside(problem["loc"])
+            close = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known there: {', '.join(known)}"
+            yield f"unknown key {where!r}{hint}"
+        else:
+            yield f"{where}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _keys_beside(place: Sequence[str | int]) -> list[str]:
+    """The keys that are known where an unknown one was given."""
+    model: Any = ExperimentConfig
+    for key in place[:-1]:
+        if isinstance(key, str) and key in model.model_fields:
+            annotation = model.model_fields[key].annotation
+            inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
+            model = inner[0] if inner else annotation
+    return list(getattr(model, "model_fields", {}))

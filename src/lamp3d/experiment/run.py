@@ -1,0 +1,101 @@
+"""The run folder: what is in it, and how a run is opened again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from lamp3d.data import CaseStore, Dataset, read_dataset
+from lamp3d.errors import ConfigError
+from lamp3d.experiment.config import ExperimentConfig, load_config
+from lamp3d.nets import SEUNet, UNet
+from lamp3d.plan import Plan
+from lamp3d.volume import write_atomically
+
+_VERSIONS_OF = ("lamp3d", "torch", "monai", "numpy", "nibabel", "scipy", "safetensors")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: ``config.yaml``, ``versions.json``, ``run.json``, ``plans/``, checkpoints, history, results.
+
+    Args:
+        folder: where it is.
+        config: as resolved when the run began.
+        dataset: the folder that it was trained on.
+        organs: names of the labels 1, 2, …
+    """
+
+    folder: Path
+    config: ExperimentConfig
+    dataset: Path
+    organs: tuple[str, ...]
+
+    @classmethod
+    def create(cls, folder: Path, config: ExperimentConfig, dataset: Dataset, devices: int) -> Run:
+        """Write the files that say what the run is."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(folder / "config.yaml")
+        root = dataset.root.resolve()
+        _write_json(folder / "run.json", {"dataset": str(root), "organs": list(dataset.organs), "devices": devices})
+        versions = {name: version(name) for name in _VERSIONS_OF}
+        versions |= {"python": platform.python_version(), "machine": platform.machine(), "seed": str(config.train.seed)}
+        _write_json(folder / "versions.json", versions)
+        return cls(folder, config, root, dataset.organs)
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """Read what a run is.
+
+        Raises:
+            ConfigError: the folder is not a run.
+        """
+        try:
+            content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{folder} is not a run folder (no run.json); give the folder that `lamp3d train` left."
+            ) from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{folder / 'run.json'} is damaged: {error}") from error
+        config = load_config(folder / "config.yaml")
+        return cls(folder, config, Path(content["dataset"]), tuple(content["organs"]))
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint to predict with: the best on the validation split, else the last one."""
+        best = self.folder / "best.safetensors"
+        return best if best.exists() else self.folder / "last.safetensors"
+
+    def network(self) -> UNet | SEUNet:
+        """The run's network with fresh weights."""
+        return self.config.network.build(1 + len(self.organs))
+
+    def plan_path(self, stage: int) -> Path:
+        """Where the plan of a curriculum stage is kept."""
+        return self.folder / "plans" / f"stage-{stage}.json"
+
+    def plans(self) -> list[Plan]:
+        """The plans of all curriculum stages."""
+        return [Plan.load(self.plan_path(stage)) for stage in range(len(self.config.train.curriculum))]
+
+    def read_dataset(self) -> tuple[Dataset, CaseStore]:
+        """The dataset that the run was trained on, and its prepared cases."""
+        dataset = read_dataset(self.dataset)
+        return dataset, CaseStore(dataset, self.config.preprocess, cache_folder(self.config))
+
+
+def cache_folder(config: ExperimentConfig) -> Path:
+    """Where prepared scans are kept."""
+    if config.cache is not None:
+        return config.cache
+    return Path(os.environ.get("LAMP3D_CACHE") or Path.home() / ".cache" / "lamp3d")
+
+
+def _write_json(path: Path, content: object) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

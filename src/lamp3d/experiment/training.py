@@ -1,0 +1,141 @@
+"""Training as one call: prepare the scans, plan every curriculum stage, start the workers."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+
+from lamp3d.data import Batches, Case, CaseStore, Dataset, read_dataset
+from lamp3d.errors import ConfigError
+from lamp3d.evaluate import dice_per_organ
+from lamp3d.experiment.config import ExperimentConfig
+from lamp3d.experiment.run import Run, cache_folder
+from lamp3d.parallel import Engine, launch
+from lamp3d.plan import Plan, make_plan
+from lamp3d.plan.hardware import cpu_cores
+from lamp3d.predict import Predictor
+from lamp3d.train import CurriculumStage, HybridLoss, Trainer
+
+
+def train(dataset_root: Path, config: ExperimentConfig, devices: int, out: Path, *, resume: bool = False) -> Run:
+    """Train through the curriculum and leave a run folder.
+
+    Args:
+        dataset_root: folder in Decathlon layout with the splits "train" and "validation".
+        config: the experiment.
+        devices: worker processes, one a device.
+        out: the run folder.
+        resume: go on with the run in ``out``; a new one must not overwrite an old one.
+
+    Raises:
+        LampError: bad input, a plan that does not fit, a worker that failed; the run folder stays resumable.
+    """
+    console = Console()
+    dataset = read_dataset(dataset_root)
+    if (out / "last.safetensors").exists() and not resume:
+        raise ConfigError(f"{out} already holds a run; add --resume to go on with it, or choose another --out.")
+    train_cases, validation_cases = dataset.split("train"), _validation_cases(dataset)
+    store = CaseStore(dataset, config.preprocess, cache_folder(config))
+    store.prepare([*train_cases, *validation_cases], workers=cpu_cores())
+    _check_augmentation(store, train_cases, config)
+    run = Run.create(out, config, dataset, devices)
+    (out / "plans").mkdir(exist_ok=True)
+    for index, stage in enumerate(config.train.curriculum):
+        plan = _stage_plan(run, index, store, train_cases, devices, resume=resume)
+        plan.save(run.plan_path(index))
+        console.print(f"[bold]Stage {index + 1}[/]: {stage}")
+        console.print(plan.table())
+    launch(_train_worker, devices, (out, resume))
+    return run
+
+
+def _validation_cases(dataset: Dataset) -> tuple[Case, ...]:
+    return dataset.split("validation") if "validation" in dataset.splits else ()
+
+
+def _check_augmentation(store: CaseStore, cases: tuple[Case, ...], config: ExperimentConfig) -> None:
+    """Let a configuration that mixes up left and right fail before the workers start."""
+    Batches(store, cases, patch=None, batch=1, divisor=1, seed=[0], augment=config.augment)
+
+
+def _stage_plan(run: Run, index: int, store: CaseStore, cases: tuple[Case, ...], devices: int, *, resume: bool) -> Plan:
+    """The plan of a curriculum stage; a resumed run keeps its own where the number of devices is the same."""
+    if resume and run.plan_path(index).exists() and (plan := Plan.load(run.plan_path(index))).devices == devices:
+        return plan
+    stage = run.config.train.curriculum[index]
+    torch.manual_seed(run.config.train.seed)
+    network = run.network()
+    return make_plan(
+        network,
+        (stage.batch, 1, *_largest_input(stage, store, cases, network.divisor)),
+        devices,
+        micro_batches=stage.batch if stage.patch_shape is None else stage.micro_batches,
+        recompute=stage.recompute,
+        precision=run.config.train.precision,
+        memory=run.config.memory,
+    )
+
+
+def _largest_input(
+    stage: CurriculumStage, store: CaseStore, cases: tuple[Case, ...], divisor: int
+) -> tuple[int, int, int]:
+    if stage.patch_shape is not None:
+        return stage.patch_shape
+    largest = max((store.shape(case) for case in cases), key=math.prod)
+    depth, height, width = (-(-side // divisor) * divisor for side in largest)
+    return depth, height, width
+
+
+def _train_worker(out: Path, resume: bool) -> None:
+    """One worker's part of a training run; everything it needs is in the run folder."""
+    run = Run.open(out)
+    config = run.config
+    dataset, store = run.read_dataset()
+    torch.manual_seed(config.train.seed)
+    network = run.network()
+
+    def batches(stage: int, epoch: int) -> Batches:
+        settings = config.train.curriculum[stage]
+        return Batches(
+            store,
+            dataset.split("train"),
+            patch=settings.patch_shape,
+            batch=settings.batch,
+            divisor=network.divisor,
+            seed=(config.train.seed, stage, epoch),
+            augment=config.augment,
+            patches_per_case=settings.patches_per_case,
+        )
+
+    cases = _validation_cases(dataset)
+    validate = partial(_validate, store=store, cases=cases, divisor=network.divisor) if cases else None
+    loss = HybridLoss(config.loss, dataset.organs)
+    Trainer(network, run.plans(), config.train, loss, batches, validate, out).fit(resume)
+
+
+def _validate(engine: Engine, *, store: CaseStore, cases: tuple[Case, ...], divisor: int) -> dict[str, float]:
+    """Mean Dice of each organ over the cases where it is annotated, whole volumes through the engine (all ranks)."""
+
+    def image(case: Case) -> Tensor:
+        if not engine.reads_input:
+            return torch.empty((1, *store.shape(case)), device="meta")
+        pixels, _ = store.read(case, label=False)
+        assert pixels is not None
+        return pixels
+
+    predictor = Predictor(engine, store.config, divisor)
+    scores = torch.full((len(cases), len(store.dataset.organs)), math.nan, dtype=torch.float64)
+    for index, logits in enumerate(predictor.predict_prepared(image(case) for case in cases)):
+        if logits is not None:
+            _, label = store.read(cases[index], image=False)
+            assert label is not None
+            scores[index] = dice_per_organ(logits, label, store.annotated(cases[index]))
+    if engine.world_size > 1:
+        dist.broadcast(scores, engine.world_size - 1)
+    return dict(zip(store.dataset.organs, scores.nanmean(dim=0).tolist(), strict=True))
