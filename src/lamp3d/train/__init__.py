@@ -1,0 +1,21 @@
+"""Training: loss, curriculum, checkpoints, and the trainer that brings them together."""
+
+from lamp3d.train.checkpoint import Checkpoint, load_weights, network_tensors, save_checkpoint
+from lamp3d.train.curriculum import CurriculumStage, TrainConfig
+from lamp3d.train.history import EpochRecord, read_history
+from lamp3d.train.loss import HybridLoss, LossConfig
+from lamp3d.train.trainer import Trainer
+
+__all__ = [
+    "Checkpoint",
+    "CurriculumStage",
+    "EpochRecord",
+    "HybridLoss",
+    "LossConfig",
+    "TrainConfig",
+    "Trainer",
+    "load_weights",
+    "network_tensors",
+    "read_history",
+    "save_checkpoint",
+]
