@@ -35,7 +35,7 @@ def learning_curves(history: Sequence[EpochRecord], organs: Sequence[str]) -> Fi
         loss_axes, dice_axes = figure.subplots(1, 2)
         epochs = np.arange(1, len(history) + 1)
         loss_axes.set(title="Training loss", xlabel="epoch")
-        loss_axes.plot(epochs, [epoch.loss for epoch in history], color=ACCENT, linewidth=1.8)
+        loss_axes.plot(epochs, [epoch.loss for epoch in history], color=ACCENT, linewidth=1.8, marker=".")
 
         dice_axes.set(title="Validation Dice", xlabel="epoch", ylim=(0, 1))
         validated = [(at, epoch.dice) for at, epoch in zip(epochs, history, strict=True) if epoch.dice]
@@ -43,7 +43,7 @@ def learning_curves(history: Sequence[EpochRecord], organs: Sequence[str]) -> Fi
         for organ in organs:
             points = [(at, value) for at, dice in validated if (value := dice.get(organ)) is not None]
             if points:
-                dice_axes.plot(*zip(*points, strict=True), color=colours[organ], linewidth=1, alpha=0.9, label=organ)
+                dice_axes.plot(*zip(*points, strict=True), color=colours[organ], linewidth=1, marker=".", label=organ)
         means = [(at, e.mean_dice) for at, e in zip(epochs, history, strict=True) if e.mean_dice is not None]
         if means:
             dice_axes.plot(*zip(*means, strict=True), color=INK, linewidth=2.2, label="mean")
