@@ -1,0 +1,145 @@
+"""Random changes: their geometry, and that left stays left."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from scipy.spatial.transform import Rotation
+from torch.nn import functional
+
+from lamp3d.data import AugmentConfig
+from lamp3d.data.augment import Change, draw_change, label_swap, recoloured, sampling_grid, source_box, turned
+from lamp3d.errors import ConfigError
+
+ORGANS = ["BrainStem", "ParotidLeft", "ParotidRight"]
+PAIR = (("ParotidLeft", "ParotidRight"),)
+
+
+def sampled(volume: torch.Tensor, start: tuple[int, ...], size: tuple[int, ...], matrix: np.ndarray) -> torch.Tensor:
+    """What a rotated sample of a (D, H, W) volume shows."""
+    box = source_box(start, size, volume.shape, matrix)
+    grid = sampling_grid(start, size, box, matrix)
+    return functional.grid_sample(volume[box][None, None], grid, align_corners=False)[0, 0]
+
+
+def test_unit_matrix_reads_exactly_the_patch() -> None:
+    volume = torch.rand(20, 22, 24)
+    box = source_box((3, 4, 5), (8, 6, 10), volume.shape, np.eye(3))
+    assert box == (slice(3, 11), slice(4, 10), slice(5, 15))
+    torch.testing.assert_close(sampled(volume, (3, 4, 5), (8, 6, 10), np.eye(3)), volume[box])
+
+
+def test_quarter_turn_by_matrix_is_rot90() -> None:
+    volume = torch.rand(20, 20, 20)
+    matrix = Rotation.from_euler("z", 90, degrees=True).as_matrix()
+    expected = torch.rot90(volume[4:12, 6:14, 5:15], 1, (1, 0))
+    torch.testing.assert_close(sampled(volume, (4, 6, 5), (8, 8, 10), matrix), expected, atol=1e-4, rtol=0)
+
+
+def test_source_box_loses_nothing_that_a_rotated_patch_needs() -> None:
+    """Reading the box alone gives what reading the whole volume gives."""
+    rng = np.random.default_rng(0)
+    volume = torch.from_numpy(rng.random((30, 28, 26), dtype=np.float32))
+    everything = tuple(slice(0, n) for n in volume.shape)
+    for _ in range(20):
+        matrix = Rotation.random(rng=rng).as_matrix() / rng.uniform(0.7, 1.4)
+        start = tuple(int(n) for n in rng.integers(0, 14, 3))
+        whole = functional.grid_sample(
+            volume[None, None], sampling_grid(start, (12, 10, 8), everything, matrix), align_corners=False
+        )[0, 0]
+        inside = (slice(2, -2),) * 3  # beyond the scan's own border both read zeros, blended differently
+        torch.testing.assert_close(
+            sampled(volume, start, (12, 10, 8), matrix)[inside], whole[inside], atol=1e-4, rtol=0
+        )
+
+
+def test_linear_images_show_where_each_voxel_looks() -> None:
+    """An image whose value is its own coordinate, sampled with a rotation and another scale per axis."""
+    size, start = (9, 11, 13), (12, 10, 8)
+    matrix = Rotation.from_euler("xyz", [10, -20, 30], degrees=True).as_matrix() * 0.9
+    axes = [torch.arange(40.0)] * 3
+    for axis, coordinate in enumerate(torch.meshgrid(*axes, indexing="ij")):
+        got = sampled(coordinate, start, size, matrix)
+        half = (np.array(size) - 1) / 2
+        offsets = np.stack(np.meshgrid(*[np.arange(n) - h for n, h in zip(size, half, strict=True)], indexing="ij"))
+        expected = start[axis] + half[axis] + np.tensordot(matrix[axis], offsets, 1)
+        np.testing.assert_allclose(got.numpy(), expected, atol=2e-4)
+
+
+def test_source_box_outside_the_scan_is_never_empty() -> None:
+    box = source_box((0, 0, 0), (64, 64, 64), (5, 40, 40), Rotation.from_euler("z", 40, degrees=True).as_matrix())
+    assert all(part.stop > part.start for part in box)
+
+
+def test_turned_flips_and_turns() -> None:
+    sample = torch.arange(2 * 2 * 3).reshape(1, 2, 2, 3)
+    assert torch.equal(turned(sample, Change(flips=(0, 2))), sample.flip(1, 3))
+    assert torch.equal(turned(sample, Change(quarter_turns=1)), torch.rot90(sample, 1, (1, 2)))
+    oblong = torch.arange(2 * 4 * 3).reshape(1, 2, 4, 3)
+    assert torch.equal(turned(oblong, Change(quarter_turns=1)), oblong.flip(1, 2))
+
+
+def test_draws_stay_in_their_ranges_and_off_is_off() -> None:
+    config = AugmentConfig(flip_axes=(1,), rotate_degrees=12, scale=(0.8, 1.1), rotate90_probability=0.5)
+    rng = np.random.default_rng(1)
+    changes = [draw_change(config, rng) for _ in range(300)]
+    matrices = [change.matrix_mm for change in changes if change.matrix_mm is not None]
+    magnifications = np.array([np.linalg.det(matrix) ** (-1 / 3) for matrix in matrices])
+    angles = [
+        np.degrees(Rotation.from_matrix(matrix * magnification).magnitude())
+        for matrix, magnification in zip(matrices, magnifications, strict=True)
+    ]
+    assert 110 < len(matrices) < 190
+    assert 8 < max(angles) <= 12
+    assert 0.8 <= magnifications.min() < 0.85
+    assert 1.05 < magnifications.max() <= 1.1
+    assert {change.flips for change in changes} == {(), (1,)}
+    assert {change.quarter_turns for change in changes} == {0, 1, 2, 3}
+    assert not any(change.mirrors for change in changes)
+    assert all(draw_change(AugmentConfig.off(), rng) == Change() for _ in range(20))
+
+
+def test_recoloured_is_gain_shift_and_bounded_noise() -> None:
+    image = torch.rand(1, 8, 8, 8)
+    rng = np.random.default_rng(2)
+    torch.testing.assert_close(recoloured(image, Change(gain=1.1, shift=-0.05), rng), image * 1.1 - 0.05)
+    noise = recoloured(image, Change(noise=0.2), rng) - image
+    assert 0.18 < noise.abs().max() <= 0.2 + 1e-6
+    assert abs(noise.mean()) < 0.02
+
+
+def test_left_right_flip_swaps_pairs() -> None:
+    config = AugmentConfig(flip_axes=(0,), paired_labels=PAIR)
+    assert label_swap(config, ORGANS).tolist() == [0, 1, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("organs", "config", "message"),
+    [
+        (ORGANS, {"flip_axes": (0,)}, r"\['ParotidLeft', 'ParotidRight'\] have a side and no twin in paired_labels"),
+        (["Lung_L", "Lung_R"], {"flip_axes": (0,)}, "Lung_L"),
+        (
+            ["left eye", "right eye", "left ear"],
+            {"flip_axes": (0,), "paired_labels": [("left eye", "right eye")]},
+            "ear",
+        ),
+        (ORGANS, {"paired_labels": [("ParotidLeft", "ParotidRigth")]}, r"\['ParotidRigth'\] are not among the organs"),
+        (ORGANS, {"paired_labels": [("ParotidLeft", "ParotidLeft")]}, "more than one place"),
+    ],
+)
+def test_flips_that_would_mix_up_sides_are_refused(organs: list[str], config: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        label_swap(AugmentConfig.model_validate(config), organs)
+
+
+def test_flips_need_no_pairs_without_sides_or_along_other_axes() -> None:
+    label_swap(AugmentConfig(flip_axes=(0, 1, 2)), ["Liver", "Tumour", "Gall_bladder"])
+    label_swap(AugmentConfig(flip_axes=(1, 2)), ORGANS)
+
+
+def test_configuration_is_checked() -> None:
+    for bad in ({"flip": 1}, {"flip_axes": (3,)}, {"noise": -1}, {"flip_probability": 1.5}, {"scale": (1.2, 0.8)}):
+        with pytest.raises(ValidationError):
+            AugmentConfig.model_validate(bad)
