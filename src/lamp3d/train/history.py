@@ -67,6 +67,9 @@ class Recorder:
     def end_step(self, step: int, check: StepCheck, lr: float) -> None:
         """A step is done; `step` counts from the beginning of the run, from 1."""
 
+    def begin_validation(self) -> None:
+        """The epoch's steps are done; the validation cases are next."""
+
     def end_epoch(self, record: EpochRecord) -> None:
         """An epoch and its validation are done."""
 
@@ -138,6 +141,9 @@ class RunRecorder(Recorder):
             self.board.add_scalar("step/loss", check.loss, step)
             self.board.add_scalar("step/gradient_norm", check.gradient_norm, step)
         self.board.add_scalar("step/learning_rate", lr, step)
+
+    def begin_validation(self) -> None:
+        self.bar.update(self.task, state="validation")
 
     def end_epoch(self, record: EpochRecord) -> None:
         with self.history.open("a") as file:

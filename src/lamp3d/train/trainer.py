@@ -249,6 +249,7 @@ class Trainer:
         if self.validate is None or not self.config.validates(state.stage, state.epoch - 1):
             return record, False
         self.network.eval()
+        self.recorder.begin_validation()
         dice = {organ: value if isfinite(value) else None for organ, value in self.validate(engine).items()}
         known = [value for value in dice.values() if value is not None]
         mean = sum(known) / len(known) if known else None
