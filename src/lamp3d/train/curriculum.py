@@ -28,8 +28,8 @@ class CurriculumStage(BaseModel):
     learning_rate: PositiveFloat = 1e-3
     patches_per_case: PositiveInt = 1
     """Patches drawn from each case in an epoch; whole volumes come once."""
-    recompute: Literal["never", "always"] = "never"
-    """Whether activations are computed a second time in the backward pass, to save memory."""
+    recompute: Literal["never", "always"] | None = None
+    """Whether activations are computed a second time in the backward pass, to save memory; None: where it must be."""
 
     @field_validator("patch", mode="before")
     @classmethod
