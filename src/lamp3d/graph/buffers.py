@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 
@@ -14,6 +13,7 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, content in saved:
-                buffer.copy_(content)
+        for buffer, content in saved:
+            # Through `data`: autograd need not know, since a graph that saved the buffer's old content (BatchNorm in
+            # evaluation) finds the same content, and in training BatchNorm's backward does not look at it.
+            buffer.data.copy_(content)

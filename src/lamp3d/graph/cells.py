@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
 
 from lamp3d.errors import PlanError
 
@@ -108,7 +107,7 @@ class CellGraph:
 
     def collect(self, values: Mapping[str, Tensor]) -> Any:
         """The network's output (a tensor, or the tuple, list or dict that it returns) from its values by name."""
-        return map_arg(self._output_structure, lambda node: values[node.name])
+        return _filled(self._output_structure, values)
 
     def stage_edges(self, starts: Sequence[int]) -> tuple[Edge, ...]:
         """The edges that cross a cut: ``maker`` and ``users`` are stages.
@@ -155,6 +154,20 @@ class CellGraph:
         assert bounds[0] == 0, f"the first stage must begin at cell 0, not {bounds[0]}"
         assert all(a < b for a, b in itertools.pairwise(bounds)), f"stages must not be empty: {bounds}"
         return [stage for stage in range(len(starts)) for _ in range(bounds[stage], bounds[stage + 1])]
+
+
+def _filled(structure: Any, values: Mapping[str, Tensor]) -> Any:
+    """The structure with values for its nodes; ordinary lists and dicts instead of fx's immutable ones."""
+    if isinstance(structure, fx.Node):
+        return values[structure.name]
+    if isinstance(structure, tuple):
+        items = [_filled(item, values) for item in structure]
+        return type(structure)(*items) if hasattr(structure, "_fields") else tuple(items)
+    if isinstance(structure, list):
+        return [_filled(item, values) for item in structure]
+    if isinstance(structure, dict):
+        return {key: _filled(item, values) for key, item in structure.items()}
+    return structure
 
 
 def refuse_tied_parameters(stages: Sequence[Stage]) -> None:

@@ -78,7 +78,7 @@ class Engine:
         pairs = {pair for edge in self._edges for user in edge.users for pair in _both(edge.maker, user)}
         self._transfer = Transfer(self.device, pairs)
         self._announcer = Announcer()
-        self._specs: dict[tuple[tuple[int, ...], torch.dtype], dict[str, ValueSpec]] = {}
+        self._specs: dict[tuple[object, ...], dict[str, ValueSpec]] = {}
 
     @property
     def reads_input(self) -> bool:
@@ -204,8 +204,12 @@ class Engine:
         return image.contiguous(memory_format=torch.channels_last_3d) if self.plan.channels_last else image
 
     def _infer(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, ValueSpec]:
-        """What every value of a micro-batch of this shape looks like (a dry run at a shape's first use)."""
-        key = (tuple(shape), dtype)
+        """What every value of a micro-batch of this shape looks like (a dry run at a shape's first use).
+
+        Which values have a gradient depends on which parameters are frozen; these may change between steps.
+        """
+        trainable = tuple(parameter.requires_grad for parameter in self.graph.root.parameters())
+        key = (tuple(shape), dtype, trainable)
         if key not in self._specs:
             self._specs[key] = infer_specs(self.graph, shape, dtype, self.plan.precision, self.plan.channels_last)
         return self._specs[key]
