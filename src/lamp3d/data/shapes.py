@@ -21,10 +21,11 @@ def ellipsoid(points: Field, centre: Point, radii: Point) -> Field:
     inverse = 1 / np.asarray(radii, np.float32)
     offset = (points - np.asarray(centre, np.float32)[:, None, None, None]) * inverse[:, None, None, None]
     offset *= offset
-    scaled = offset.sum(0)
-    steeper = np.tensordot(inverse**2, offset, 1)
+    tiny = np.float32(1e-12)  # so that the centre itself, 0 / 0, lies inside
+    scaled = offset.sum(0) + tiny
+    steeper = np.tensordot(inverse**2, offset, 1) + tiny * inverse.min() ** 2
     norm = np.sqrt(scaled)
-    distance: Field = norm * (norm - 1) / np.maximum(np.sqrt(steeper), np.float32(1e-6))
+    distance: Field = norm * (norm - 1) / np.sqrt(steeper)
     return distance
 
 
