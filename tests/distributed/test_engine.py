@@ -1,0 +1,129 @@
+"""The engine's contract: for every cut, number of devices and of micro-batches, the plain network's numbers."""
+
+from collections.abc import Callable
+
+import pytest
+
+from lamp3d import launch
+from tests.distributed.workers import CHECKS, Finding, InPlace, SEUNet, UNet, run_checks
+from tests.networks import Branches
+
+Results = list[dict[str, dict[str, Finding]]]
+
+FEW = ["exactness", "every_cut"]
+PLANS = {1: list(CHECKS), 2: list(CHECKS), 3: [*FEW, "shapes", "batch_norm", "frozen"], 4: FEW}
+"""Which checks run on how many devices; each number of devices is launched once."""
+
+
+@pytest.fixture(scope="module")
+def results() -> Callable[[int], Results]:
+    """The checks' findings by rank, run at the first request for that number of devices."""
+    known: dict[int, Results] = {}
+
+    def of(devices: int) -> Results:
+        if devices not in known:
+            known[devices] = launch(run_checks, devices, (PLANS[devices],))
+        return known[devices]
+
+    return of
+
+
+def on(check: str) -> pytest.MarkDecorator:
+    """Parametrise a test over the numbers of devices on which ``check`` runs."""
+    return pytest.mark.parametrize("devices", [devices for devices, checks in PLANS.items() if check in checks])
+
+
+def assert_exact(ranks: Results, check: str, tolerance: float = 1e-10) -> dict[str, set[str]]:
+    """No error above the tolerance, on any rank; returns the parameters whose gradients were compared, by finding."""
+    compared: dict[str, set[str]] = {}
+    for rank, checks in enumerate(ranks):
+        for name, finding in checks[check].items():
+            wrong = {what: error for what, error in finding.errors.items() if not error <= tolerance}
+            assert not wrong, f"{name}, rank {rank}"
+            compared[name] = compared.get(name, set()) | finding.gradients
+    return compared
+
+
+@on("exactness")
+def test_output_loss_and_all_gradients_equal_the_plain_networks(
+    results: Callable[[int], Results], devices: int
+) -> None:
+    compared = assert_exact(results(devices), "exactness")
+    assert len(compared) == 2 * 4 * 2
+    for name, gradients in compared.items():
+        network = (SEUNet if name.startswith("SEUNet") else UNet)(1, 3, filters=2)
+        assert gradients == {parameter for parameter, _ in network.named_parameters()}, name
+    # The output, and the loss, were compared somewhere.
+    for name in compared:
+        assert "output" in results(devices)[-1]["exactness"][name].errors
+        assert all("loss" in rank["exactness"][name].errors for rank in results(devices))
+
+
+@on("every_cut")
+def test_in_place_operations_shared_values_and_several_outputs(
+    results: Callable[[int], Results], devices: int
+) -> None:
+    compared = assert_exact(results(devices), "every_cut")
+    assert sum(name.startswith("RandomDag") for name in compared) >= 8, "too few random graphs were valid"
+    for network in (InPlace(), Branches()):
+        mine = {name: found for name, found in compared.items() if name.startswith(type(network).__name__)}
+        assert len(mine) >= (4 if devices == 2 else 2)
+        for found in mine.values():
+            assert found == {name for name, _ in network.named_parameters()}
+
+
+@on("shapes")
+def test_volumes_of_different_shapes(results: Callable[[int], Results], devices: int) -> None:
+    compared = assert_exact(results(devices), "shapes")
+    assert {"list", "list, recomputed", "stream 0", "stream 1"} < compared.keys()
+
+
+@on("dropout")
+def test_dropout_is_replayed(results: Callable[[int], Results], devices: int) -> None:
+    assert all(rank["dropout"]["dropout"].facts["same"] for rank in results(devices))
+
+
+@on("batch_norm")
+def test_batch_norm_is_exact_or_refused(results: Callable[[int], Results], devices: int) -> None:
+    assert_exact(results(devices), "batch_norm")
+    seen = set().union(*(rank["batch_norm"]["M=1 recompute=always"].facts["buffers"] for rank in results(devices)))
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert seen == {f"layers.{layer}.{name}" for layer in (1, 4) for name in statistics}
+    for rank in results(devices):
+        assert "is a BatchNorm in training mode" in rank["batch_norm"]["M=2"].says
+
+
+@on("frozen")
+def test_frozen_parameters(results: Callable[[int], Results], devices: int) -> None:
+    compared = assert_exact(results(devices), "frozen")
+    assert not {name for name in compared["frozen, recompute=never"] if name[0] in "ab"}
+    assert {"a.weight", "b.bias"} < compared["thawed"]
+
+
+@on("refusals")
+def test_what_cannot_be_run_is_refused(results: Callable[[int], Results], devices: int) -> None:
+    for rank in results(devices):
+        findings = rank["refusals"]
+        if devices > 1:
+            assert "'twice.weight' (also 'twice.weight') is used in stage" in findings["tied"].says
+        else:
+            assert findings["tied"].says == ""
+        assert f"but {devices} worker(s) run" in findings["devices"].says
+        assert "the plan was made for another network: cell 'first' here is 'a' there" in findings["network"].says
+
+
+@on("reduced_precision")
+def test_reduced_precision_is_close(results: Callable[[int], Results], devices: int) -> None:
+    for rank in results(devices):
+        for name, finding in rank["reduced_precision"].items():
+            limit = 3e-2 if name.startswith("bf16") else 1e-4
+            assert not {what: error for what, error in finding.errors.items() if not error <= limit}, name
+
+
+@on("accumulation")
+def test_gradients_add_up_and_steps_leave_nothing_behind(results: Callable[[int], Results], devices: int) -> None:
+    assert_exact(results(devices), "accumulation")
+    for rank in results(devices):
+        facts = rank["accumulation"]["two steps"].facts
+        assert facts["tensors"] == 0
+        assert facts["bytes"] < 40_000_000  # sixteen steps with about 4 MB of activations each

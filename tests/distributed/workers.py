@@ -1,0 +1,449 @@
+"""What the tests run in worker processes: functions that a fresh interpreter can import.
+
+One launch costs seconds, so a worker runs many checks in a row; each reports what it found, and the tests judge it.
+"""
+
+import copy
+import gc
+import itertools
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lamp3d import Engine, SEUNet, UNet
+from lamp3d.errors import ConfigError, PlanError
+from lamp3d.graph import trace
+from lamp3d.plan import Plan
+from tests.networks import Branches, Chancy, Counting, InPlace, RandomDag, Tied, conv
+from tests.plans import plan_at, random_starts
+
+SHAPE = (4, 1, 16, 16, 32)
+SMALL = (4, 1, 4, 5, 6)
+
+
+@dataclass
+class Finding:
+    """What one check found on one rank.
+
+    Attributes:
+        errors: largest relative error of each quantity against the plain network's.
+        gradients: the parameters whose gradients this rank compared.
+        says: the message of the error that was raised, if one was expected.
+        facts: anything else.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    gradients: set[str] = field(default_factory=set)
+    says: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def relative(found: Any, expected: Any) -> float:
+    """The largest difference between two tensors (or trees of them), relative to the largest expected value."""
+    pairs = list(zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True))
+    assert pytree.tree_structure(found) == pytree.tree_structure(expected)
+    assert all(a.shape == b.shape for a, b in pairs)
+    return max(float((a.double() - b.double()).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
+
+
+def squared(output: Any, targets: Tensor) -> Tensor:
+    """A loss that is no mean over the batch: only the whole mini-batch's outputs give the right number."""
+    leaves = pytree.tree_leaves(output)
+    return torch.stack([((leaf - targets).square().mean() + 0.1).sqrt() for leaf in leaves]).sum()
+
+
+def volumes(shape: Sequence[int], seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Images and targets, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return images, torch.randn(shape[0], 1, *shape[2:], generator=generator, dtype=torch.float64)
+
+
+def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return make().double()
+
+
+def gradients_of(network: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+@dataclass
+class Plain:
+    """The plain network's output, loss, gradients and buffers."""
+
+    output: Any
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def run_plain(network: nn.Module, images: Any, targets: Any) -> Plain:
+    """One step of a copy of the network, on this process alone."""
+    network = copy.deepcopy(network)
+    if isinstance(images, Tensor):
+        output = network(images)
+        loss = squared(output, targets)
+    else:
+        output = [network(image) for image in images]
+        loss = torch.stack([squared(o, t) for o, t in zip(output, targets, strict=True)]).mean()
+    loss.backward()
+    return Plain(
+        pytree.tree_map(lambda leaf: leaf.detach(), output),
+        loss.detach(),
+        gradients_of(network),
+        {name: buffer.clone() for name, buffer in network.named_buffers()},
+    )
+
+
+def compare(engine: Engine, plain: Plain, loss: Tensor, output: Any = None, *, steps: int = 1) -> Finding:
+    """Compare what this rank has after ``steps`` equal steps with the plain network's."""
+    errors = {"loss": relative(loss, plain.loss)}
+    if output is not None:
+        errors["output"] = relative(output, plain.output)
+    for name, parameter in engine.parameters.items():
+        if name in plain.gradients:
+            assert parameter.grad is not None, name
+            errors[name] = relative(parameter.grad, plain.gradients[name] * steps)
+        elif parameter.grad is not None:
+            # Its value crosses a cut, but does not influence the loss: a zero comes back, not nothing.
+            errors[name] = float(parameter.grad.abs().max())
+    return Finding(errors, {name for name in engine.parameters if name in plain.gradients})
+
+
+def one_step(
+    network: nn.Module, plan: Plan, images: Any, targets: Any, plain: Plain | None = None, *, forward: bool = False
+) -> Finding:
+    """Output, loss and gradients of the engine against the plain network's (computed here if not given)."""
+    plain = plain or run_plain(network, images, targets)
+    engine = Engine(copy.deepcopy(network), plan)
+    images = images if engine.reads_input else None
+    seen = []
+
+    def loss_fn(output: Any, targets: Any) -> Tensor:
+        seen.append(pytree.tree_map(lambda leaf: leaf.detach().clone(), output))
+        return squared(output, targets)
+
+    loss = engine.step(images, targets if engine.holds_output else None, loss_fn)
+    assert bool(seen) == engine.holds_output
+    whole = isinstance(targets, Tensor)
+    finding = compare(engine, plain, loss, (seen[0] if whole else seen) if seen else None)
+    if forward:
+        output = engine.forward(images)
+        assert (output is not None) == engine.holds_output
+        if output is not None:
+            finding.errors["output of forward"] = relative(output, plain.output)
+    return finding
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first_cells(network: nn.Module, shape: Sequence[int], seed: int) -> list[int]:
+    return random_starts(len(trace(network, shape).cells), world(), seed)
+
+
+# The checks. Each takes nothing and returns findings by name.
+
+
+def check_exactness() -> dict[str, Finding]:
+    """UNet and SEUNet, every M, both recompute modes, another random cut each time."""
+    findings = {}
+    images, targets = volumes(SHAPE)
+    for kind in (UNet, SEUNet):
+        network = seeded(lambda kind=kind: kind(1, 3, filters=2))  # type: ignore[misc]
+        plain = run_plain(network, images, targets)
+        for seed, (micro_batches, recompute) in enumerate(itertools.product((1, 2, 3, 4), ("never", "always"))):
+            starts = first_cells(network, SHAPE, seed)
+            plan = plan_at(network, SHAPE, starts, micro_batches, recompute=recompute)
+            name = f"{kind.__name__} M={micro_batches} recompute={recompute} cut at {starts[1:]}"
+            findings[name] = one_step(network, plan, images, targets, plain)
+    return findings
+
+
+def check_every_cut() -> dict[str, Finding]:
+    """Networks full of in-place operations, tuples, several outputs, tangles: every cut (random ones for K > 2)."""
+    findings = {}
+    images, targets = volumes(SMALL)
+    makers: dict[str, Callable[[], nn.Module]] = {"InPlace": InPlace, "Branches": Branches}
+    makers |= {f"RandomDag({seed})": lambda seed=seed: RandomDag(seed) for seed in range(12)}  # type: ignore[misc]
+    for network_name, make in makers.items():
+        network = seeded(make)
+        try:
+            plain = run_plain(network, images, targets)
+        except RuntimeError as error:  # a random graph that autograd refuses: it overwrites what backward needs
+            assert "modified by an inplace operation" in str(error)
+            continue
+        n_cells = len(trace(network, SMALL).cells)
+        if world() == 2 and not network_name.startswith("Random"):
+            cuts = [[0, cut] for cut in range(1, n_cells)]
+        else:
+            cuts = [random_starts(n_cells, world(), seed) for seed in range(2)]
+        for index, starts in enumerate(cuts):
+            recompute = ("never", "always")[index % 2]
+            plan = plan_at(network, SMALL, starts, 1 + index % 3, recompute=recompute)
+            name = f"{network_name} cut at {starts[1:]} recompute={recompute}"
+            findings[name] = one_step(network, plan, images, targets, plain, forward=True)
+    return findings
+
+
+def check_shapes() -> dict[str, Finding]:
+    """Lists of volumes, shapes that change from step to step, streams."""
+    findings = {}
+    network = seeded(lambda: UNet(1, 2, filters=1))
+    shapes = [(1, 1, 16, 16, 32), (1, 1, 32, 16, 16), (1, 1, 16, 32, 32)]
+    pairs = [volumes(shape, seed) for seed, shape in enumerate(shapes)]
+    images, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    plain = run_plain(network, images, targets)
+    plan = plan_at(network, (4, *shapes[0][1:]), first_cells(network, shapes[0], 5), 2)
+    findings["list"] = one_step(network, plan, images, targets, plain, forward=True)
+    findings["list, recomputed"] = one_step(
+        network, plan.model_copy(update={"recompute": "always"}), images, targets, plain
+    )
+    engine = Engine(copy.deepcopy(network), plan)
+    for batch, shape in ((3, shapes[0]), (2, shapes[2]), (1, shapes[1])):
+        image, target = volumes((batch, *shape[1:]), batch)
+        network.zero_grad()
+        for parameter in engine.parameters.values():
+            parameter.grad = None
+        given = image if engine.reads_input else None
+        output = engine.forward(given)
+        loss = engine.step(given, target if engine.holds_output else None, squared)
+        findings[f"batch {batch} of {shape}"] = compare(engine, run_plain(network, image, target), loss, output)
+    many = [volumes(shapes[i % 3], i)[0] for i in range(5)]
+    for repeat in range(2):
+        results = list(engine.stream(many if engine.reads_input else [None] * len(many)))
+        assert len(results) == len(many)
+        if engine.holds_output:
+            with torch.no_grad():
+                expected = [network(image) for image in many]
+            findings[f"stream {repeat}"] = Finding({"output": relative(results, expected)})
+        else:
+            assert results == [None] * len(many)
+    return findings
+
+
+def check_dropout() -> dict[str, Finding]:
+    """Recomputing draws the same random numbers, and leaves the generator where it would have been."""
+    network = seeded(Chancy)
+    images, targets = volumes(SMALL)
+    results = []
+    for recompute in ("never", "always"):
+        plan = plan_at(network, SMALL, first_cells(network, SMALL, 0), 2, recompute=recompute)
+        engine = Engine(copy.deepcopy(network), plan)
+        torch.manual_seed(7)
+        for _ in range(2):
+            loss = engine.step(images, targets, squared)
+        gradients = {name: p.grad for name, p in engine.parameters.items()}
+        results.append((loss, gradients, torch.rand(1)))
+    same = all(torch.equal(a, b) for a, b in zip(*map(pytree.tree_leaves, results), strict=True))
+    return {"dropout": Finding(facts={"same": same})}
+
+
+def check_batch_norm() -> dict[str, Finding]:
+    """Statistics of the whole mini-batch, counted once; refused where micro-batches would change them."""
+    findings = {}
+    network = seeded(Counting)
+    images, targets = volumes(SMALL)
+    starts = first_cells(network, SMALL, 1)
+    for recompute in ("never", "always"):
+        plan = plan_at(network, SMALL, starts, 1, recompute=recompute)
+        mine, plain = copy.deepcopy(network), copy.deepcopy(network)
+        engine = Engine(mine, plan)
+        for _ in range(2):
+            squared(plain(images), targets).backward()
+            engine.step(images, targets, squared)
+        expected = dict(plain.named_buffers())
+        errors = {name: relative(buffer, expected[name]) for name, buffer in engine.buffers.items()}
+        expected = gradients_of(plain)
+        errors |= {name: relative(p.grad, expected[name]) for name, p in engine.parameters.items()}
+        findings[f"M=1 recompute={recompute}"] = Finding(errors, facts={"buffers": set(engine.buffers)})
+        frozen = copy.deepcopy(plain).eval()
+        plan = plan_at(frozen, SMALL, starts, 3, recompute=recompute)
+        before = {name: buffer.clone() for name, buffer in frozen.named_buffers()}
+        findings[f"eval M=3 recompute={recompute}"] = one_step(frozen, plan, images, targets)
+        assert all(torch.equal(buffer, before[name]) for name, buffer in frozen.named_buffers())
+    try:
+        Engine(copy.deepcopy(network), plan_at(network, SMALL, starts, 2))
+    except PlanError as error:
+        findings["M=2"] = Finding(says=str(error))
+    return findings
+
+
+def check_frozen() -> dict[str, Finding]:
+    """Parameters without gradient at the front: nothing comes back, and nobody waits for it; thawing is noticed."""
+    network = seeded(InPlace)
+    images, targets = volumes(SMALL)
+    findings = {}
+    for parameter in (*network.a.parameters(), *network.b.parameters()):
+        parameter.requires_grad_(False)
+    n_cells = len(trace(network, SMALL).cells)
+    for seed, recompute in enumerate(("never", "always")):
+        plan = plan_at(network, SMALL, random_starts(n_cells, world(), seed), 2, recompute=recompute)
+        findings[f"frozen, recompute={recompute}"] = one_step(network, plan, images, targets)
+    engine = Engine(copy.deepcopy(network), plan)
+    engine.step(images, targets, squared)
+    for net in (network, engine.graph.root):
+        for parameter in net.parameters():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+    loss = engine.step(images, targets, squared)
+    findings["thawed"] = compare(engine, run_plain(network, images, targets), loss)
+    return findings
+
+
+def check_refusals() -> dict[str, Finding]:
+    """What the engine refuses, on all ranks alike."""
+    findings = {}
+    tied = seeded(Tied)
+    other = plan_at(InPlace(), SMALL, [0])
+    for name, network, starts, plan in (
+        ("tied", tied, [0, *range(5 - world(), 4)], None),
+        ("devices", tied, [0, 1, 2][: world() % 3 + 1], None),
+        ("network", tied, [0], other.model_copy(update={"devices": world()})),
+    ):
+        try:
+            Engine(copy.deepcopy(network), plan or plan_at(network, SMALL, starts))
+        except (PlanError, ConfigError) as error:
+            findings[name] = Finding(says=str(error))
+        else:
+            findings[name] = Finding()
+    return findings
+
+
+def check_reduced_precision() -> dict[str, Finding]:
+    """bf16 and channels-last, together and alone, against the plain network under the same conditions.
+
+    A maximum or a kink may fall to the other side when a sum is rounded otherwise, as it is for another size of batch.
+    So the U-Net runs with one micro-batch; with several, a smooth network does.
+    """
+    findings = {}
+    makers: tuple[tuple[type[nn.Module], Callable[[], nn.Module], tuple[int, ...], int], ...] = (
+        (UNet, lambda: UNet(1, 2, filters=2), SHAPE, 1),
+        (Branches, Branches, SMALL, 3),
+    )
+    for (kind, make, shape, micro_batches), channels_last, precision, recompute in itertools.product(
+        makers, (True, False), ("fp32", "bf16"), ("never", "always")
+    ):
+        network = seeded(make).float()
+        if channels_last:
+            network = network.to(memory_format=torch.channels_last_3d)
+        images, targets = (tensor.float() for tensor in volumes(shape))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+            plain = run_plain(network, images.contiguous(memory_format=layout), targets)
+        plan = plan_at(
+            network,
+            shape,
+            first_cells(network, shape, 2),
+            micro_batches,
+            precision=precision,
+            channels_last=channels_last,
+            recompute=recompute,
+        )
+        name = f"{precision} {kind.__name__} channels_last={channels_last} recompute={recompute}"
+        findings[name] = one_step(network, plan, images, targets, plain)
+    return findings
+
+
+def check_accumulation() -> dict[str, Finding]:
+    """Gradients of two steps add up; steps leave nothing behind."""
+    network = seeded(lambda: nn.Sequential(conv(1, 2), nn.ReLU(inplace=True), conv(2, 2), nn.ReLU(), conv(2, 2)))
+    shape = (4, 1, 24, 24, 24)
+    images, targets = volumes(shape)
+    plain = run_plain(network, images, targets)
+    engine = Engine(copy.deepcopy(network), plan_at(network, shape, first_cells(network, shape, 0), 2))
+    for _ in range(2):
+        loss = engine.step(images, targets, squared)
+    finding = compare(engine, plain, loss, steps=2)
+    counts = []
+    for _ in range(2):
+        for _ in range(16):
+            engine.step(images, targets, squared)
+            engine.forward(images)
+        gc.collect()
+        counts.append((sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()), _resident_bytes()))
+    finding.facts["tensors"] = counts[1][0] - counts[0][0]
+    finding.facts["bytes"] = counts[1][1] - counts[0][1]
+    return {"two steps": finding}
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+CHECKS: dict[str, Callable[[], dict[str, Finding]]] = {
+    check.__name__.removeprefix("check_"): check
+    for check in (
+        check_exactness,
+        check_every_cut,
+        check_shapes,
+        check_dropout,
+        check_batch_norm,
+        check_frozen,
+        check_refusals,
+        check_reduced_precision,
+        check_accumulation,
+    )
+}
+
+
+def run_checks(names: Sequence[str]) -> dict[str, dict[str, Finding]]:
+    """Run the named checks one after the other, warnings as errors."""
+    torch.set_num_threads(1)
+    results = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in names:
+            begin = time.perf_counter()
+            results[name] = CHECKS[name]()
+            if os.environ.get("LAMP3D_TEST_TIMES"):
+                print(f"K={world()} {name}: {time.perf_counter() - begin:.1f} s", flush=True)
+    return results
+
+
+# Workers that fail.
+
+
+def fail_in_rank_1() -> None:
+    """Rank 1 raises while rank 0 waits for it."""
+    if dist.get_rank() == 1:
+        raise_an_error()
+    dist.recv(torch.zeros(1), 1)
+
+
+def raise_an_error() -> None:
+    raise ValueError("case_0042 has a label of 99")
+
+
+def be_killed_in_mid_step(victim: int) -> None:
+    """``victim`` gets SIGKILL in the loss or in its forward, while the others wait for its values."""
+    network = seeded(lambda: nn.Sequential(conv(1, 2), conv(2, 2), conv(2, 2)))
+    engine = Engine(network, plan_at(network, SMALL, list(range(world())), 2))
+    images, targets = volumes(SMALL)
+    engine.step(images, targets, squared)
+
+    def kill(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if engine.rank == victim:
+        next(iter(engine.graph.root.children())).register_forward_hook(kill)
+        engine._runner.stage.register_forward_pre_hook(kill)
+    engine.step(images, targets, squared)
+
+
+def describe(*args: Any) -> tuple[int, tuple[Any, ...], int, Tensor]:
+    """Rank, arguments, threads and a tensor, to see what comes back."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return rank, args, torch.get_num_threads(), torch.full((3,), float(rank))

@@ -1,0 +1,53 @@
+"""Plans for given cuts, without profiling: tests cut where they like."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lamp3d.graph import trace
+from lamp3d.plan import Plan, StagePlan
+
+
+def plan_at(
+    network: nn.Module, input_shape: Sequence[int], starts: Sequence[int], micro_batches: int = 1, **settings: Any
+) -> Plan:
+    """The plan whose stages begin at the cells ``starts``; ``settings`` are other fields of :class:`Plan`."""
+    names = [cell.name for cell in trace(network, input_shape).cells]
+    bounds = [*starts, len(names)]
+    stages = tuple(
+        StagePlan(
+            rank=rank,
+            first_cell=begin,
+            last_cell=end - 1,
+            cells=tuple(names[begin:end]),
+            forward_seconds=1.0,
+            backward_seconds=2.0,
+            parameter_bytes=0,
+            peak_bytes=0,
+            sent_bytes=0,
+        )
+        for rank, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+    )
+    plan = Plan(
+        network=type(network).__name__,
+        input_shape=tuple(input_shape),
+        devices=len(stages),
+        device_type="cpu",
+        micro_batches=micro_batches,
+        schedule="gpipe",
+        recompute="never",
+        precision="fp32",
+        channels_last=False,
+        memory_limit_bytes=None,
+        stages=stages,
+        step_seconds=1.0,
+        bubble=0.0,
+    )
+    return plan.model_copy(update=settings)
+
+
+def random_starts(n_cells: int, stages: int, seed: int) -> list[int]:
+    """First cells of ``stages`` non-empty stages, cut at random."""
+    return [0, *sorted(random.Random(seed).sample(range(1, n_cells), stages - 1))]
