@@ -13,7 +13,7 @@ softmax again instead of keeping it: beside the logits, the only thing as large 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,6 +34,10 @@ class LossConfig(BaseModel):
     """Weight by organ name, or of "background"; 1 for those not named."""
     focal_weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     """lambda, the weight of the focal term beside the Dice term."""
+    missing: Literal["mask", "merge"] = "mask"
+    """What the background is in a case without the contours of some organs: "mask" leaves it out of the loss (the
+    paper's form); "merge" takes background and missing organs as one class, whose probability is the sum of theirs, so
+    that false positives are still seen."""
 
 
 class HybridLoss(nn.Module):
@@ -61,6 +65,7 @@ class HybridLoss(nn.Module):
         weights = [config.class_weights.get(name, 1.0) for name in classes]
         self.register_buffer("class_weights", torch.tensor(weights, dtype=torch.float64), persistent=False)
         self.focal_weight = config.focal_weight
+        self.merges = config.missing == "merge"
 
     def forward(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
         """The loss of a mini-batch.
@@ -83,11 +88,30 @@ class HybridLoss(nn.Module):
             )
         assert labels.shape == (logits.shape[0], 1, *logits.shape[2:]), (labels.shape, logits.shape)
         assert annotated.shape == logits.shape[:2], (annotated.shape, logits.shape)
-        weights = self.class_weights.to(logits.device) * annotated.to(logits.device)
+        annotated = annotated.to(logits.device)
+        if self.merges:
+            logits, annotated = _merged(logits, annotated)
+        weights = self.class_weights.to(logits.device) * annotated
         loss: Tensor = _HybridLoss.apply(  # type: ignore[no-untyped-call]
             logits, labels.to(logits.device), weights, self.focal_weight
         )
         return loss
+
+
+def _merged(logits: Tensor, annotated: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits whose background stands for itself and all missing organs, and the mask in which it may be judged."""
+    merged = []
+    for case, known in zip(logits, annotated, strict=True):
+        absent = ~known
+        absent[0] = True
+        scores = case.to(_working_dtype(case))
+        background = scores[absent].logsumexp(0, keepdim=True)
+        # Minus infinity is probability zero: a missing organ has no part of its own in what follows.
+        organs = scores[1:].masked_fill(absent[1:, None, None, None], -torch.inf)
+        merged.append(torch.cat([background, organs]))
+    judged = annotated.clone()
+    judged[:, 0] = True
+    return torch.stack(merged), judged
 
 
 class _HybridLoss(torch.autograd.Function):
