@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
 from lamp3d.errors import PlanError
-from lamp3d.graph import CellGraph, trace, weights_channels_last
+from lamp3d.graph import trace, weights_channels_last
+from lamp3d.plan.costs import StageCosts, runs
 from lamp3d.plan.hardware import device_type, has_fast_bf16, worker_threads
-from lamp3d.plan.partition import minimise_largest, minimise_sum
 from lamp3d.plan.plan import Plan, Precision, Recompute, ScheduleName, StagePlan, format_bytes, parse_bytes
-from lamp3d.plan.profile import Profile, profile_cells
+from lamp3d.plan.profile import profile_cells
 from lamp3d.plan.schedule import SCHEDULES
 from lamp3d.plan.simulate import simulate
-
-OPTIMIZER_COPIES = 2
-"""Optimizer state in units of the parameters (AdamW's two moments; RMSProp has one)."""
-
-TOLERANCE = 1.02
-"""Cuts whose slowest stage is within this factor of the best count as equally fast; the fewest bytes sent decide."""
 
 
 def make_plan(
@@ -55,8 +47,7 @@ def make_plan(
         recompute: ``"never"`` or ``"always"`` recompute a stage's activations in backward; by default only where the
             plan does not fit otherwise.
         precision: ``"fp32"``, ``"bf16"`` (autocast), or ``"auto"``: bf16 where the hardware is fast at it.
-        channels_last: memory layout of volumes; by default channels-last on CPUs with more than one input channel or
-            bf16, where it was measured faster.
+        channels_last: memory layout of volumes; by default both are profiled and the faster one is taken.
         memory: limit per device, such as ``"16GB"``.
         pipe: fixed by hand it must equal ``devices``.
         space: slabs that a volume is cut into; 1 is what this version plans.
@@ -73,16 +64,18 @@ def make_plan(
     kind = device_type()
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(kind) else "fp32"
-    if channels_last is None:
-        channels_last = kind == "cpu"
     batch = input_shape[0]
     micro_batches = min(batch, micro_batches or batch)
     shape = (math.ceil(batch / micro_batches), *input_shape[1:])
-    with _worker_conditions(network, devices, kind, channels_last) as twin:
-        graph = trace(twin, shape)
-        if devices > len(graph.cells):
-            raise PlanError(f"the network has {len(graph.cells)} cells and cannot be cut into {devices} stages.")
-        profile = profile_cells(graph, shape, precision=precision, channels_last=channels_last, repeats=repeats)
+    profiles = {}
+    for layout in (False, True) if channels_last is None else (channels_last,):
+        with _worker_conditions(network, devices, kind, layout) as twin:
+            graph = trace(twin, shape)
+            if devices > len(graph.cells):
+                raise PlanError(f"the network has {len(graph.cells)} cells and cannot be cut into {devices} stages.")
+            profiles[layout] = profile_cells(graph, shape, precision=precision, channels_last=layout, repeats=repeats)
+    channels_last = min(profiles, key=lambda layout: profiles[layout].seconds)
+    profile = profiles[channels_last]
     limit = None if memory is None else parse_bytes(memory)
     choices: list[Recompute] = [recompute] if recompute else ["never", "always"]
     for choice in choices:
@@ -90,89 +83,6 @@ def make_plan(
         if starts := costs.best_cut(devices, limit):
             return _plan(network, input_shape, kind, schedule, precision, channels_last, limit, costs, starts)
     raise PlanError(_does_not_fit(costs, devices, limit or 0))
-
-
-@dataclass
-class StageCosts:
-    """Seconds and bytes of any contiguous run of cells, and the best cut by them."""
-
-    graph: CellGraph
-    profile: Profile
-    micro_batches: int
-    recompute: Recompute
-
-    def __post_init__(self) -> None:
-        self._maker = {edge.value: edge.maker for edge in self.graph.edges}
-        self._users = {edge.value: edge.users for edge in self.graph.edges}
-        self.peak_bytes = functools.cache(self._peak_bytes)
-        self.seconds = functools.cache(self._seconds)
-
-    def forward_seconds(self, begin: int, end: int) -> float:
-        """One micro-batch's forward through the cells begin … end-1."""
-        return sum(cell.forward_seconds for cell in self.profile.cells[begin:end])
-
-    def backward_seconds(self, begin: int, end: int) -> float:
-        """One micro-batch's backward, the second forward of recomputation included."""
-        again = self.forward_seconds(begin, end) if self.recompute == "always" else 0.0
-        return again + sum(cell.backward_seconds for cell in self.profile.cells[begin:end])
-
-    def _seconds(self, begin: int, end: int) -> float:
-        return self.forward_seconds(begin, end) + self.backward_seconds(begin, end)
-
-    def received(self, begin: int, end: int) -> list[str]:
-        """The values that a stage of these cells gets from earlier ones."""
-        return [
-            value
-            for value, maker in self._maker.items()
-            if maker < begin and any(begin <= user < end for user in self._users[value])
-        ]
-
-    def parameter_bytes(self, begin: int, end: int) -> int:
-        """Bytes of the parameters alone."""
-        return sum(cell.parameter_bytes for cell in self.profile.cells[begin:end])
-
-    def _peak_bytes(self, begin: int, end: int) -> int:
-        cells = self.profile.cells[begin:end]
-        size = self.profile.value_bytes
-        received = set(self.received(begin, end))
-        saved = set().union(*(cell.saved_values for cell in cells)) | received
-        one = sum(cell.internal_bytes for cell in cells) + sum(size[value] for value in saved)
-        kept = sum(size[value] for value in received)
-        in_flight = self.micro_batches * one if self.recompute == "never" else self.micro_batches * kept + one
-        return self.parameter_bytes(begin, end) * (2 + OPTIMIZER_COPIES) + in_flight
-
-    def crossing_bytes(self, cell: int) -> int:
-        """Bytes of the values alive just before ``cell``: what one more cut there would send, forward only."""
-        return sum(
-            self.profile.value_bytes[value]
-            for value, maker in self._maker.items()
-            if maker < cell <= self._users[value][-1]
-        )
-
-    def best_cut(self, stages: int, limit: int | None) -> list[int] | None:
-        """First cells of the stages: least slowest stage, then (within TOLERANCE) fewest bytes; None if none fits."""
-        n = len(self.profile.cells)
-
-        def fits(i: int, j: int) -> bool:
-            return limit is None or self.peak_bytes(i, j) <= limit
-
-        fastest = minimise_largest(n, stages, self.seconds, fits)
-        if fastest is None:
-            return None
-        bound = TOLERANCE * max(self.seconds(i, j) for i, j in _runs(fastest, n))
-        return minimise_sum(
-            n, stages, lambda i, _: self.crossing_bytes(i), lambda i, j: fits(i, j) and self.seconds(i, j) <= bound
-        )
-
-    def least_memory(self, stages: int) -> int | None:
-        """The smallest limit that ``stages`` devices could do with."""
-        n = len(self.profile.cells)
-        starts = minimise_largest(n, stages, self.peak_bytes, lambda i, j: True)
-        return None if starts is None else max(self.peak_bytes(i, j) for i, j in _runs(starts, n))
-
-
-def _runs(starts: Sequence[int], n_cells: int) -> Iterator[tuple[int, int]]:
-    return zip(starts, [*starts[1:], n_cells], strict=True)
 
 
 def _plan(
@@ -206,7 +116,7 @@ def _plan(
             peak_bytes=costs.peak_bytes(begin, end),
             sent_bytes=sent[rank],
         )
-        for rank, (begin, end) in enumerate(_runs(starts, len(cells)))
+        for rank, (begin, end) in enumerate(runs(starts, len(cells)))
     )
     line = simulate(
         SCHEDULES[schedule](len(stages), costs.micro_batches),

@@ -44,6 +44,11 @@ class Profile:
     cells: tuple[CellProfile, ...]
     value_bytes: dict[str, int]
 
+    @property
+    def seconds(self) -> float:
+        """One micro-batch's forward and backward through all cells."""
+        return sum(cell.forward_seconds + cell.backward_seconds for cell in self.cells)
+
 
 def profile_cells(
     graph: CellGraph, input_shape: Sequence[int], *, precision: str, channels_last: bool, repeats: int = 3
