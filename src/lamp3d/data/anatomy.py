@@ -226,7 +226,7 @@ class Patient:
         canvas.paint(ellipsoid(points, globe, (radius - 1.5,) * 3), 12)
         canvas.paint(ellipsoid(points, globe + _mm(0, 8.5, 0), (4.5, 2.2, 4.5)), 95)  # lens
         sag = self._near((x * 23, 45, 3), 0.8)
-        nerve = tube(points, [globe - _mm(x * 2, radius - 1, 0), sag, apex, (x * 7, 26, 13)], self._about(2.7, 0.06))
+        nerve = tube(points, [globe - _mm(x * 2, radius - 1, 0), sag, apex, (x * 7, 26, 13)], self._about(3.1, 0.06))
         nerve = np.maximum(nerve, -ellipsoid(points, globe, (radius,) * 3))  # it starts at the globe's back
         canvas.paint(nerve - 1.5, -30)  # its sheath, so that it shows in the bony canal too
         canvas.paint(nerve, self._about(38, 0.08), LABEL[f"OpticNerve{side}"])
@@ -237,7 +237,7 @@ class Patient:
         centre = self._near((0, 21, 15), 0.5)
         cistern = ellipsoid(points, centre + _mm(0, 0, 1), (17, 12, 8))
         canvas.paint_around_organs(cistern, _FLUID - 2)
-        radius = self._about(3.0, 0.06)
+        radius = self._about(3.5, 0.06)
         arms = [tube(points, [(x * 7, 26, 13), centre, centre + _mm(x * 9, -6, 3)], radius) for _, x in _SIDES]
         canvas.paint(blend(arms, 2), self._about(40, 0.06), LABEL["Chiasm"])
 
