@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
-from lamp3d.graph.buffers import preserved_buffers
 from lamp3d.graph.cells import CellGraph
 
 
@@ -43,25 +42,61 @@ def module_device(network: nn.Module) -> torch.device:
     return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
 
 
-@contextmanager
-def fake_inputs(
-    network: nn.Module, input_shape: Sequence[int], dtype: torch.dtype | None = None, channels_last: bool = False
-) -> Iterator[tuple[Tensor]]:
-    """A fake input of ``input_shape`` on the network's device, within the mode in which it can be computed with."""
-    parameter = next(iter(network.parameters()), None)
-    if dtype is None:
-        dtype = torch.float32 if parameter is None else parameter.dtype
-    with preserved_buffers(network), FakeTensorMode(allow_non_fake_inputs=True):
-        fake = torch.empty(tuple(input_shape), dtype=dtype, device=module_device(network))
+class _Runner(nn.Module):
+    """An interpreter as a module, so that its graph's parameters can be stood in for."""
+
+    def __init__(self, interpreter: fx.Interpreter):
+        super().__init__()
+        self.root = interpreter.module
+        self.interpreter = interpreter
+
+    def forward(self, image: Tensor) -> Any:
+        return self.interpreter.run(image)
+
+
+def dry_run(
+    interpreter: fx.Interpreter,
+    input_shape: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    channels_last: bool = False,
+) -> None:
+    """Run a graph on fake tensors: parameters and buffers are stood in for, so neither their content nor their place
+    matters, and nothing is changed.
+
+    Args:
+        interpreter: of the graph, noting what it wants to know.
+        input_shape: (B, C, D, H, W).
+        dtype: of the input; by default the parameters'.
+        device: on which everything is supposed to lie; by default that of the parameters.
+        channels_last: layout of the input.
+    """
+    root = interpreter.module
+    assert isinstance(root, nn.Module)
+    device = device or module_device(root)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        stand_ins: dict[str, Tensor] = {}
+        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            stand_ins[f"root.{name}"] = fake.requires_grad_(tensor.requires_grad)
+        if dtype is None:
+            dtype = next((parameter.dtype for parameter in root.parameters()), torch.float32)
+        image = torch.empty(tuple(input_shape), dtype=dtype, device=device)
         if channels_last:
-            fake = fake.to(memory_format=torch.channels_last_3d)
-        yield (fake,)
+            image = image.to(memory_format=torch.channels_last_3d)
+        functional_call(_Runner(interpreter), stand_ins, (image,))
 
 
 def infer_specs(
-    graph: CellGraph, input_shape: Sequence[int], dtype: torch.dtype, precision: str, channels_last: bool
+    graph: CellGraph,
+    input_shape: Sequence[int],
+    dtype: torch.dtype,
+    precision: str,
+    channels_last: bool,
+    device: torch.device,
 ) -> dict[str, ValueSpec]:
-    """The :class:`ValueSpec` of every tensor in the graph for an input of this shape and dtype.
+    """The :class:`ValueSpec` of every tensor in the graph for an input of this shape and dtype on such a device.
 
     The layout is a prediction that both ends of a transfer share; a sender brings its tensor into that layout.
     """
@@ -76,9 +111,8 @@ def infer_specs(
                 )
             return result
 
-    mode = autocast(module_device(graph.root), precision)
-    with fake_inputs(graph.root, input_shape, dtype, channels_last) as inputs, torch.enable_grad(), mode:
-        Recorder(graph.root).run(*inputs)
+    with torch.enable_grad(), autocast(device, precision):
+        dry_run(Recorder(graph.root), input_shape, dtype=dtype, device=device, channels_last=channels_last)
     return specs
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lamp3d.errors import ConfigError
 from lamp3d.graph.cells import Cell, CellGraph
-from lamp3d.graph.shapes import fake_inputs
+from lamp3d.graph.shapes import dry_run
 
 
 def trace(network: nn.Module, input_shape: Sequence[int]) -> CellGraph:
@@ -107,15 +107,14 @@ class _Recorder(fx.Interpreter):
         self.keep: list[Any] = []  # every result: a freed storage's address may be used again
 
     def dry_run(self, network: nn.Module, input_shape: Sequence[int]) -> None:
-        with fake_inputs(network, input_shape) as inputs:
-            try:
-                self.run(*inputs)
-            except ConfigError:
-                raise
-            except Exception as error:
-                raise ConfigError(
-                    f"{type(network).__name__} does not accept an input of shape {tuple(input_shape)}: {error}"
-                ) from error
+        try:
+            dry_run(self, input_shape)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{type(network).__name__} does not accept an input of shape {tuple(input_shape)}: {error}"
+            ) from error
 
     def run_node(self, node: fx.Node) -> Any:
         if node.op == "output":

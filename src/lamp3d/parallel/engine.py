@@ -132,7 +132,7 @@ class Engine:
                 if self.holds_output and not step.gradients_of_output:
                     loss = step.loss(targets, loss_fn, whole)
                 step.backward(action.micro_batch)
-            self._transfer.flush()
+            self._flush()
         except BaseException:
             self._runner.discard()
             raise
@@ -152,7 +152,7 @@ class Engine:
         outputs = [
             self._infer_one(index, piece, self._infer(*micro_batches[index])) for index, piece in enumerate(pieces)
         ]
-        self._transfer.flush()
+        self._flush()
         if not self.holds_output:
             return None
         return _concatenate(outputs) if whole else outputs
@@ -169,8 +169,18 @@ class Engine:
         for index, volume in enumerate(volumes):
             micro_batches, _ = self._announced(volume if volume is None else [volume])
             piece = self._place(volume) if volume is not None else None
-            yield self._infer_one(index, piece, self._infer(*micro_batches[0]))
+            result = self._infer_one(index, piece, self._infer(*micro_batches[0]))
+            try:
+                yield result
+            except GeneratorExit:  # the caller has what it wants, as zip does after its last pair
+                self._flush()
+                raise
+        self._flush()
+
+    def _flush(self) -> None:
+        """Wait until everything that was sent has arrived; whoever made this engine may drop it then."""
         self._transfer.flush()
+        self._announcer.flush()
 
     def _infer_one(self, index: int, image: Tensor | None, specs: dict[str, ValueSpec]) -> Any:
         step = _Step(self, [specs], [image], first=index)
@@ -211,7 +221,8 @@ class Engine:
         trainable = tuple(parameter.requires_grad for parameter in self.graph.root.parameters())
         key = (tuple(shape), dtype, trainable)
         if key not in self._specs:
-            self._specs[key] = infer_specs(self.graph, shape, dtype, self.plan.precision, self.plan.channels_last)
+            plan = self.plan
+            self._specs[key] = infer_specs(self.graph, shape, dtype, plan.precision, plan.channels_last, self.device)
         return self._specs[key]
 
 
