@@ -45,6 +45,11 @@ class Announcer:
         while len(self._pending) > _PENDING:
             self._pending.popleft()[0].wait()
 
+    def flush(self) -> None:
+        """Wait until all announcements have been heard: one that is dropped earlier never arrives."""
+        while self._pending:
+            self._pending.popleft()[0].wait()
+
     def hear(self) -> tuple[list[MicroBatchSpec], bool]:
         """What :meth:`announce` said on rank 0."""
         head = torch.empty(3, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -91,6 +92,9 @@ def _work(fn: Callable[..., Result], args: Sequence[Any], timeout: timedelta) ->
         backend = "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timeout)
+        # Under torchrun the next launch in this process uses the same group: a second one would meet the addresses
+        # of the first in torchrun's store.
+        atexit.register(_leave_group)
     try:
         result = fn(*args)
     except RuntimeError as error:
@@ -98,8 +102,12 @@ def _work(fn: Callable[..., Result], args: Sequence[Any], timeout: timedelta) ->
             time.sleep(LOST_PEER_SECONDS)
         raise
     dist.all_reduce(torch.zeros(1))  # no one leaves while another still wants to hear from it
-    dist.destroy_process_group()
     return result
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _lost_peer(error: BaseException) -> bool:
