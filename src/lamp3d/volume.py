@@ -88,7 +88,7 @@ def write_nifti(volume: Volume, path: Path, *, overwrite: bool = False) -> None:
     image.header.set_xyzt_units("mm")
     content: bytes = image.to_bytes()
     if path.suffix == ".gz":
-        content = gzip.compress(content, compresslevel=6, mtime=0)  # no time stamp: the same volume is the same file
+        content = gzip.compress(content, compresslevel=3, mtime=0)  # no time stamp: the same volume is the same file
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ORGANS, write_tiny_dataset
+from tiny_dataset import ORGANS, write_tiny_dataset
 
 from lamp3d.data import Dataset, read_dataset
 from lamp3d.errors import DatasetError

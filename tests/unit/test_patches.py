@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ORGANS, write_tiny_dataset
+from tiny_dataset import ORGANS, write_tiny_dataset
 
 from lamp3d.data import AugmentConfig, Batch, Batches, CaseStore, PreprocessConfig, read_dataset
 from lamp3d.data.augment import Change

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import AFFINE, ORGANS, SHAPE, tiny_scan, write_tiny_dataset
 from pydantic import ValidationError
+from tiny_dataset import AFFINE, ORGANS, SHAPE, tiny_scan, write_tiny_dataset
 from torch.nn import functional
 
 from lamp3d.data import CaseStore, Dataset, PreprocessConfig, prepare_scan, read_dataset

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import AFFINE, SHAPE, tiny_scan
+from tiny_dataset import AFFINE, SHAPE, tiny_scan
 
 from lamp3d.errors import ScanError
 from lamp3d.volume import Volume, read_volume, write_nifti
