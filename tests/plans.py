@@ -10,11 +10,24 @@ from lamp3d.graph import trace
 from lamp3d.plan import Plan, StagePlan
 
 
+def cell_names(network: nn.Module, input_shape: Sequence[int]) -> list[str]:
+    """The names of the network's cells in order."""
+    return [cell.name for cell in trace(network, input_shape).cells]
+
+
 def plan_at(
-    network: nn.Module, input_shape: Sequence[int], starts: Sequence[int], micro_batches: int = 1, **settings: Any
+    network: nn.Module,
+    input_shape: Sequence[int],
+    starts: Sequence[int],
+    micro_batches: int = 1,
+    names: Sequence[str] | None = None,
+    **settings: Any,
 ) -> Plan:
-    """The plan whose stages begin at the cells ``starts``; ``settings`` are other fields of :class:`Plan`."""
-    names = [cell.name for cell in trace(network, input_shape).cells]
+    """The plan whose stages begin at the cells ``starts``; ``settings`` are other fields of :class:`Plan`.
+
+    ``names`` are the network's cells, if they are known already.
+    """
+    names = names or cell_names(network, input_shape)
     bounds = [*starts, len(names)]
     stages = tuple(
         StagePlan(

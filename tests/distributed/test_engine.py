@@ -11,7 +11,7 @@ from tests.networks import Branches
 Results = list[dict[str, dict[str, Finding]]]
 
 FEW = ["exactness", "every_cut"]
-PLANS = {1: list(CHECKS), 2: list(CHECKS), 3: [*FEW, "shapes", "batch_norm", "frozen"], 4: FEW}
+PLANS = {1: list(CHECKS), 2: list(CHECKS), 3: [*FEW, "shapes", "batch_norm", "frozen", "dropped_engine"], 4: FEW}
 """Which checks run on how many devices; each number of devices is launched once."""
 
 
@@ -98,6 +98,11 @@ def test_frozen_parameters(results: Callable[[int], Results], devices: int) -> N
     compared = assert_exact(results(devices), "frozen")
     assert not {name for name in compared["frozen, recompute=never"] if name[0] in "ab"}
     assert {"a.weight", "b.bias"} < compared["thawed"]
+
+
+@on("dropped_engine")
+def test_an_engine_may_be_dropped_after_any_call(results: Callable[[int], Results], devices: int) -> None:
+    assert_exact(results(devices), "dropped_engine")
 
 
 @on("refusals")

@@ -1,0 +1,77 @@
+"""Workers start, return, fail and die with a clear word, and never hang."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lamp3d import launch
+from lamp3d.errors import WorkerError
+from tests.distributed import workers
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_results_come_back_by_rank() -> None:
+    results = launch(workers.describe, 2, ("a", {"b": 3}))
+    for rank, (found, args, threads, tensor) in enumerate(results):
+        assert found == rank
+        assert args == ("a", {"b": 3})
+        assert threads == max(1, len(os.sched_getaffinity(0)) // 2)
+        assert torch.equal(tensor, torch.full((3,), float(rank)))
+
+
+def test_one_device_needs_no_process_and_no_group() -> None:
+    [(rank, args, _, _)] = launch(workers.describe, 1, ("here",))
+    assert (rank, args) == (0, ("here",))
+    assert not torch.distributed.is_initialized()
+    with pytest.raises(ValueError, match="case_0042"):
+        launch(workers.raise_an_error, 1)
+
+
+def test_an_error_ends_all_workers_and_is_the_one_reported() -> None:
+    begin = time.perf_counter()
+    with pytest.raises(WorkerError) as caught:
+        launch(workers.fail_in_rank_1, 2)
+    assert time.perf_counter() - begin < 30
+    message = str(caught.value)
+    assert message.startswith("worker 1 failed; all other workers have been ended.")
+    assert "ValueError: case_0042 has a label of 99" in message
+    assert "in raise_an_error" in message  # its own traceback
+    assert "onnection" not in message
+
+
+@pytest.mark.parametrize(("victim", "devices"), [(0, 2), (1, 3)])
+def test_a_killed_worker_is_named(victim: int, devices: int, tmp_path: Path) -> None:
+    note = tmp_path / "killed at"
+    with pytest.raises(WorkerError) as caught:
+        launch(workers.be_killed_in_mid_step, devices, (victim, note))
+    assert time.time() - float(note.read_text()) < 15
+    assert f"worker {victim} was killed by SIGKILL" in str(caught.value)
+    assert "onnection" not in str(caught.value)
+
+
+def test_the_same_script_runs_under_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lamp3d import launch\n"
+        "from tests.distributed.workers import describe, run_checks\n"
+        "if __name__ == '__main__':\n"
+        "    [(rank, args, _, _)] = launch(describe, 2, ('x',))\n"
+        "    [checks] = launch(run_checks, 2, (['dropout', 'frozen'],))\n"
+        "    errors = [e for f in checks['frozen'].values() for e in f.errors.values()]\n"
+        "    print('RESULT', rank, args, checks['dropout']['dropout'].facts, len(errors) > 0, max(errors) < 1e-10)\n"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    assert lines == [f"RESULT {rank} ('x',) {{'same': True}} True True" for rank in range(2)]
