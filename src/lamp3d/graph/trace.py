@@ -51,10 +51,10 @@ def trace(network: nn.Module, input_shape: Sequence[int]) -> CellGraph:
 
 
 def _symbolic_trace(network: nn.Module) -> fx.GraphModule:
-    training = network.training
+    modes = [(module, module.training) for module in network.modules()]
     codes = []
     try:
-        for mode in (not training, training):
+        for mode in (not network.training, network.training):
             network.train(mode)
             root = fx.symbolic_trace(network)
             codes.append(root.code)
@@ -64,7 +64,8 @@ def _symbolic_trace(network: nn.Module) -> fx.GraphModule:
             "values or the shape of a tensor."
         ) from error
     finally:
-        network.train(training)
+        for module, training in modes:
+            module.training = training
     for line, other in zip(*(code.splitlines() for code in codes), strict=False):
         if line != other:
             raise ConfigError(

@@ -1,0 +1,229 @@
+"""From a module to cells and back: stages in a row are the network, at every cut."""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lamp3d.errors import ConfigError, PlanError
+from lamp3d.graph import CellGraph, infer_specs, refuse_tied_parameters, trace
+from lamp3d.nets import SEUNet, UNet
+from tests.networks import Branches, Chancy, Counting, InPlace, RandomDag, Tied, conv
+
+SMALL = (2, 1, 4, 5, 6)
+SHAPE = (1, 1, 16, 16, 32)
+
+
+def run_stages(graph: CellGraph, starts: list[int], image: Tensor) -> Any:
+    """The stages one after the other, each value on its way through a copy, as between devices."""
+    values = {graph.inputs[0]: image}
+    for stage in graph.cut(starts):
+        outputs = stage(*(values[name].clone() for name in stage.inputs))
+        values |= dict(zip(stage.outputs, outputs, strict=True))
+    return graph.collect(values)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [InPlace, Branches, Chancy, Counting, *(lambda seed=seed: RandomDag(seed) for seed in range(4))],
+    ids=["InPlace", "Branches", "Chancy", "Counting", *(f"RandomDag({seed})" for seed in range(4))],
+)
+def test_stages_in_a_row_are_the_network_at_every_cut(make: Any) -> None:
+    torch.manual_seed(0)
+    network = make().double().eval()
+    images = torch.randn(SMALL, dtype=torch.float64)
+    expected = network(images)
+    graph = trace(network, SMALL)
+    every_cell = list(range(len(graph.cells)))
+    assert len(every_cell) > 4
+    pairs = [[0, *pair] for pair in itertools.pairwise(every_cell[1:])]
+    for starts in [[0], every_cell, *([0, cut] for cut in every_cell[1:]), *pairs]:
+        found = run_stages(graph, starts, images.clone())
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+        stages = graph.cut(starts)
+        named = [name for stage in stages for name in stage.parameters_by_name()]
+        assert sorted(named) == sorted(name for name, _ in network.named_parameters())
+        for stage in stages:
+            for name, parameter in stage.parameters_by_name().items():
+                assert parameter is network.get_parameter(name)
+            for name, buffer in stage.buffers_by_name().items():
+                assert buffer is network.get_buffer(name)
+
+
+@pytest.mark.parametrize("kind", [UNet, SEUNet])
+def test_every_level_of_a_u_net_can_be_cut(kind: type[nn.Module]) -> None:
+    graph = trace(kind(1, 2, filters=2), SHAPE)
+    names = [cell.name for cell in graph.cells]
+    for block in [f"encoder{level}" for level in range(1, 6)] + [f"decoder{level}" for level in range(1, 5)]:
+        inside = [name for name in names if name.startswith(block)]
+        assert len(inside) >= 4, block  # two convolutions, two norms with their activations
+        assert any(name.startswith(f"{block}.conv2") for name in inside)
+    assert any(name.startswith("cat") for name in names)
+
+
+def test_edges_go_straight_from_maker_to_users_over_several_stages() -> None:
+    graph = trace(UNet(1, 2, filters=2), SHAPE)
+    names = [cell.name for cell in graph.cells]
+    starts = [0, *(next(i for i, name in enumerate(names) if name.startswith(block)) for block in
+              ("encoder3", "encoder5", "up3"))]  # fmt: skip
+    edges = {edge.value: (edge.maker, edge.users) for edge in graph.stage_edges(starts)}
+    skips = {value: ends for value, ends in edges.items() if ends == (0, (3,))}
+    assert len(skips) == 2  # levels 1 and 2: from the first stage straight to the last
+    assert len([ends for ends in edges.values() if ends == (1, (3,))]) == 1  # level 3
+    assert len([ends for ends in edges.values() if ends == (1, (2,))]) == 2  # level 4 and the pooled value
+    stages = graph.cut(starts)
+    for edge in graph.stage_edges(starts):
+        assert edge.value in stages[edge.maker].outputs
+        for stage in range(len(stages)):
+            assert (edge.value in stages[stage].inputs) == (stage in edge.users)
+
+
+def test_the_input_and_early_outputs_cross_to_where_they_are_needed() -> None:
+    graph = trace(Branches(), SMALL)
+    last = next(cell.index for cell in graph.cells if "cat_1" in cell.nodes)
+    edges = {edge.value: edge for edge in graph.stage_edges([0, 2, last])}
+    assert edges["x"].maker == 0  # the input belongs to the first stage
+    assert edges["x"].users == (2,)
+    for output in graph.outputs:
+        if output in edges:
+            assert 2 in edges[output].users  # where the loss is
+    outputs = graph.collect({name: torch.zeros(1) for name in graph.outputs})
+    assert type(outputs) is dict
+    assert type(outputs["aside"]) is list
+
+
+def test_what_is_no_tensor_does_not_cross_a_cut() -> None:
+    class Sizes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv(1, 2), conv(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            size = x.shape[2:]
+            y = self.a(x)
+            return nn.functional.interpolate(self.b(y), size=size)
+
+    graph = trace(Sizes(), SMALL)
+    specs = infer_specs(graph, SMALL, torch.float32, "fp32", False, torch.device("cpu"))
+    assert all(edge.value in specs for edge in graph.edges)
+    torch.testing.assert_close(
+        run_stages(graph, list(range(len(graph.cells))), torch.ones(SMALL)), graph.root(torch.ones(SMALL))
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kind", [UNet, SEUNet])
+def test_predicted_values_are_the_real_ones(kind: type[nn.Module], precision: str, channels_last: bool) -> None:
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    network = kind(1, 2, filters=2).to(memory_format=layout)
+    next(network.parameters()).requires_grad_(False)
+    graph = trace(network, SHAPE)
+    specs = infer_specs(graph, (2, *SHAPE[1:]), torch.float32, precision, channels_last, torch.device("cpu"))
+    values = {graph.inputs[0]: torch.randn(2, *SHAPE[1:]).contiguous(memory_format=layout)}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        for stage in graph.cut(range(len(graph.cells))):
+            outputs = stage(*(values[name] for name in stage.inputs))
+            values |= dict(zip(stage.outputs, outputs, strict=True))
+    for name, value in values.items():
+        spec = specs[name]
+        assert (spec.shape, spec.dtype, spec.nbytes) == (tuple(value.shape), value.dtype, value.nbytes), name
+        assert spec.requires_grad == value.requires_grad, name
+
+
+def test_tracing_changes_nothing() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(Counting(), nn.Conv3d(2, 1, 1), Counting())
+    network[1].weight.grad = torch.ones_like(network[1].weight)
+    network[2].eval()
+    before = copy.deepcopy(network)
+    modes = [module.training for module in network.modules()]
+    state = torch.get_rng_state()
+    graph = trace(network, SMALL)
+    infer_specs(graph, SMALL, torch.float32, "fp32", False, torch.device("cpu"))
+    for (name, new), old in zip(network.state_dict().items(), before.state_dict().values(), strict=True):
+        assert torch.equal(new, old), name
+    assert [module.training for module in network.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [name for name, p in network.named_parameters() if p.grad is not None] == ["1.weight"]
+    assert torch.equal(network[1].weight.grad, torch.ones_like(network[1].weight))
+
+
+def test_a_parameter_used_directly_lies_in_the_cell_that_uses_it() -> None:
+    graph = trace(Branches(), SMALL)
+    [cell] = [cell for cell in graph.cells if "scale" in cell.nodes]
+    assert "mul" in cell.nodes
+
+
+def test_tied_parameters_are_refused_only_where_a_cut_parts_them() -> None:
+    graph = trace(Tied(), SMALL)
+    for cut, tied in ((1, False), (2, True), (3, True)):
+        if tied:
+            with pytest.raises(PlanError, match=r"'twice\.(weight|bias)' .* stage 0 and in stage 1"):
+                refuse_tied_parameters(graph.cut([0, cut]))
+        else:
+            refuse_tied_parameters(graph.cut([0, cut]))
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.sum() > 0 else x
+
+
+class Functional(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, training=self.training)
+
+
+class Sided(nn.Module):
+    """One more output in training: the code has another number of lines."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x * 2
+        x = x * 2
+        return x + 1
+
+
+class Overwriting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(-1).mul_(2)
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "says"),
+    [
+        (Branching(), SMALL, r"^Branching cannot be traced by torch\.fx: .* must not branch on the values"),
+        (Functional(), SMALL, r"^Functional computes something else in training .*training = (True|False).*nn\.Dropout3d"),
+        (Sided(), SMALL, "^Sided computes something else in training than in evaluation"),
+        (Overwriting(), SMALL, r"'mul_' changes the network's input in place; .*x\.clone\(\)"),
+        (nn.Sequential(nn.ReLU(inplace=True)), SMALL, "changes the network's input in place"),
+        (TwoInputs(), SMALL, r"takes 2 inputs \(x, y\)"),
+        (UNet(1, 2, filters=1), (1, 1, 16, 16, 20), r"^UNet does not accept an input of shape \(1, 1, 16, 16, 20\)"),
+        (UNet(1, 2, filters=1), (1, 3, 16, 16, 32), r"^UNet does not accept an input of shape \(1, 3, 16, 16, 32\)"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(network: nn.Module, shape: tuple[int, ...], says: str) -> None:
+    modes = [module.training for module in network.modules()]
+    with pytest.raises(ConfigError, match=says):
+        trace(network, shape)
+    assert [module.training for module in network.modules()] == modes
+
+
+def test_no_output_is_lost_where_leaves_of_the_output_repeat() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = x * 2
+            return y, y
+
+    graph = trace(Twice(), SMALL)
+    assert pytree.tree_leaves(run_stages(graph, [0], torch.ones(SMALL))) == [pytest.approx(torch.full(SMALL, 2.0))] * 2
