@@ -114,7 +114,7 @@ def test_what_cannot_be_run_is_refused(results: Callable[[int], Results], device
         else:
             assert findings["tied"].says == ""
         assert f"but {devices} worker(s) run" in findings["devices"].says
-        assert "the plan was made for another network: cell 'first' here is 'a' there" in findings["network"].says
+        assert "the plan was made for another network: cell 'first' here is 'a + mul + act' there" in findings["network"].says
 
 
 @on("reduced_precision")
