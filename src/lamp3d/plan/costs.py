@@ -90,6 +90,11 @@ class StageCosts:
             n, stages, lambda i, _: self.crossing_bytes(i), lambda i, j: fits(i, j) and self.seconds(i, j) <= bound
         )
 
+    def fits(self, stages: int, limit: int) -> bool:
+        """Whether any cut into ``stages`` keeps every device within the limit."""
+        memory = self.least_memory(stages)
+        return memory is not None and memory <= limit
+
     def least_memory(self, stages: int) -> int | None:
         """The smallest limit that ``stages`` devices could do with."""
         n = len(self.profile.cells)

@@ -1,7 +1,7 @@
 """The exact contiguous partition of a sequence: dynamic programming, no heuristics and no torch.
 
 ``cost(i, j)`` is what a stage of the items i … j-1 costs, ``fits(i, j)`` whether a device can hold it. Both are asked
-once for every pair, so a partition of n items into K stages takes O(K n²) steps.
+at most K times for every pair, so a partition of n items into K stages takes O(K n²) steps.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -123,7 +124,9 @@ def _short(cell: str) -> str:
     return cell.split(" + ", maxsplit=1)[0]
 
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS: dict[str, int] = {"": 1, "B": 1} | {
+    f"{letter}{i}B": (1024 if i else 1000) ** (power + 1) for power, letter in enumerate("KMGT") for i in ("", "I")
+}
 
 
 def parse_bytes(text: str | int) -> int:
@@ -135,13 +138,15 @@ def parse_bytes(text: str | int) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", str(text))
     if not match or (unit := match[2].upper()) not in _UNITS or float(match[1]) <= 0:
         raise ConfigError(f"{text!r} is not an amount of memory; write it like 16GB or 15.5GiB.")
-    return int(float(match[1]) * _UNITS[unit])
+    return round(float(match[1]) * _UNITS[unit])
 
 
-def format_bytes(count: float) -> str:
-    """A number of bytes for people, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
+def format_bytes(count: float, *, up: bool = False) -> str:
+    """A number of bytes for people: three digits, in powers of ten; with ``up`` never less than ``count``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        digits = 0 if unit == "B" or count >= 99.95 else 1 if count >= 9.995 else 2
+        shown = math.ceil(round(count * 10**digits, 6)) / 10**digits if up else round(count, digits)
+        if shown < 1000 or unit == "TB":
             break
         count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+    return f"{shown:g} {unit}"

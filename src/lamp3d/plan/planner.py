@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -65,6 +66,8 @@ def make_plan(
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(kind) else "fp32"
     batch = input_shape[0]
+    if micro_batches is not None and micro_batches < 1:
+        raise PlanError(f"a mini-batch is cut into at least one micro-batch; micro_batches={micro_batches} is not.")
     micro_batches = min(batch, micro_batches or batch)
     shape = (math.ceil(batch / micro_batches), *input_shape[1:])
     profiles = {}
@@ -82,7 +85,7 @@ def make_plan(
         costs = StageCosts(graph, profile, micro_batches, choice)
         if starts := costs.best_cut(devices, limit):
             return _plan(network, input_shape, kind, schedule, precision, channels_last, limit, costs, starts)
-    raise PlanError(_does_not_fit(costs, devices, limit or 0))
+    raise PlanError(_does_not_fit(costs, devices, limit or 0, shape[0]))
 
 
 def _plan(
@@ -140,21 +143,23 @@ def _plan(
     )
 
 
-def _does_not_fit(costs: StageCosts, devices: int, limit: int) -> str:
+def _does_not_fit(costs: StageCosts, devices: int, limit: int, micro_batch: int) -> str:
+    """What would fit instead; everything that the message names has been tried."""
     n = len(costs.profile.cells)
     ways = []
     if (memory := costs.least_memory(devices)) is not None:
-        ways.append(f"{format_bytes(memory)} a device on {devices} device{'s' if devices > 1 else ''}")
-    more = next((k for k in range(devices + 1, min(n, 64) + 1) if costs.best_cut(k, limit)), None)
-    if more is not None:
-        ways.append(f"{more} devices of {format_bytes(limit)}")
-    if costs.recompute == "never":
+        ways.append(f"{format_bytes(memory, up=True)} a device on {devices} device{'s' if devices > 1 else ''}")
+    more = range(devices + 1, min(n, 64) + 1)
+    if (count := next((k for k in more if costs.fits(k, limit)), None)) is not None:
+        ways.append(f"{count} devices of {format_bytes(limit)}")
+    if costs.recompute == "never" and replace(costs, recompute="always").fits(devices, limit):
         ways.append("recompute='always'")
-    if costs.micro_batches > 1:
-        ways.append("a smaller batch")
+    fewer = range(costs.micro_batches - 1, 0, -1)
+    if (count := next((m for m in fewer if replace(costs, micro_batches=m).fits(devices, limit)), None)) is not None:
+        ways.append(f"a batch of {count * micro_batch}")
     return (
         f"the network does not fit {devices} device(s) of {format_bytes(limit)} with recompute={costs.recompute!r}. "
-        f"These would do: {'; '.join(ways)}; or a smaller volume."
+        f"These would do: {'; '.join(ways)}. A smaller volume needs less as well."
     )
 
 
@@ -171,6 +176,7 @@ def _worker_conditions(
     if kind == "cpu":
         torch.set_num_threads(worker_threads(devices))
     try:
-        yield twin
+        with torch.random.fork_rng([torch.cuda.current_device()] if kind == "cuda" else []):
+            yield twin
     finally:
         torch.set_num_threads(threads)

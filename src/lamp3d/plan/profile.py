@@ -74,6 +74,8 @@ def profile_cells(
     value_bytes = {graph.inputs[0]: image.nbytes}
     cells = []
     gradients = [(p, p.grad) for p in graph.root.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None  # or backward would add to it
     try:
         with preserved_buffers(graph.root):
             for index, stage in enumerate(graph.cut(range(len(graph.cells)))):
