@@ -1,5 +1,6 @@
 """Plans for given cuts, without profiling: tests cut where they like."""
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +42,7 @@ def plan_at(
             peak_bytes=0,
             sent_bytes=0,
         )
-        for rank, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for rank, (begin, end) in enumerate(itertools.pairwise(bounds))
     )
     plan = Plan(
         network=type(network).__name__,

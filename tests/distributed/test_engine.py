@@ -60,9 +60,7 @@ def test_output_loss_and_all_gradients_equal_the_plain_networks(
 
 
 @on("every_cut")
-def test_in_place_operations_shared_values_and_several_outputs(
-    results: Callable[[int], Results], devices: int
-) -> None:
+def test_in_place_operations_shared_values_and_several_outputs(results: Callable[[int], Results], devices: int) -> None:
     compared = assert_exact(results(devices), "every_cut")
     assert sum(name.startswith("RandomDag") for name in compared) >= 8, "too few random graphs were valid"
     for network in (InPlace(), Branches()):
@@ -114,7 +112,10 @@ def test_what_cannot_be_run_is_refused(results: Callable[[int], Results], device
         else:
             assert findings["tied"].says == ""
         assert f"but {devices} worker(s) run" in findings["devices"].says
-        assert "the plan was made for another network: cell 'first' here is 'a + mul + act' there" in findings["network"].says
+        assert (
+            "the plan was made for another network: cell 'first' here is 'a + mul + act' there"
+            in findings["network"].says
+        )
 
 
 @on("reduced_precision")

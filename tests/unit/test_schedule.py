@@ -1,5 +1,7 @@
 """Schedules can be executed, and the simulator predicts them."""
 
+import itertools
+
 import pytest
 
 from lamp3d.plan.schedule import SCHEDULES, Action, gpipe
@@ -48,7 +50,7 @@ def test_actions_of_a_rank_follow_one_another_and_their_needs() -> None:
     line = simulate(gpipe(3, 3), [1.0, 2.0, 1.5], [2.0, 1.0, 3.0])
     ends = {action: end for actions in line.actions for action, _, end in actions}
     for actions in line.actions:
-        assert all(end <= begin for (_, _, end), (_, begin, _) in zip(actions, actions[1:], strict=False))
+        assert all(end <= begin for (_, _, end), (_, begin, _) in itertools.pairwise(actions))
         for action, begin, _ in actions:
             if action.kind == "forward" and action.stage:
                 assert ends[Action("forward", action.stage - 1, action.micro_batch)] <= begin

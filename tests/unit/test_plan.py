@@ -1,0 +1,282 @@
+"""Plans: made from measurements, optimal under a memory limit, readable, and honest about what does not fit."""
+
+import copy
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pydantic
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from torch import Tensor, nn
+
+from lamp3d.errors import ConfigError, PlanError
+from lamp3d.graph import trace
+from lamp3d.nets import UNet
+from lamp3d.plan import Plan, format_bytes, make_plan, parse_bytes
+from lamp3d.plan.costs import StageCosts
+from lamp3d.plan.profile import Profile, profile_cells
+from tests.networks import Branches, Counting, InPlace, conv
+
+SMALL = (4, 1, 4, 5, 6)
+SHAPE = (4, 1, 16, 16, 32)
+
+
+def plan(network: nn.Module, shape: tuple[int, ...] = SMALL, devices: int = 2, **settings: object) -> Plan:
+    return make_plan(network, shape, devices, **{"repeats": 1, "channels_last": False} | settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def u_net_plan() -> Plan:
+    return plan(UNet(1, 3, filters=2), SHAPE, 3, micro_batches=2, memory="1GB")
+
+
+def test_a_plan_covers_all_cells_in_order(u_net_plan: Plan) -> None:
+    network = UNet(1, 3, filters=2)
+    names = [cell.name for cell in trace(network, SHAPE).cells]
+    assert [name for stage in u_net_plan.stages for name in stage.cells] == names
+    assert u_net_plan.starts == [stage.first_cell for stage in u_net_plan.stages]
+    for rank, stage in enumerate(u_net_plan.stages):
+        assert stage.rank == rank
+        assert len(stage.cells) == stage.last_cell - stage.first_cell + 1
+        assert min(stage.forward_seconds, stage.backward_seconds, stage.sent_bytes) > 0
+        assert stage.peak_bytes <= 1_000_000_000
+    assert sum(stage.parameter_bytes for stage in u_net_plan.stages) == 4 * sum(p.numel() for p in network.parameters())
+    slowest = max(stage.forward_seconds + stage.backward_seconds for stage in u_net_plan.stages)
+    assert 2 * slowest <= u_net_plan.step_seconds
+    assert 0 < u_net_plan.bubble < 1
+    assert (u_net_plan.devices, u_net_plan.micro_batches, u_net_plan.recompute) == (3, 2, "never")
+    assert u_net_plan.memory_limit_bytes == 1_000_000_000
+
+
+def test_a_plan_is_frozen_and_comes_back_from_json(u_net_plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        u_net_plan.devices = 4
+    path = tmp_path / "plan.json"
+    u_net_plan.save(path)
+    assert Plan.load(path) == u_net_plan
+    assert list(tmp_path.iterdir()) == [path]  # nothing temporary is left
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"speed": "high"}))
+    with pytest.raises(PlanError, match=r"plan\.json is not a plan [^\n]*\n *speed"):
+        Plan.load(path)
+    path.write_text("{")
+    with pytest.raises(PlanError, match="is not a plan"):
+        Plan.load(path)
+    with pytest.raises(PlanError, match=r"no plan at .*absent\.json; make one with"):
+        Plan.load(tmp_path / "absent.json")
+
+
+def test_the_table_shows_every_stage(u_net_plan: Plan) -> None:
+    console = Console(width=160, record=True)
+    console.print(u_net_plan.table())
+    text = console.export_text()
+    for word in ("UNet", "4×1×16×16×32", "fp32", "gpipe, 2 micro-batches, recompute never", "of 1 GB a device"):
+        assert word in text
+    for stage in u_net_plan.stages:
+        assert f"{stage.first_cell}-{stage.last_cell}  {stage.cells[0].split(' + ')[0]}" in text
+        assert format_bytes(stage.peak_bytes) in text
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("16GB", 16 * 10**9),
+        ("15.5 GiB", int(15.5 * 2**30)),
+        ("512kB", 512_000),
+        ("1.1MB", 1_100_000),
+        (" 3 mib ", 3 * 2**20),
+        ("7", 7),
+        (12345, 12345),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_amounts_of_memory_are_read(text: str | int, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "0", "3 XB", "1e9", "12 GB of it", "1,5GB"])
+def test_other_texts_are_no_amounts_of_memory(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{re.escape(text)}' is not an amount of memory; write it like 16GB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (12_345, "12.3 kB"), (999_600, "1 MB"), (16 * 10**9, "16 GB"),
+     (1_234_567_890_123, "1.23 TB"), (5 * 10**15, "5000 TB"), (1e6, "1 MB")],
+)  # fmt: skip
+def test_bytes_are_written_for_people(count: float, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+@given(st.integers(1, 10**15))
+def test_what_is_written_is_read_back_within_half_a_percent_and_rounded_up_on_demand(count: int) -> None:
+    assert parse_bytes(format_bytes(count)) == pytest.approx(count, rel=0.0051)
+    assert count <= parse_bytes(format_bytes(count, up=True)) <= 1.011 * count
+
+
+@pytest.mark.parametrize("make", [Branches, InPlace, Counting])
+def test_making_a_plan_leaves_the_network_as_it_is(make: Callable[[], nn.Module]) -> None:
+    network = make()
+    next(network.parameters()).grad = torch.ones_like(next(network.parameters()))
+    next(network.children()).eval()
+    gradients = [p.grad if p.grad is None else p.grad.clone() for p in network.parameters()]
+    before = copy.deepcopy(network)
+    modes = [module.training for module in network.modules()]
+    identities = [id(p) for p in network.parameters()]
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    plan(network, micro_batches=1)
+    plan(network, devices=1, micro_batches=1, channels_last=None)
+    assert [id(p) for p in network.parameters()] == identities
+    for (name, new), old in zip(network.state_dict().items(), before.state_dict().values(), strict=True):
+        assert torch.equal(new, old), name
+        assert new.stride() == old.stride(), name
+    for parameter, old in zip(network.parameters(), gradients, strict=True):
+        assert (parameter.grad is None) == (old is None)
+        assert old is None or torch.equal(parameter.grad, old)
+    assert [module.training for module in network.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+def suggestions(error: PlanError) -> tuple[str, list[tuple[int, str]]]:
+    """The memory suggested for the devices asked for, and the (devices, memory) pairs suggested besides."""
+    message = str(error)
+    memory = re.search(r"([0-9.]+ \w?B) a device on", message)
+    more = re.findall(r"([0-9]+) devices of ([0-9.]+ \w?B)", message)
+    assert memory, message
+    return memory[1], [(int(devices), amount) for devices, amount in more]
+
+
+@pytest.mark.parametrize("recompute", [None, "never", "always"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_the_message_suggests_does_fit(recompute: str | None, devices: int) -> None:
+    network = nn.Sequential(*itertools.chain(*((conv(1 if i == 0 else 4, 4), nn.Tanh()) for i in range(6))))
+    roomy = plan(network, SHAPE, devices, recompute=recompute or "always")
+    limit = max(stage.peak_bytes for stage in roomy.stages) // 2
+    with pytest.raises(PlanError, match="does not fit") as caught:
+        plan(network, SHAPE, devices, memory=limit, recompute=recompute)
+    memory, more = suggestions(caught.value)
+    fitted = plan(network, SHAPE, devices, memory=memory, recompute=recompute)
+    assert max(stage.peak_bytes for stage in fitted.stages) <= parse_bytes(memory)
+    for count, _ in more:
+        assert count > devices
+        assert plan(network, SHAPE, count, memory=limit, recompute=recompute).devices == count
+    if devices == 1 and recompute == "never":
+        assert more, "the network's cells are of equal size, so more devices must help"
+    if "recompute='always'" in str(caught.value).split("These would do")[1]:
+        assert recompute == "never"
+        assert plan(network, SHAPE, devices, memory=limit, recompute="always").recompute == "always"
+    if batch := re.search(r"a batch of ([0-9]+)", str(caught.value)):
+        plan(network, (int(batch[1]), *SHAPE[1:]), devices, memory=limit, recompute=recompute)
+
+
+def test_where_nothing_but_more_memory_helps_nothing_else_is_suggested() -> None:
+    network = nn.Sequential(nn.Conv3d(1, 64, 1))
+    with pytest.raises(PlanError) as caught:
+        plan(network, (1, 1, 4, 4, 4), 1, memory=100)
+    message = str(caught.value)
+    assert "devices of" not in message
+    assert "recompute=" not in message.split("These would do")[1]
+    assert "batch" not in message
+
+
+def test_recomputation_is_chosen_only_where_it_is_needed() -> None:
+    network = UNet(1, 3, filters=2)
+    never = plan(network, SHAPE, recompute="never")
+    always = plan(network, SHAPE, recompute="always")
+    least = max(stage.peak_bytes for stage in always.stages)
+    most = max(stage.peak_bytes for stage in never.stages)
+    assert least < most
+    assert plan(network, SHAPE).recompute == "never"
+    assert plan(network, SHAPE, memory=int(1.05 * least)).recompute == "always"
+    assert all(stage.backward_seconds > 0 for stage in always.stages)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"devices": 0}, "at least one device, not 0"),
+        ({"devices": 999}, "cells and cannot be cut into 999 stages"),
+        ({"space": 2}, "space=2"),
+        ({"devices": 2, "pipe": 3}, "pipe=3"),
+        ({"micro_batches": -1}, "micro_batches=-1"),
+        ({"micro_batches": 0}, "micro_batches=0"),
+    ],
+)
+def test_impossible_plans_are_refused(settings: dict[str, int], says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        plan(InPlace(), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("batch", "asked", "given"), [(4, None, 4), (4, 3, 3), (4, 9, 4), (1, 2, 1)])
+def test_there_are_no_more_micro_batches_than_images(batch: int, asked: int | None, given: int) -> None:
+    assert plan(InPlace(), (batch, *SMALL[1:]), micro_batches=asked).micro_batches == given
+
+
+def saved_bytes(module: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], parameters: list[Tensor]) -> int:
+    """Bytes that a forward keeps for backward, each storage once, parameters not counted, inputs always counted."""
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    kept = {x.untyped_storage().data_ptr(): x for x in inputs}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = module(*inputs)
+    size = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+    assert outputs
+    return size
+
+
+def costs_of(network: nn.Module, shape: tuple[int, ...], recompute: str = "never") -> StageCosts:
+    graph = trace(network, shape)
+    profile = profile_cells(graph, shape, precision="fp32", channels_last=False, repeats=1)
+    return StageCosts(graph, profile, 3, recompute)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("network", [UNet(1, 3, filters=2), UNet(1, 2, filters=2, norm="group"), InPlace(), Branches()])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_counted_bytes_are_those_that_a_stage_keeps(network: nn.Module, parts: int) -> None:
+    shape = (1, *(SHAPE if isinstance(network, UNet) else SMALL)[1:])
+    costs = costs_of(network, shape)
+    graph, n = costs.graph, len(costs.graph.cells)
+    starts = [round(i * n / parts) for i in range(parts)]
+    values = {graph.inputs[0]: torch.randn(shape)}  # as received: each a tensor of its own
+    for stage, (begin, end) in zip(graph.cut(starts), itertools.pairwise([*starts, n]), strict=True):
+        inputs = [values[name].detach().clone().requires_grad_(values[name].requires_grad) for name in stage.inputs]
+        parameters = [*stage.parameters_by_name().values(), *stage.buffers_by_name().values()]
+        measured = saved_bytes(stage, inputs, parameters)
+        static = costs.parameter_bytes(begin, end) * 4  # parameters, gradients, two moments
+        assert costs.peak_bytes(begin, end) == static + 3 * measured, stage.cells
+        values |= dict(zip(stage.outputs, stage(*inputs), strict=True))
+
+
+def test_recomputation_keeps_what_was_received_and_one_micro_batch() -> None:
+    network = UNet(1, 3, filters=2)
+    shape = (1, *SHAPE[1:])
+    never, always = costs_of(network, shape), costs_of(network, shape, "always")
+    n = len(never.graph.cells)
+    begin, end = n // 2, n
+    received = sum(never.profile.value_bytes[value] for value in never.received(begin, end))
+    static = never.parameter_bytes(begin, end) * 4
+    one = (never.peak_bytes(begin, end) - static) // 3
+    assert always.peak_bytes(begin, end) == static + 3 * received + one
+    assert always.forward_seconds(begin, end) < always.backward_seconds(begin, end)
+
+
+def test_profiling_notes_values_once_however_many_cells_save_them() -> None:
+    network = Branches()
+    graph = trace(network, SMALL)
+    profile = profile_cells(graph, SMALL, precision="fp32", channels_last=False, repeats=1)
+    assert isinstance(profile, Profile)
+    savers = [cell.name for cell in profile.cells if "act" in cell.saved_values]
+    assert len(savers) >= 2  # the activation saves its output, the next convolution its input: the same bytes
+    assert profile.value_bytes["act"] == 4 * 4 * 4 * 4 * 5 * 6
