@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal, NoReturn, Optional
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from lamp3d.data import write_phantom_dataset
 from lamp3d.errors import ConfigError, LampError
 from lamp3d.evaluate import Results
 from lamp3d.experiment import NetworkConfig, Run, evaluate, load_config, predict, train
-from lamp3d.plan import make_plan
+from lamp3d.plan import make_plan, parse_bytes
 from lamp3d.report import write_report
 
 app = typer.Typer(
@@ -35,14 +38,26 @@ DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
 def main() -> None:
     """Run a command; an error that the user can put right is one message and exit status 2."""
     try:
-        app(standalone_mode=False)
+        app()
     except LampError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
-        sys.exit(2)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _refuse(str(error))
+    except OSError as error:
+        if error.filename is None:  # else it is about a path, such as a file where --out wants a folder
+            raise
+        _refuse(f"{error.filename}: {error.strerror}.")
+    except SignalException as error:  # what torch's launcher makes of SIGINT and SIGTERM
+        sys.exit(128 + error.sigval)
+
+
+def _refuse(message: str) -> NoReturn:
+    # As Text: brackets in a message are no markup. Unwrapped: a terminal breaks lines by itself, a log should not.
+    text = Text.assemble(("error:", "bold red"), " ", message)
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+    sys.exit(2)
+
+
+def _say(message: str) -> None:
+    console.print(Text(message), soft_wrap=True)
 
 
 @app.command()
@@ -54,13 +69,12 @@ def demo(
     """Phantom scans -> train on two devices -> predict -> evaluate -> report.html, in under three minutes."""
     begin = time.monotonic()
     phantoms, folder = out / "phantoms", out / "run"
-    if not (phantoms / "dataset.json").exists():
-        write_phantom_dataset(phantoms, train=24, validation=6, seed=seed)
-    config = load_config(DEMO_CONFIG, [f"train.seed={seed}", f"cache={out / 'cache'}"])
+    write_phantom_dataset(phantoms, train=24, validation=6, seed=seed)
+    config = load_config(DEMO_CONFIG, [f"train.seed={seed}", f"cache={json.dumps(str(out / 'cache'))}"])
     run = train(phantoms, config, devices, folder, resume=(folder / "last.safetensors").exists())
     results = evaluate(run, phantoms, "validation", devices=devices)
     console.print(_results_table(results))
-    console.print(f"{time.monotonic() - begin:.0f} s in all. Report: [bold]{write_report(folder)}[/]")
+    _say(f"{time.monotonic() - begin:.0f} s in all. Report: {write_report(folder)}")
 
 
 @app.command()
@@ -81,6 +95,7 @@ def plan(
     """Does it fit, how is it split, what does it cost? Measured on this machine, cell by cell."""
     if recompute not in (None, "never", "always"):
         raise ConfigError(f"--recompute {recompute!r} is neither never nor always.")
+    limit = None if memory is None else parse_bytes(memory)  # before the profiling, which takes a while
     torch.manual_seed(0)
     settings = NetworkConfig.model_validate({"kind": net, "filters": filters, "stem_stride": stem_stride})
     network = settings.build(classes)
@@ -96,12 +111,12 @@ def plan(
             micro_batches=micro_batches,
             recompute=recompute,  # type: ignore[arg-type]
             precision=precision,
-            memory=memory,
+            memory=limit,
         )
     console.print(found.table())
     if json_path is not None:
         found.save(json_path)
-        console.print(f"Plan: {json_path}")
+        _say(f"Plan: {json_path}")
 
 
 @app.command("train")
@@ -120,7 +135,7 @@ def train_command(
         config = out / "config.yaml"
     folder = out or Path("runs") / config.stem
     run = train(dataset, load_config(config, overrides or []), devices, folder, resume=resume)
-    console.print(f"Done. Next: lamp3d evaluate {run.folder} {dataset}; lamp3d report {run.folder}")
+    _say(f"Done. Next: lamp3d evaluate {run.folder} {dataset}; lamp3d report {run.folder}")
 
 
 @app.command("predict")
@@ -136,9 +151,9 @@ def predict_command(
     opened = Run.open(run)
     done = predict(opened, scans, out, window=_window(window), devices=devices, overwrite=overwrite)
     for prediction in done:
-        console.print(f"{prediction.path}  {prediction.seconds:.2f} s")
+        _say(f"{prediction.path}  {prediction.seconds:.2f} s")
     names = ", ".join(f"{label} {organ}" for label, organ in enumerate(opened.organs, start=1))
-    console.print(f"Labels: {names}")
+    _say(f"Labels: {names}")
 
 
 @app.command("evaluate")
@@ -155,13 +170,13 @@ def evaluate_command(
         Run.open(run), dataset, split, window=_window(window), devices=devices, tolerance_mm=tolerance_mm
     )
     console.print(_results_table(results))
-    console.print(f"Results: {run / 'results.json'}")
+    _say(f"Results: {run / 'results.json'}")
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """One self-contained page: curves, scores, plans and pictures."""
-    console.print(f"Report: {write_report(run)}")
+    _say(f"Report: {write_report(run)}")
 
 
 @app.command()

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
 
 from lamp3d.data import AugmentConfig, PreprocessConfig
 from lamp3d.errors import ConfigError
 from lamp3d.nets import SEUNet, UNet
+from lamp3d.plan import parse_bytes
 from lamp3d.train import LossConfig, TrainConfig
 from lamp3d.volume import write_atomically
 
@@ -76,7 +77,14 @@ class ExperimentConfig(BaseModel):
     loss: LossConfig = LossConfig()
     train: TrainConfig
     memory: str | None = None
-    cache: Path | None = Field(default=None)
+    cache: Path | None = None
+
+    @field_validator("memory")
+    @classmethod
+    def _is_an_amount(cls, memory: str | None) -> str | None:
+        if memory is not None:
+            parse_bytes(memory)
+        return memory
 
     def save(self, path: Path) -> None:
         """Write the configuration with all defaults filled in."""

@@ -43,7 +43,7 @@ def train(dataset_root: Path, config: ExperimentConfig, devices: int, out: Path,
     train_cases, validation_cases = dataset.split("train"), _validation_cases(dataset)
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
     store.prepare([*train_cases, *validation_cases], workers=cpu_cores())
-    _check_augmentation(store, train_cases, config)
+    _check_batches(store, train_cases, config)
     run = Run.create(out, config, dataset, devices)
     (out / "plans").mkdir(exist_ok=True)
     for index, stage in enumerate(config.train.curriculum):
@@ -59,9 +59,12 @@ def _validation_cases(dataset: Dataset) -> tuple[Case, ...]:
     return dataset.split("validation") if "validation" in dataset.splits else ()
 
 
-def _check_augmentation(store: CaseStore, cases: tuple[Case, ...], config: ExperimentConfig) -> None:
-    """Let a configuration that mixes up left and right fail before the workers start."""
-    Batches(store, cases, patch=None, batch=1, divisor=1, seed=[0], augment=config.augment)
+def _check_batches(store: CaseStore, cases: tuple[Case, ...], config: ExperimentConfig) -> None:
+    """Let a configuration that mixes up left and right, or has odd patches, fail before anything is profiled."""
+    with torch.device("meta"):
+        divisor = config.network.build(store.dataset.n_classes).divisor
+    for stage in config.train.curriculum:
+        Batches(store, cases, patch=stage.patch_shape, batch=1, divisor=divisor, seed=[0], augment=config.augment)
 
 
 def _stage_plan(run: Run, index: int, store: CaseStore, cases: tuple[Case, ...], devices: int, *, resume: bool) -> Plan:
