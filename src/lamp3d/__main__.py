@@ -1,0 +1,5 @@
+"""``python -m lamp3d`` is the command line."""
+
+from lamp3d.cli import main
+
+main()

@@ -1,0 +1,102 @@
+"""The command line from scans to a report, on phantoms and a network that are as small as can be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lamp3d.data.anatomy import ORGANS
+from lamp3d.evaluate import Results
+from lamp3d.experiment import Run
+from lamp3d.plan import Plan
+from lamp3d.train import read_history
+from lamp3d.volume import read_volume
+from tests.integration.conftest import CommandLine, environment
+
+
+def test_training_leaves_a_run_and_a_calm_log(trained: Path) -> None:
+    run = Run.open(trained)
+    assert run.organs == ORGANS
+    assert [plan.devices for plan in run.plans()] == [2, 2]
+    history = read_history(trained)
+    assert [(record.stage, record.epoch) for record in history] == [(1, 1), (1, 2), (2, 1)]
+    assert all(len(record.peak_bytes) == 2 and record.mean_dice is not None for record in history)
+    assert json.loads((trained / "versions.json").read_text())["seed"] == "0"
+    assert list((trained / "tensorboard").iterdir())
+
+    assert (trained.parent / "train.err").read_text() == ""  # no warnings of libraries or of the launcher
+    lines = (trained.parent / "train.out").read_text().splitlines()
+    assert sum(line.startswith("stage ") for line in lines) == 3
+    assert "Done. Next: lamp3d evaluate" in lines[-1]
+
+
+def test_predictions_lie_on_the_scans_own_grid_and_do_not_depend_on_the_devices(
+    lamp3d: CommandLine, trained: Path, dataset: Path, tmp_path: Path
+) -> None:
+    scans = [dataset / "images" / f"{name}.nii.gz" for name in ("p3", "p0")]
+    for devices in (1, 2):
+        done = lamp3d("predict", trained, *scans, "--out", tmp_path / str(devices), "--devices", devices, limit=60)
+        assert done.code == 0, done.err
+        assert done.err == ""
+        assert f"{tmp_path / str(devices) / 'p3.nii.gz'}  " in done.out  # a path is not broken over lines
+        assert "1 BrainStem" in done.out
+    for scan in scans:
+        source = read_volume(scan)
+        one, two = (read_volume(tmp_path / str(devices) / scan.name) for devices in (1, 2))
+        assert one.data.dtype == np.uint8
+        assert one.data.shape == source.data.shape
+        np.testing.assert_array_equal(one.affine, source.affine)
+        np.testing.assert_array_equal(one.data, two.data)
+
+
+def test_prediction_by_a_sliding_window(lamp3d: CommandLine, trained: Path, dataset: Path, tmp_path: Path) -> None:
+    scan = dataset / "images" / "p3.nii.gz"
+    done = lamp3d("predict", trained, scan, "--out", tmp_path, "--window", "32x16x32")
+    assert done.code == 0, done.err
+    labels = read_volume(tmp_path / "p3.nii.gz")
+    assert labels.data.shape == read_volume(scan).data.shape
+    assert labels.data.max() <= len(ORGANS)
+
+
+def test_evaluation_and_report(lamp3d: CommandLine, trained: Path, dataset: Path) -> None:
+    done = lamp3d("evaluate", trained, dataset)
+    assert done.code == 0, done.err
+    assert all(organ in done.out for organ in ORGANS)
+    results = Results.load(trained / "results.json")
+    assert [case.name for case in results.cases] == ["p3"]
+    assert set(results.organs) == set(ORGANS)
+    assert results.settings["devices"] == 1  # of weights that two devices trained
+    assert (trained / "predictions" / "validation" / "p3.nii.gz").exists()
+
+    done = lamp3d("report", trained)
+    assert done.code == 0, done.err
+    page = (trained / "report.html").read_text(encoding="utf-8")
+    assert str(trained / "report.html") in done.out
+    assert all(organ in page for organ in ORGANS)
+    assert "data:image/png;base64," in page
+
+
+def test_a_plan_is_printed_and_saved(lamp3d: CommandLine, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    done = lamp3d("plan", "--filters", 2, "--volume", "32x32x16", "--batch", 3, "--devices", 2, "--json", path)
+    assert done.code == 0, done.err
+    assert "encoder1" in done.out
+    plan = Plan.load(path)
+    assert (plan.input_shape, plan.devices, len(plan.stages)) == ((3, 1, 32, 32, 16), 2, 2)
+    again = tmp_path / "again.json"
+    plan.save(again)
+    assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("program", [[str(Path(sys.executable).with_name("lamp3d"))], [sys.executable, "-m", "lamp3d"]])
+def test_the_programs_that_are_installed(program: list[str]) -> None:
+    done = subprocess.run(
+        [*program, "--help"], capture_output=True, text=True, timeout=60, check=True, env=environment()
+    )
+    assert all(name in done.stdout for name in ("demo", "plan", "train", "predict", "evaluate", "report", "bench"))
+    assert done.stderr == ""
