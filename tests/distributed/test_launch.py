@@ -58,20 +58,30 @@ def test_a_killed_worker_is_named(victim: int, devices: int, tmp_path: Path) -> 
 def test_the_same_script_runs_under_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
         "from lamp3d import launch\n"
         "from tests.distributed.workers import describe, run_checks\n"
         "if __name__ == '__main__':\n"
         "    [(rank, args, _, _)] = launch(describe, 2, ('x',))\n"
         "    [checks] = launch(run_checks, 2, (['dropout', 'frozen'],))\n"
         "    errors = [e for f in checks['frozen'].values() for e in f.errors.values()]\n"
-        "    print('RESULT', rank, args, checks['dropout']['dropout'].facts, len(errors) > 0, max(errors) < 1e-10)\n"
+        "    found = args, checks['dropout']['dropout'].facts, len(errors) > 0, max(errors) < 1e-10\n"
+        "    Path(sys.argv[1], f'rank{rank}').write_text(str(found))\n"
     )
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
-    assert lines == [f"RESULT {rank} ('x',) {{'same': True}} True True" for rank in range(2)]
+    for rank in range(2):
+        assert (tmp_path / f"rank{rank}").read_text() == "(('x',), {'same': True}, True, True)"
