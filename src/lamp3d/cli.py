@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Annotated, Literal, NoReturn, Optional
 import torch
 import typer
 from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -40,20 +43,23 @@ def main() -> None:
     try:
         app()
     except LampError as error:
-        _refuse(str(error))
+        _stop(str(error))
     except OSError as error:
         if error.filename is None:  # else it is about a path, such as a file where --out wants a folder
             raise
-        _refuse(f"{error.filename}: {error.strerror}.")
+        _stop(f"{error.filename}: {error.strerror}.")
     except SignalException as error:  # what torch's launcher makes of SIGINT and SIGTERM
-        sys.exit(128 + error.sigval)
+        name = signal.Signals(error.sigval).name
+        _stop(f"stopped by {name}; a training run goes on with --resume.", 128 + error.sigval)
 
 
-def _refuse(message: str) -> NoReturn:
+def _stop(message: str, status: int = 2) -> NoReturn:
+    stderr = Console(stderr=True, highlight=False)
+    # A worker that was killed leaves half a progress bar and a hidden cursor (nothing is written where no terminal is).
+    stderr.control(Control(ControlType.SHOW_CURSOR, ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
     # As Text: brackets in a message are no markup. Unwrapped: a terminal breaks lines by itself, a log should not.
-    text = Text.assemble(("error:", "bold red"), " ", message)
-    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
-    sys.exit(2)
+    stderr.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
+    sys.exit(status)
 
 
 def _say(message: str) -> None:

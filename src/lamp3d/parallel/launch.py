@@ -72,7 +72,8 @@ def launch(
         local_addr="localhost",
     )
     # The launcher's own report of a failure says less than the error that follows.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):  # which has its own level
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         results: dict[int, Result] = elastic_launch(config, _work)(fn, tuple(args), timeout)
     except ChildFailedError as error:

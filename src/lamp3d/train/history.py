@@ -115,7 +115,7 @@ class RunRecorder(Recorder):
             transient=True,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("", state="")
+        self.task = self.bar.add_task("starting", total=None, state="")
         self.bar.start()
         self.title = ""
         self.steps = self.done = 0
