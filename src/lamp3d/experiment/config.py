@@ -104,7 +104,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"no configuration at {path}; see experiments/ for some to start from.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
@@ -120,7 +120,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
 
 def _override(content: dict[str, Any], override: str) -> None:
     keys, equals, value = override.partition("=")
-    if not equals:
+    if not (keys and equals):
         raise ConfigError(f"{override!r} is not of the form key=value, e.g. train.seed=3.")
     *outer, last = keys.split(".")
     place: Any = content

@@ -1,0 +1,149 @@
+"""Configurations: what is read, what is changed by hand, and what a typing error is answered with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lamp3d import SEUNet, UNet
+from lamp3d.errors import ConfigError
+from lamp3d.experiment import NetworkConfig, load_config
+
+ROOT = Path(__file__).parents[2]
+RECIPES = [ROOT / "src" / "lamp3d" / "demo.yaml", *sorted((ROOT / "experiments").glob("**/*.yaml"))]
+
+TEXT = """\
+network: {kind: unet, filters: 4}
+augment:
+  paired_labels: [[A, B]]
+train:
+  seed: 1
+  curriculum:
+    - {patch: 32, epochs: 2}
+    - {patch: whole, epochs: 1, learning_rate: 1e-4}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "some.yaml"
+    file.write_text(TEXT, encoding="utf-8")
+    return file
+
+
+def test_a_configuration_is_read_and_the_rest_has_defaults(path: Path) -> None:
+    config = load_config(path)
+    assert config.network == NetworkConfig(kind="unet", filters=4)
+    assert [stage.patch_shape for stage in config.train.curriculum] == [(32, 32, 32), None]
+    assert config.train.curriculum[1].learning_rate == 1e-4  # which YAML 1.1 takes for a text
+    assert config.memory is None
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_the_recipes_of_the_repository_are_valid(recipe: Path, tmp_path: Path) -> None:
+    config = load_config(recipe)
+    assert config.train.curriculum
+    config.save(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_what_was_saved_is_loaded_again_with_all_defaults_written_out(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ["memory=12GB", f"cache={tmp_path}", "network.kind=seunet", "augment.scale=[0.9, 1.1]"])
+    saved = tmp_path / "new" / "config.yaml"
+    config.save(saved)
+    assert load_config(saved) == config
+    text = saved.read_text(encoding="utf-8")
+    assert all(key in text for key in ("se_reduction: 8", "max_bad_steps: 10", "window:"))
+
+
+def test_single_keys_are_changed(path: Path) -> None:
+    config = load_config(
+        path,
+        [
+            "train.seed=7",
+            "train.curriculum.0.patch=[16, 32, 48]",
+            "train.curriculum.1.epochs=5",
+            "network.max_filters=null",
+            "loss.focal_weight=0.5",  # of a part that the file does not have
+            "cache=a=b",
+        ],
+    )
+    assert config.train.seed == 7
+    assert config.train.curriculum[0].patch_shape == (16, 32, 48)
+    assert config.train.curriculum[1].epochs == 5
+    assert config.network.max_filters is None
+    assert config.loss.focal_weight == 0.5
+    assert config.cache == Path("a=b")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.seed", ["'train.seed' is not of the form key=value"]),
+        ("=3", ["'=3' is not of the form key=value"]),
+        ("train.curriculum.5.epochs=1", ["leads nowhere", "5"]),
+        ("train.curriculum.first.epochs=1", ["leads nowhere", "first"]),
+        ("train.seed.more=1", ["leads nowhere"]),
+        ("train.seed=[1", ["leads nowhere"]),
+        ("train.seed=-1", ["train.seed", "greater than or equal to 0", "-1"]),
+        ("train.optimizer=sgd", ["train.optimizer", "'rmsprop' or 'adamw'", "'sgd'"]),
+        ("train.curriculum.0.patch=small", ["train.curriculum.0.patch", "'small'"]),
+        ("train.curriculum=[]", ["train.curriculum", "at least 1 item"]),
+        ("preprocess.window=[5, 5]", ["preprocess", "must rise"]),
+        ("memory=lots", ["'lots' is not an amount of memory"]),
+        # Unknown keys at every depth, with the likely one or the known ones.
+        ("netwrok.filters=3", ["unknown key 'netwrok'", "did you mean 'network'?"]),
+        ("network.filter=3", ["unknown key 'network.filter'", "did you mean 'filters'?"]),
+        ("augment.rotate=3", ["unknown key 'augment.rotate'", "did you mean 'rotate"]),
+        ("train.curriculum.1.epoch=3", ["unknown key 'train.curriculum.1.epoch'", "did you mean 'epochs'?"]),
+        ("loss.xyz=3", ["unknown key 'loss.xyz'", "known there: ", "focal_weight"]),
+    ],
+)
+def test_what_cannot_be_is_named(path: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+
+
+def test_several_errors_are_told_at_once(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"some\.yaml: network\.filters.*; unknown key 'train\.sed'"):
+        load_config(path, ["train.sed=1", "network.filters=0"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"train: [", "is not valid YAML"),
+        (b"\xff\xfe\x00train", "is not valid YAML"),
+        (b"- 1\n- 2\n", "holds list, not a mapping"),
+        (b"", "train: Field required"),
+        (b"train:\n", "train: "),
+        (b"network: {filters: 4}\n", "train: Field required"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, words: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert str(file) in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_an_absent_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no configuration at"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="no configuration at"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "network"), [("unet", UNet), ("seunet", SEUNet)])
+def test_a_network_is_built_as_configured(kind: str, network: type[UNet]) -> None:
+    settings = {"kind": kind, "filters": 2, "stem_stride": 2, "max_filters": 4, "norm": "group"}
+    built = NetworkConfig.model_validate(settings).build(n_classes=5)
+    assert type(built) is network
+    assert built.divisor == 32
+    *_, last = built.parameters()
+    assert last.shape[0] == 5
