@@ -5,8 +5,9 @@ from collections.abc import Callable
 import pytest
 
 from lamp3d import launch
-from tests.distributed.workers import CHECKS, Finding, InPlace, SEUNet, UNet, run_checks
-from tests.networks import Branches
+from tests.distributed.workers import CHECKS, Finding, SEUNet, UNet, one_step, run_checks, seeded, volumes
+from tests.networks import Branches, Counting, InPlace
+from tests.plans import plan_at
 
 Results = list[dict[str, dict[str, Finding]]]
 
@@ -89,6 +90,12 @@ def test_batch_norm_is_exact_or_refused(results: Callable[[int], Results], devic
     assert seen == {f"layers.{layer}.{name}" for layer in (1, 4) for name in statistics}
     for rank in results(devices):
         assert "is a BatchNorm in training mode" in rank["batch_norm"]["M=2"].says
+
+
+def test_batch_norm_may_need_the_whole_batch() -> None:
+    network, shape = seeded(Counting), (4, 1, 1, 1, 1)  # a single image would leave one value a channel
+    finding = one_step(network, plan_at(network, shape, [0]), *volumes(shape))
+    assert max(finding.errors.values()) < 1e-10
 
 
 @on("frozen")

@@ -60,7 +60,7 @@ class Engine:
                 f"as the plan has devices (devices={plan.devices}), or make a plan for {self.world_size}."
             )
         self.device = _own_device(plan)
-        self.graph = trace(network, (1, *plan.input_shape[1:]))
+        self.graph = trace(network, plan.input_shape)
         _check_cells(self.graph.cells, plan)
         stages = self.graph.cut(plan.starts)
         refuse_tied_parameters(stages)
