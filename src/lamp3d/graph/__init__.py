@@ -2,7 +2,7 @@
 
 from lamp3d.graph.buffers import preserved_buffers
 from lamp3d.graph.cells import Cell, CellGraph, Edge, Stage, refuse_tied_parameters
-from lamp3d.graph.shapes import ValueSpec, autocast, infer_specs, module_device, weights_channels_last
+from lamp3d.graph.shapes import ValueSpec, autocast, infer_specs, lay_out_weights, module_device
 from lamp3d.graph.trace import trace
 
 __all__ = [
@@ -13,9 +13,9 @@ __all__ = [
     "ValueSpec",
     "autocast",
     "infer_specs",
+    "lay_out_weights",
     "module_device",
     "preserved_buffers",
     "refuse_tied_parameters",
     "trace",
-    "weights_channels_last",
 ]

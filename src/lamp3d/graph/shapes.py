@@ -116,11 +116,12 @@ def infer_specs(
     return specs
 
 
-def weights_channels_last(network: nn.Module) -> None:
-    """Lay the convolution weights out channels-last, in place: the ``nn.Parameter`` objects stay the same."""
+def lay_out_weights(network: nn.Module, channels_last: bool) -> None:
+    """Bring the convolution weights into one layout, in place: the ``nn.Parameter`` objects stay the same."""
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     for parameter in network.parameters():
         if parameter.dim() == 5:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

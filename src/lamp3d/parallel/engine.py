@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lamp3d.errors import PlanError
-from lamp3d.graph import Edge, ValueSpec, infer_specs, refuse_tied_parameters, trace, weights_channels_last
+from lamp3d.graph import Edge, ValueSpec, infer_specs, lay_out_weights, refuse_tied_parameters, trace
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.stage import StageRunner
 from lamp3d.parallel.transfer import Receipt, Transfer
@@ -66,8 +66,8 @@ class Engine:
         refuse_tied_parameters(stages)
         stage = stages[self.rank]
         stage.to(self.device)
-        if plan.channels_last:
-            weights_channels_last(stage)
+        # All of the network's: every rank derives from the weights' layout in which layout a value travels.
+        lay_out_weights(network, plan.channels_last)
         if plan.micro_batches > 1:
             _refuse_batch_norm(stages)
         self._runner = StageRunner(stage, self.device, plan.precision, plan.recompute == "always")

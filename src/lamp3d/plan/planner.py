@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lamp3d.errors import PlanError
-from lamp3d.graph import trace, weights_channels_last
+from lamp3d.graph import lay_out_weights, trace
 from lamp3d.plan.costs import StageCosts, runs
 from lamp3d.plan.hardware import device_type, has_fast_bf16, worker_threads
 from lamp3d.plan.plan import Plan, Precision, Recompute, ScheduleName, StagePlan, format_bytes, parse_bytes
@@ -169,8 +169,7 @@ def _worker_conditions(
 ) -> Iterator[nn.Module]:
     """A copy of the network on the device, layout and number of threads that a worker will have."""
     twin = copy.deepcopy(network)
-    if channels_last:
-        weights_channels_last(twin)
+    lay_out_weights(twin, channels_last)
     twin.to(kind).train()
     threads = torch.get_num_threads()
     if kind == "cpu":
