@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -185,18 +186,18 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     _say(f"Report: {write_report(run)}")
 
 
-@app.command()
-def bench(name: Annotated[str, typer.Argument(help="Folder in benchmarks/.")]) -> None:
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context, name: Annotated[str, typer.Argument(help="Folder in benchmarks/; its options follow.")]
+) -> None:
     """Run one of the repository's benchmarks (from a checkout)."""
-    import runpy  # only here
-
-    folder = Path(__file__).parents[2] / "benchmarks"
-    script = folder / name / "run.py"
-    if not script.exists():
-        known = ", ".join(sorted(path.parent.name for path in folder.glob("*/run.py"))) or "none: not a checkout"
-        raise ConfigError(f"no benchmark {name!r} in {folder}; there are: {known}.")
-    sys.argv = [str(script)]
-    runpy.run_path(str(script), run_name="__main__")
+    root = Path(__file__).parents[2]
+    if not (root / "benchmarks" / name / "run.py").exists():
+        known = ", ".join(sorted(path.parent.name for path in root.glob("benchmarks/*/run.py"))) or "none: no checkout"
+        raise ConfigError(f"no benchmark {name!r} in {root / 'benchmarks'}; there are: {known}.")
+    # A process of its own: benchmarks start workers, which import the module that was run.
+    command = [sys.executable, "-m", f"benchmarks.{name}.run", *context.args]
+    raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
 
 
 def _sides(text: str) -> tuple[int, int, int]:
