@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import logging
 import os
@@ -108,6 +109,7 @@ def _work(fn: Callable[..., Result], args: Sequence[Any], timeout: timedelta) ->
 
 def _leave_group() -> None:
     if dist.is_initialized():
+        gc.collect()  # a dropped engine's transfers hold on to the group; let them go before it
         dist.destroy_process_group()
 
 
