@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,23 +42,14 @@ class NetworkConfig(BaseModel):
 
     def build(self, n_classes: int, in_channels: int = 1) -> UNet | SEUNet:
         """The network with as many outputs as classes, with fresh weights from torch's random state."""
-        if self.kind == "unet":
-            return UNet(
-                in_channels,
-                n_classes,
-                filters=self.filters,
-                norm=self.norm,
-                stem_stride=self.stem_stride,
-                max_filters=self.max_filters,
-            )
-        return SEUNet(
+        make = UNet if self.kind == "unet" else partial(SEUNet, se_reduction=self.se_reduction)
+        return make(
             in_channels,
             n_classes,
             filters=self.filters,
             norm=self.norm,
             stem_stride=self.stem_stride,
             max_filters=self.max_filters,
-            se_reduction=self.se_reduction,
         )
 
 

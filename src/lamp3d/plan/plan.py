@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from lamp3d.errors import ConfigError, PlanError
+from lamp3d.volume import write_atomically
 
 Recompute = Literal["never", "always"]
 Precision = Literal["fp32", "bf16"]
@@ -101,9 +101,7 @@ class Plan(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically."""
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(self.model_dump_json(indent=1) + "\n")
-        os.replace(temporary, path)
+        write_atomically(path, lambda temporary: temporary.write_text(self.model_dump_json(indent=1) + "\n"))
 
     @classmethod
     def load(cls, path: Path) -> Plan:
