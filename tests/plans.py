@@ -22,40 +22,44 @@ def plan_at(
     starts: Sequence[int],
     micro_batches: int = 1,
     names: Sequence[str] | None = None,
+    *,
+    schedule: str = "gpipe",
+    ranks: Sequence[int] | None = None,
     **settings: Any,
 ) -> Plan:
     """The plan whose stages begin at the cells ``starts``; ``settings`` are other fields of :class:`Plan`.
 
-    ``names`` are the network's cells, if they are known already.
+    ``names`` are the network's cells, if they are known already; ``ranks`` those of the stages, by default one each.
     """
     names = names or cell_names(network, input_shape)
     bounds = [*starts, len(names)]
     stages = tuple(
         StagePlan(
-            rank=rank,
+            rank=stage if ranks is None else ranks[stage],
             first_cell=begin,
             last_cell=end - 1,
             cells=tuple(names[begin:end]),
             forward_seconds=1.0,
             backward_seconds=2.0,
+            weight_seconds=1.0,
             parameter_bytes=0,
-            peak_bytes=0,
             sent_bytes=0,
         )
-        for rank, (begin, end) in enumerate(itertools.pairwise(bounds))
+        for stage, (begin, end) in enumerate(itertools.pairwise(bounds))
     )
     plan = Plan(
         network=type(network).__name__,
         input_shape=tuple(input_shape),
-        devices=len(stages),
+        devices=1 + max(stage.rank for stage in stages),
         device_type="cpu",
         micro_batches=micro_batches,
-        schedule="gpipe",
+        schedule=schedule,
         recompute="never",
         precision="fp32",
         channels_last=False,
         memory_limit_bytes=None,
         stages=stages,
+        per_device=(),
         step_seconds=1.0,
         bubble=0.0,
     )

@@ -5,13 +5,14 @@ from collections.abc import Callable
 import pytest
 
 from lamp3d import launch
+from lamp3d.plan import SCHEDULES
 from tests.distributed.workers import CHECKS, Finding, SEUNet, UNet, one_step, run_checks, seeded, volumes
 from tests.networks import Branches, Counting, InPlace
 from tests.plans import plan_at
 
 Results = list[dict[str, dict[str, Finding]]]
 
-FEW = ["exactness", "every_cut"]
+FEW = ["exactness", "every_cut", "schedules", "any_placement"]
 PLANS = {1: list(CHECKS), 2: list(CHECKS), 3: [*FEW, "shapes", "batch_norm", "frozen", "dropped_engine"], 4: FEW}
 """Which checks run on how many devices; each number of devices is launched once."""
 
@@ -56,7 +57,7 @@ def test_output_loss_and_all_gradients_equal_the_plain_networks(
         assert gradients == {parameter for parameter, _ in network.named_parameters()}, name
     # The output, and the loss, were compared somewhere.
     for name in compared:
-        assert "output" in results(devices)[-1]["exactness"][name].errors
+        assert "output of forward" in results(devices)[-1]["exactness"][name].errors
         assert all("loss" in rank["exactness"][name].errors for rank in results(devices))
 
 
@@ -69,6 +70,25 @@ def test_in_place_operations_shared_values_and_several_outputs(results: Callable
         assert len(mine) >= (4 if devices == 2 else 2)
         for found in mine.values():
             assert found == {name for name, _ in network.named_parameters()}
+
+
+@on("schedules")
+def test_every_schedule_and_every_way_to_recompute(results: Callable[[int], Results], devices: int) -> None:
+    compared = assert_exact(results(devices), "schedules")
+    assert len(compared) == 4 * len(SCHEDULES) * 3
+    for name, gradients in compared.items():
+        if name.startswith("SEUNet"):
+            assert gradients == {parameter for parameter, _ in SEUNet(1, 3, filters=2).named_parameters()}, name
+
+
+@on("any_placement")
+def test_stages_on_any_ranks(results: Callable[[int], Results], devices: int) -> None:
+    compared = assert_exact(results(devices), "any_placement")
+    assert {"mini-batch", "stream of 2", "stream of 5"} < compared.keys()
+    for rank in results(devices):
+        refused = [finding.says for name, finding in rank["any_placement"].items() if name.startswith("refused")]
+        assert len(refused) == 3
+        assert all("a loss that is a mean over cases" in says for says in refused)
 
 
 @on("shapes")
@@ -131,6 +151,11 @@ def test_reduced_precision_is_close(results: Callable[[int], Results], devices: 
         for name, finding in rank["reduced_precision"].items():
             limit = 3e-2 if name.startswith("bf16") else 1e-4
             assert not {what: error for what, error in finding.errors.items() if not error <= limit}, name
+
+
+@on("mixed_layouts")
+def test_both_ends_of_a_transfer_agree_on_its_layout(results: Callable[[int], Results], devices: int) -> None:
+    assert_exact(results(devices), "mixed_layouts", tolerance=1e-5)
 
 
 @on("accumulation")

@@ -7,6 +7,7 @@ import copy
 import gc
 import itertools
 import os
+import random
 import signal
 import time
 import warnings
@@ -20,9 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lamp3d import Engine, SEUNet, UNet
+from lamp3d import Engine, SEUNet, UNet, mean_over_cases
 from lamp3d.errors import ConfigError, PlanError
-from lamp3d.plan import Plan
+from lamp3d.graph import autocast
+from lamp3d.parallel.step import LossFunction
+from lamp3d.plan import SCHEDULES, Plan
+from lamp3d.plan.schedule import PLACEMENTS
 from tests.networks import Branches, Chancy, Counting, InPlace, RandomDag, Tied, conv
 from tests.plans import cell_names, plan_at, random_starts
 
@@ -64,6 +68,13 @@ def squared(output: Any, targets: Tensor) -> Tensor:
     return torch.stack([((leaf - targets).square().mean() + 0.1).sqrt() for leaf in leaves]).sum()
 
 
+@mean_over_cases
+def by_case(output: Any, targets: Tensor) -> Tensor:
+    """A loss that is the mean over its cases, of a function that is not linear."""
+    leaves = pytree.tree_leaves(output)
+    return torch.stack([((leaf - targets).square().flatten(1).mean(1) + 0.1).sqrt().mean() for leaf in leaves]).sum()
+
+
 def volumes(shape: Sequence[int], seed: int = 1) -> tuple[Tensor, Tensor]:
     """Images and targets, the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
@@ -90,12 +101,12 @@ class Plain:
     buffers: dict[str, Tensor]
 
 
-def run_plain(network: nn.Module, images: Any, targets: Any) -> Plain:
+def run_plain(network: nn.Module, images: Any, targets: Any, loss_of: LossFunction = squared) -> Plain:
     """One step of a copy of the network, on this process alone."""
     network = copy.deepcopy(network)
     if isinstance(images, Tensor):
         output = network(images)
-        loss = squared(output, targets)
+        loss = loss_of(output, targets)
     else:
         output = [network(image) for image in images]
         loss = torch.stack([squared(o, t) for o, t in zip(output, targets, strict=True)]).mean()
@@ -126,22 +137,31 @@ def compare(engine: Engine, plain: Plain, loss: Tensor, output: Any = None, *, s
 
 
 def one_step(
-    network: nn.Module, plan: Plan, images: Any, targets: Any, plain: Plain | None = None, *, forward: bool = False
+    network: nn.Module,
+    plan: Plan,
+    images: Any,
+    targets: Any,
+    plain: Plain | None = None,
+    *,
+    loss_fn: LossFunction = squared,
+    forward: bool = False,
 ) -> Finding:
     """Output, loss and gradients of the engine against the plain network's (computed here if not given)."""
-    plain = plain or run_plain(network, images, targets)
+    plain = plain or run_plain(network, images, targets, loss_fn)
     engine = Engine(copy.deepcopy(network), plan)
     images = images if engine.reads_input else None
-    seen = []
+    seen = 0
 
-    def loss_fn(output: Any, targets: Any) -> Tensor:
-        seen.append(pytree.tree_map(lambda leaf: leaf.detach().clone(), output))
-        return squared(output, targets)
+    def watched(output: Any, targets: Any) -> Tensor:
+        nonlocal seen
+        seen += 1
+        return loss_fn(output, targets)
 
-    loss = engine.step(images, targets if engine.holds_output else None, loss_fn)
+    if hasattr(loss_fn, "mean_over_cases"):
+        mean_over_cases(watched)
+    loss = engine.step(images, targets if engine.holds_output else None, watched)
     assert bool(seen) == engine.holds_output
-    whole = isinstance(targets, Tensor)
-    finding = compare(engine, plain, loss, (seen[0] if whole else seen) if seen else None)
+    finding = compare(engine, plain, loss)
     if forward:
         output = engine.forward(images)
         assert (output is not None) == engine.holds_output
@@ -173,7 +193,7 @@ def check_exactness() -> dict[str, Finding]:
             starts = random_starts(len(names), world(), seed)
             plan = plan_at(network, SHAPE, starts, micro_batches, names, recompute=recompute)
             name = f"{kind.__name__} M={micro_batches} recompute={recompute} cut at {starts[1:]}"
-            findings[name] = one_step(network, plan, images, targets, plain)
+            findings[name] = one_step(network, plan, images, targets, plain, forward=True)
     return findings
 
 
@@ -202,6 +222,60 @@ def check_every_cut() -> dict[str, Finding]:
             plan = plan_at(network, SMALL, starts, 1 + index % 3, names, recompute=recompute)
             name = f"{network_name} cut at {starts[1:]} recompute={recompute}"
             findings[name] = one_step(network, plan, images, targets, plain, forward=True)
+    return findings
+
+
+def check_schedules() -> dict[str, Finding]:
+    """Every schedule and placement, several stages on a rank, every way to recompute, another random cut each time."""
+    findings = {}
+    seed = 0
+    for kind, shape in ((SEUNet, SHAPE), (InPlace, SMALL), (Branches, SMALL), (lambda: RandomDag(3), SMALL)):
+        network = seeded((lambda: SEUNet(1, 3, filters=2)) if kind is SEUNet else kind)  # type: ignore[arg-type]
+        images, targets = volumes(shape)
+        plain = run_plain(network, images, targets, by_case)
+        names = cell_names(network, shape)
+        for schedule, recompute in itertools.product(SCHEDULES, ("never", "always", "some")):
+            seed += 1
+            ranks = PLACEMENTS[schedule](world())
+            starts = random_starts(len(names), len(ranks), seed)
+            again = tuple(random.Random(seed).sample(names, len(names) // 2)) if recompute == "some" else recompute
+            plan = plan_at(network, shape, starts, 1 + seed % 4, names, schedule=schedule, ranks=ranks, recompute=again)
+            name = f"{type(network).__name__} {schedule} M={1 + seed % 4} recompute={recompute} cut at {starts[1:]}"
+            findings[name] = one_step(network, plan, images, targets, plain, loss_fn=by_case, forward=True)
+    return findings
+
+
+def check_any_placement() -> dict[str, Finding]:
+    """GPipe, 1F1B and zero bubble with stages on any ranks; lists of volumes; a loss that is no mean over cases."""
+    findings = {}
+    network = seeded(lambda: UNet(1, 2, filters=1))
+    names = cell_names(network, SHAPE)
+    pairs = [volumes(shape, i) for i, shape in enumerate(((1, *SHAPE[1:]), (1, 1, 32, 16, 16), (1, 1, 16, 32, 32)))]
+    images, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    plain = run_plain(network, images, targets)
+    for seed, schedule in enumerate(("gpipe", "1f1b", "folded", "zero_bubble_v")):
+        chance = random.Random(seed)
+        ranks = [0, *(chance.randrange(world()) for _ in range(5)), world() - 1]
+        starts = random_starts(len(names), len(ranks), seed)
+        plan = plan_at(network, SHAPE, starts, 3, names, schedule=schedule, ranks=ranks)
+        findings[f"{schedule} on {ranks}"] = one_step(network, plan, images, targets, plain, forward=True)
+        if schedule == "gpipe":
+            findings["mini-batch"] = one_step(network, plan, *volumes(SHAPE))
+        else:
+            try:
+                one_step(network, plan, *volumes(SHAPE))
+            except PlanError as error:
+                findings[f"refused: {schedule}"] = Finding(says=str(error))
+    engine = Engine(copy.deepcopy(network), plan)
+    many = [volumes((1, *SHAPE[1:]), i)[0] for i in range(5)]
+    with torch.no_grad():
+        expected = [network(image) for image in many]
+    for taken in (2, 5):  # the caller may stop early; nothing of what was under way disturbs the next stream
+        stream = engine.stream(many if engine.reads_input else [None] * len(many))
+        results = [next(stream) for _ in range(taken)]
+        stream.close()
+        if engine.holds_output:
+            findings[f"stream of {taken}"] = Finding({"output": relative(results, expected[:taken])})
     return findings
 
 
@@ -369,7 +443,7 @@ def check_reduced_precision() -> dict[str, Finding]:
         if channels_last:
             network = network.to(memory_format=torch.channels_last_3d)
         images, targets = (tensor.float() for tensor in volumes(shape))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(torch.device("cpu"), precision):
             layout = torch.channels_last_3d if channels_last else torch.contiguous_format
             plain = run_plain(network, images.contiguous(memory_format=layout), targets)
         plan = plan_at(
@@ -385,6 +459,19 @@ def check_reduced_precision() -> dict[str, Finding]:
         # The engine gets fresh weights in their ordinary layout: bringing them into the plan's is its own affair.
         findings[name] = one_step(seeded(make).float(), plan, images, targets, plain)
     return findings
+
+
+def check_mixed_layouts() -> dict[str, Finding]:
+    """Values cross where only the makers' weights decide on their layout, and the users' ranks do not hold these.
+
+    A volume of one channel is in both layouts at once, so what a convolution makes of it is laid out as its weights.
+    """
+    network = seeded(lambda: nn.Sequential(conv(1, 4), conv(4, 3), nn.Tanh(), conv(3, 2))).float()
+    images, targets = (tensor.float() for tensor in volumes(SMALL))
+    plain = run_plain(network, images, targets)
+    names = cell_names(network, SMALL)
+    plan = plan_at(network, SMALL, list(range(world())), 2, names, channels_last=True)
+    return {"channels-last": one_step(network, plan, images, targets, plain, forward=True)}
 
 
 def check_accumulation() -> dict[str, Finding]:
@@ -419,6 +506,8 @@ CHECKS: dict[str, Callable[[], dict[str, Finding]]] = {
     for check in (
         check_exactness,
         check_every_cut,
+        check_schedules,
+        check_any_placement,
         check_shapes,
         check_dropout,
         check_batch_norm,
@@ -426,6 +515,7 @@ CHECKS: dict[str, Callable[[], dict[str, Finding]]] = {
         check_dropped_engine,
         check_refusals,
         check_reduced_precision,
+        check_mixed_layouts,
         check_accumulation,
     )
 }

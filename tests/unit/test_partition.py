@@ -4,11 +4,13 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from lamp3d.plan.partition import minimise_largest, minimise_sum
+from lamp3d.plan.partition import Fits, fold, minimise_largest, minimise_sum
 
 Segments = tuple[list[float], list[int], int | None]
 
@@ -23,14 +25,15 @@ def instances(draw: st.DrawFn) -> tuple[Segments, int]:
     return (costs, sizes, limit), draw(st.integers(1, n + 1))
 
 
-def functions(segments: Segments) -> tuple[Callable[[int, int], float], Callable[[int, int], bool]]:
+def functions(segments: Segments) -> tuple[Callable[[int, int], float], Fits]:
     costs, sizes, limit = segments
 
     def cost(i: int, j: int) -> float:
         # Not additive, as a stage's seconds and bytes are not: every stage pays for its ends.
         return sum(costs[i:j]) + 3 * costs[i] * (i > 0)
 
-    return cost, lambda i, j: limit is None or sum(sizes[i:j]) <= limit
+    # Later stages hold fewer micro-batches, as under 1F1B.
+    return cost, lambda i, j, stage: limit is None or sum(sizes[i:j]) * (3 if stage == 0 else 2) <= 2 * limit
 
 
 def brute_force(segments: Segments, stages: int, join: Callable[[list[float]], float]) -> float:
@@ -39,7 +42,7 @@ def brute_force(segments: Segments, stages: int, join: Callable[[list[float]], f
     best = math.inf
     for cuts in itertools.combinations(range(1, n), stages - 1):
         runs = list(itertools.pairwise([0, *cuts, n]))
-        if all(fits(i, j) for i, j in runs):
+        if all(fits(i, j, stage) for stage, (i, j) in enumerate(runs)):
             best = min(best, join([cost(i, j) for i, j in runs]))
     return best
 
@@ -59,7 +62,7 @@ def test_no_partition_is_better(instance: tuple[Segments, int]) -> None:
         assert len(starts) == stages
         assert starts[0] == 0
         runs = list(itertools.pairwise([*starts, n]))
-        assert all(i < j and fits(i, j) for i, j in runs)
+        assert all(i < j and fits(i, j, stage) for stage, (i, j) in enumerate(runs))
         assert join([cost(i, j) for i, j in runs]) == best
 
 
@@ -68,7 +71,7 @@ def test_no_partition_is_better(instance: tuple[Segments, int]) -> None:
 def test_no_partition_into_more_stages_than_items_or_none(
     solve: Callable[..., list[int] | None], items: int, stages: int
 ) -> None:
-    assert solve(items, stages, lambda i, j: 1.0, lambda i, j: True) is None
+    assert solve(items, stages, lambda i, j: 1.0, lambda i, j, stage: True) is None
 
 
 def test_a_large_instance_is_solved_quickly_with_each_segment_asked_once_per_stage() -> None:
@@ -80,7 +83,57 @@ def test_a_large_instance_is_solved_quickly_with_each_segment_asked_once_per_sta
         asked += 1
         return float(j - i)
 
-    starts = minimise_largest(n, stages, cost, lambda i, j: True)
+    starts = minimise_largest(n, stages, cost, lambda i, j, stage: True)
     assert starts is not None
     assert max(j - i for i, j in itertools.pairwise([*starts, n])) == math.ceil(n / stages)
     assert asked <= stages * n * (n + 1) / 2
+
+
+@st.composite
+def folds(draw: st.DrawFn) -> tuple[int, NDArray[np.float64], NDArray[np.float64], float, NDArray[np.float64]]:
+    """Ranks, costs and sizes of every run of up to eight items, a limit, and what every run exchanges with the rest."""
+    n, ranks = draw(st.integers(1, 8)), draw(st.integers(1, 3))
+    costs, sizes = (draw(st.lists(st.integers(0, 20), min_size=n, max_size=n)) for _ in range(2))
+    exchanged = draw(st.lists(st.integers(0, 9), min_size=(n + 1) ** 2, max_size=(n + 1) ** 2))
+
+    def runs_of(items: list[int]) -> NDArray[np.float64]:
+        return np.array([[float(sum(items[i:j])) for j in range(n + 1)] for i in range(n + 1)])
+
+    limit = draw(st.sampled_from([math.inf, 40.0, 20.0]))
+    return ranks, runs_of(costs), runs_of(sizes), limit, np.array(exchanged, dtype=float).reshape(n + 1, n + 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(folds())
+def test_no_fold_is_better(
+    instance: tuple[int, NDArray[np.float64], NDArray[np.float64], float, NDArray[np.float64]],
+) -> None:
+    ranks, cost, size, limit, exchanged = instance
+    n = len(cost) - 1
+    sizes = [size * (rank + 1) for rank in range(ranks)]
+
+    def largest(bounds: list[int]) -> float:
+        return max(sum(cost[run] for run in runs_of(bounds, rank)) for rank in range(ranks))
+
+    def runs_of(bounds: list[int], rank: int) -> set[tuple[int, int]]:
+        pairs = list(itertools.pairwise(bounds))
+        return {pairs[rank], pairs[-1 - rank]}
+
+    def sent(bounds: list[int]) -> float:
+        return float(sum(exchanged[bounds[rank + 1], bounds[-2 - rank]] for rank in range(ranks - 1)))
+
+    every = [[0, *cuts, n] for cuts in itertools.combinations(range(1, n), 2 * ranks - 2)]
+    possible = [
+        bounds
+        for bounds in every
+        if all(sum(sizes[rank][run] for run in runs_of(bounds, rank)) <= limit for rank in range(ranks))
+    ]
+    found = fold(cost, sizes, limit, exchanged, 1.1)
+    if not possible:
+        assert found is None
+        return
+    assert found is not None
+    assert [*found, n] in possible
+    bound = 1.1 * min(map(largest, possible))
+    assert largest([*found, n]) <= bound
+    assert sent([*found, n]) == min(sent(bounds) for bounds in possible if largest(bounds) <= bound)

@@ -3,8 +3,10 @@
 import copy
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pydantic
@@ -31,6 +33,10 @@ def plan(network: nn.Module, shape: tuple[int, ...] = SMALL, devices: int = 2, *
     return make_plan(network, shape, devices, **{"repeats": 1, "channels_last": False} | settings)  # type: ignore[arg-type]
 
 
+def peak(plan: Plan) -> int:
+    return max(device.peak_bytes for device in plan.per_device)
+
+
 @pytest.fixture(scope="module")
 def u_net_plan() -> Plan:
     return plan(UNet(1, 3, filters=2), SHAPE, 3, micro_batches=2, memory="1GB")
@@ -45,7 +51,7 @@ def test_a_plan_covers_all_cells_in_order(u_net_plan: Plan) -> None:
         assert stage.rank == rank
         assert len(stage.cells) == stage.last_cell - stage.first_cell + 1
         assert min(stage.forward_seconds, stage.backward_seconds, stage.sent_bytes) > 0
-        assert stage.peak_bytes <= 1_000_000_000
+    assert all(0 < device.saved_bytes < device.peak_bytes <= 1_000_000_000 for device in u_net_plan.per_device)
     assert sum(stage.parameter_bytes for stage in u_net_plan.stages) == 4 * sum(p.numel() for p in network.parameters())
     slowest = max(stage.forward_seconds + stage.backward_seconds for stage in u_net_plan.stages)
     assert 2 * slowest <= u_net_plan.step_seconds
@@ -80,7 +86,7 @@ def test_the_table_shows_every_stage(u_net_plan: Plan) -> None:
         assert word in text
     for stage in u_net_plan.stages:
         assert f"{stage.first_cell}-{stage.last_cell}  {stage.cells[0].split(' + ')[0]}" in text
-        assert format_bytes(stage.peak_bytes) in text
+        assert format_bytes(u_net_plan.per_device[stage.rank].peak_bytes) in text
 
 
 @pytest.mark.parametrize(
@@ -159,12 +165,12 @@ def suggestions(error: PlanError) -> tuple[str, list[tuple[int, str]]]:
 def test_what_the_message_suggests_does_fit(recompute: str | None, devices: int) -> None:
     network = nn.Sequential(*itertools.chain(*((conv(1 if i == 0 else 4, 4), nn.Tanh()) for i in range(6))))
     roomy = plan(network, SHAPE, devices, recompute=recompute or "always")
-    limit = max(stage.peak_bytes for stage in roomy.stages) // 2
+    limit = peak(roomy) // 2
     with pytest.raises(PlanError, match="does not fit") as caught:
         plan(network, SHAPE, devices, memory=limit, recompute=recompute)
     memory, more = suggestions(caught.value)
     fitted = plan(network, SHAPE, devices, memory=memory, recompute=recompute)
-    assert max(stage.peak_bytes for stage in fitted.stages) <= parse_bytes(memory)
+    assert peak(fitted) <= parse_bytes(memory)
     for count, _ in more:
         assert count > devices
         assert plan(network, SHAPE, count, memory=limit, recompute=recompute).devices == count
@@ -191,8 +197,8 @@ def test_recomputation_is_chosen_only_where_it_is_needed() -> None:
     network = UNet(1, 3, filters=2)
     never = plan(network, SHAPE, recompute="never")
     always = plan(network, SHAPE, recompute="always")
-    least = max(stage.peak_bytes for stage in always.stages)
-    most = max(stage.peak_bytes for stage in never.stages)
+    least = peak(always)
+    most = peak(never)
     assert least < most
     assert plan(network, SHAPE).recompute == "never"
     assert plan(network, SHAPE, memory=int(1.05 * least)).recompute == "always"
@@ -255,8 +261,16 @@ def test_counted_bytes_are_those_that_a_stage_keeps(network: nn.Module, parts: i
         parameters = [*stage.parameters_by_name().values(), *stage.buffers_by_name().values()]
         measured = saved_bytes(stage, inputs, parameters)
         static = costs.parameter_bytes(begin, end) * 4  # parameters, gradients, two moments
-        assert costs.peak_bytes(begin, end) == static + 3 * measured, stage.cells
+        loss = costs.loss_bytes() if end == n else 0
+        assert costs.peak_bytes(begin, end, 3) == static + 3 * measured + loss, stage.cells
         values |= dict(zip(stage.outputs, stage(*inputs), strict=True))
+
+
+def test_the_loss_holds_the_mini_batchs_outputs_joined_and_their_gradient() -> None:
+    costs = costs_of(UNet(1, 3, filters=2), (1, *SHAPE[1:]))
+    logits = 4 * 3 * math.prod(SHAPE[2:])  # fp32, three classes
+    assert costs.loss_bytes() == 3 * 3 * logits  # three micro-batches
+    assert replace(costs, micro_batches=1).loss_bytes() == 2 * logits  # nothing to join
 
 
 def test_recomputation_keeps_what_was_received_and_one_micro_batch() -> None:
@@ -266,9 +280,9 @@ def test_recomputation_keeps_what_was_received_and_one_micro_batch() -> None:
     n = len(never.graph.cells)
     begin, end = n // 2, n
     received = sum(never.profile.value_bytes[value] for value in never.received(begin, end))
-    static = never.parameter_bytes(begin, end) * 4
-    one = (never.peak_bytes(begin, end) - static) // 3
-    assert always.peak_bytes(begin, end) == static + 3 * received + one
+    static = never.parameter_bytes(begin, end) * 4 + never.loss_bytes()
+    one = (never.peak_bytes(begin, end, 3) - static) // 3
+    assert always.peak_bytes(begin, end, 3) == static + 3 * received + (one - received)
     assert always.forward_seconds(begin, end) < always.backward_seconds(begin, end)
 
 

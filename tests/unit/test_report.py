@@ -7,7 +7,7 @@ import pytest
 
 from lamp3d.errors import ConfigError, ScanError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
-from lamp3d.plan import Plan, StagePlan
+from lamp3d.plan import DevicePlan, Plan, StagePlan
 from lamp3d.report import overlay_picture, plan_picture, write_report
 from lamp3d.train import EpochRecord
 from lamp3d.volume import Volume, write_nifti
@@ -47,8 +47,8 @@ def make_plan(micro_batches: int) -> Plan:
     stages = tuple(
         StagePlan(
             rank=rank, first_cell=7 * rank, last_cell=7 * rank + 6, cells=tuple(f"level{k}.conv" for k in range(7)),
-            forward_seconds=0.08 + 0.01 * rank, backward_seconds=0.17, parameter_bytes=4_000_000 * (rank + 1),
-            peak_bytes=900_000_000 - 200_000_000 * rank, sent_bytes=12_000_000 * (1 - rank),
+            forward_seconds=0.08 + 0.01 * rank, backward_seconds=0.17, weight_seconds=0.0,
+            parameter_bytes=4_000_000 * (rank + 1), sent_bytes=12_000_000 * (1 - rank),
         )
         for rank in range(2)
     )  # fmt: skip
@@ -56,6 +56,7 @@ def make_plan(micro_batches: int) -> Plan:
         network="UNet", input_shape=(micro_batches, 1, 48, 48, 48), devices=2, device_type="cpu",
         micro_batches=micro_batches, schedule="gpipe", recompute="never", precision="fp32", channels_last=False,
         memory_limit_bytes=2_000_000_000, stages=stages, step_seconds=1.3, bubble=0.2,
+        per_device=tuple(DevicePlan(saved_bytes=5 * 10**8, peak_bytes=peak) for peak in (900_000_000, 700_000_000)),
     )  # fmt: skip
 
 

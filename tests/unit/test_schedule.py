@@ -1,64 +1,123 @@
 """Schedules can be executed, and the simulator predicts them."""
 
 import itertools
+import random
+from collections.abc import Sequence
 
 import pytest
 
-from lamp3d.plan.schedule import SCHEDULES, Action, gpipe
-from lamp3d.plan.simulate import simulate
+from lamp3d.errors import PlanError
+from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, Actions, StageTimes, interleaved, most_in_flight, needs
+from lamp3d.plan.simulate import memory_use, simulate
+
+EVEN = 1.0, 2.0, 1.0
+
+
+def stages(schedule: str, devices: int, uneven: int | None = None) -> list[StageTimes]:
+    """The schedule's stages: together as long as one of 3 seconds a device, or (``uneven``: a seed) of any length."""
+    ranks = PLACEMENTS[schedule](devices)
+    if uneven is None:
+        shares = [1 / ranks.count(rank) for rank in ranks]
+    else:
+        shares = [random.Random(uneven + i).uniform(0.1, 3.0) for i in range(len(ranks))]
+    return [StageTimes(rank, *(share * part for part in EVEN)) for rank, share in zip(ranks, shares, strict=True)]
+
+
+def make(schedule: str, devices: int, micro_batches: int, uneven: int | None = None) -> Actions:
+    return SCHEDULES[schedule](stages(schedule, devices, uneven), micro_batches)
+
+
+def seconds(schedule: str, devices: int, micro_batches: int) -> float:
+    return simulate(make(schedule, devices, micro_batches), stages(schedule, devices)).seconds
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("stages", [1, 2, 3, 5])
-@pytest.mark.parametrize("micro_batches", [1, 2, 3, 8])
-def test_every_pass_is_done_once_on_its_own_stage_and_nothing_dead_locks(
-    name: str, stages: int, micro_batches: int
-) -> None:
-    schedule = SCHEDULES[name](stages, micro_batches)
-    expected = {Action(kind, s, m) for kind in ("forward", "backward") for s in range(stages)
-                for m in range(micro_batches)}  # fmt: skip
-    done = [action for actions in schedule for action in actions]
-    assert len(done) == len(expected)
-    assert set(done) == expected
-    assert all(action.stage == rank for rank, actions in enumerate(schedule) for action in actions)
-    line = simulate(schedule, [1.0] * stages, [2.0] * stages)
-    assert line.seconds >= 3 * micro_batches
+@pytest.mark.parametrize("devices", range(1, 9))
+def test_every_pass_is_done_once_on_its_own_rank_after_what_it_needs(name: str, devices: int) -> None:
+    for micro_batches in range(1, 17):
+        for uneven in (None, micro_batches) if micro_batches in (1, 2, 5, 8) else (None,):
+            times = stages(name, devices, uneven)
+            schedule = make(name, devices, micro_batches, uneven)
+            done = [action for actions in schedule for action in actions]
+            assert len(done) == len(set(done))
+            for stage, micro_batch in itertools.product(range(len(times)), range(micro_batches)):
+                kinds = {action.kind for action in done if (action.stage, action.micro_batch) == (stage, micro_batch)}
+                assert kinds in ({"forward", "backward"}, {"forward", "backward_input", "backward_weight"})
+            assert all(times[action.stage].rank == rank for rank, of_rank in enumerate(schedule) for action in of_rank)
+            line = simulate(schedule, times)  # raises where it dead-locks
+            ends = {action: end for of_rank in line.actions for action, _, end in of_rank}
+            for of_rank in line.actions:
+                assert all(end <= begin for (_, _, end), (_, begin, _) in itertools.pairwise(of_rank))
+                for action, begin, _ in of_rank:
+                    assert all(ends[need] <= begin for need in needs(action, len(times) - 1))
 
 
-@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("devices", [1, 2, 4])
 @pytest.mark.parametrize("micro_batches", [1, 4, 8])
-def test_gpipe_takes_the_time_and_has_the_bubble_of_the_formula(stages: int, micro_batches: int) -> None:
-    line = simulate(gpipe(stages, micro_batches), [1.0] * stages, [2.0] * stages)
-    assert line.seconds == pytest.approx(3 * (micro_batches + stages - 1))
-    assert line.bubble == pytest.approx((stages - 1) / (micro_batches + stages - 1))
+def test_gpipe_and_1f1b_take_the_time_and_have_the_bubble_of_the_formula(
+    name: str, devices: int, micro_batches: int
+) -> None:
+    line = simulate(make(name, devices, micro_batches), stages(name, devices))
+    assert line.seconds == pytest.approx(3 * (micro_batches + devices - 1))
+    assert line.bubble == pytest.approx((devices - 1) / (micro_batches + devices - 1))
 
 
 def test_gpipe_is_bound_by_the_slowest_stage() -> None:
-    line = simulate(gpipe(3, 4), [1.0, 5.0, 1.0], [2.0, 7.0, 2.0])
+    times = [StageTimes(0, 1.0, 2.0), StageTimes(1, 5.0, 7.0), StageTimes(2, 1.0, 2.0)]
+    line = simulate(SCHEDULES["gpipe"](times, 4), times)
     # In: 1; the slow stage's forwards: 20; the last stage's forward and backward: 1 + 2; its backwards: 28; out: 2.
     assert line.seconds == pytest.approx(1 + 4 * 5 + 1 + 2 + 4 * 7 + 2)
     assert [action.kind for action, _, _ in line.actions[1]] == ["forward"] * 4 + ["backward"] * 4
 
 
-def test_the_backward_of_the_last_stage_waits_for_the_loss_of_the_whole_mini_batch() -> None:
-    line = simulate(gpipe(1, 3), [1.0], [1.0])
-    first_backward = next(begin for action, begin, _ in line.actions[0] if action.kind == "backward")
-    assert first_backward == 3.0
+def test_gpipes_first_backward_waits_for_the_loss_of_the_whole_mini_batch() -> None:
+    for devices in (1, 2, 5):
+        kinds = [action.kind for action in make("gpipe", devices, 3)[-1]]
+        assert kinds == ["forward"] * 3 + ["backward"] * 3
 
 
-def test_actions_of_a_rank_follow_one_another_and_their_needs() -> None:
-    line = simulate(gpipe(3, 3), [1.0, 2.0, 1.5], [2.0, 1.0, 3.0])
-    ends = {action: end for actions in line.actions for action, _, end in actions}
-    for actions in line.actions:
-        assert all(end <= begin for (_, _, end), (_, begin, _) in itertools.pairwise(actions))
-        for action, begin, _ in actions:
-            if action.kind == "forward" and action.stage:
-                assert ends[Action("forward", action.stage - 1, action.micro_batch)] <= begin
-            if action.kind == "backward" and action.stage < 2:
-                assert ends[Action("backward", action.stage + 1, action.micro_batch)] <= begin
+@pytest.mark.parametrize("devices", [2, 3, 4, 8])
+def test_1f1b_holds_no_more_micro_batches_than_there_are_stages_behind(devices: int) -> None:
+    assert most_in_flight(make("1f1b", devices, 16)) == [devices - stage for stage in range(devices)]
+    assert most_in_flight(make("gpipe", devices, 16)) == [16] * devices
+
+
+@pytest.mark.parametrize(("devices", "micro_batches"), [(2, 4), (2, 8), (4, 8), (4, 16), (8, 16)])
+def test_shorter_stages_and_split_backwards_shrink_the_bubble(devices: int, micro_batches: int) -> None:
+    straight, looped, folded, zero = (
+        seconds(name, devices, micro_batches) for name in ("1f1b", "interleaved", "folded", "zero_bubble_v")
+    )
+    ideal = 3 * micro_batches
+    assert looped == pytest.approx(ideal + (straight - ideal) / 2)  # half the bubble
+    assert folded <= straight
+    assert zero - ideal <= (straight - ideal) / 3
+    assert max(most_in_flight(make("zero_bubble_v", devices, micro_batches))) <= 2 * devices + 1
+
+
+def test_the_interleaved_schedule_wants_its_own_placement() -> None:
+    with pytest.raises(PlanError, match="0 1 … K-1 0 1 … K-1"):
+        interleaved([StageTimes(0), StageTimes(0), StageTimes(1), StageTimes(1)], 2)
 
 
 def test_a_dead_lock_is_named() -> None:
-    backward_first = [[Action("backward", 0, 0), Action("forward", 0, 0)]]
-    with pytest.raises(ValueError, match=r"dead-locks.*'backward', stage=0, micro_batch=0"):
-        simulate(backward_first, [1.0], [1.0])
+    schedule = [list(reversed(make("gpipe", 1, 1)[0]))]
+    with pytest.raises(ValueError, match=r"dead-locks.*kind='backward', stage=0, micro_batch=0"):
+        simulate(schedule, [StageTimes(0)])
+
+
+def memory(schedule: str, devices: int, held: Sequence[dict[str, int]], deferred: dict[str, int]) -> list[int]:
+    times = stages(schedule, devices)
+    flat = [0] * len(times)
+    found = memory_use(make(schedule, devices, 4), held, [deferred] * len(times), flat, flat)
+    return [device.saved_bytes for device in found]
+
+
+def test_memory_counts_what_is_in_flight_and_what_two_stages_hold_once() -> None:
+    assert memory("gpipe", 2, [{"a": 10}, {"b": 1}], {}) == [40, 4]
+    assert memory("1f1b", 2, [{"a": 10}, {"b": 1}], {}) == [20, 1]
+    # A folded rank holds a skip in its first and in its last stage, but it is the same tensor.
+    apart = memory("folded", 2, [{"skip": 10}, {}, {"other": 10}], {})
+    together = memory("folded", 2, [{"skip": 10}, {}, {"skip": 10}], {})
+    assert together[0] < apart[0]
+    assert memory("zero_bubble_v", 2, [{}, {}, {}], {"gradients": 3})[1] >= 3

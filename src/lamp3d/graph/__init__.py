@@ -2,13 +2,17 @@
 
 from lamp3d.graph.buffers import preserved_buffers
 from lamp3d.graph.cells import Cell, CellGraph, Edge, Stage, refuse_tied_parameters
-from lamp3d.graph.shapes import ValueSpec, autocast, infer_specs, lay_out_weights, module_device
+from lamp3d.graph.precision import autocast
+from lamp3d.graph.shapes import ValueSpec, infer_specs, lay_out_weights, module_device
+from lamp3d.graph.split import DeferredWeights, SplitConvolutions
 from lamp3d.graph.trace import trace
 
 __all__ = [
     "Cell",
     "CellGraph",
+    "DeferredWeights",
     "Edge",
+    "SplitConvolutions",
     "Stage",
     "ValueSpec",
     "autocast",

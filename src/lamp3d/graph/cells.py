@@ -170,8 +170,12 @@ def _filled(structure: Any, values: Mapping[str, Tensor]) -> Any:
     return structure
 
 
-def refuse_tied_parameters(stages: Sequence[Stage]) -> None:
-    """Check that no parameter is used by more than one stage.
+def refuse_tied_parameters(stages: Sequence[Stage], ranks: Sequence[int]) -> None:
+    """Check that no parameter is used on more than one rank.
+
+    Args:
+        stages: of the whole network.
+        ranks: the rank of each.
 
     Raises:
         PlanError: naming the parameter and the stages.
@@ -180,8 +184,8 @@ def refuse_tied_parameters(stages: Sequence[Stage]) -> None:
     for index, stage in enumerate(stages):
         for name, parameter in stage.parameters_by_name().items():
             first, known = owner.setdefault(id(parameter), (index, name))
-            if first != index:
+            if ranks[first] != ranks[index]:
                 raise PlanError(
                     f"parameter {name!r} (also {known!r}) is used in stage {first} and in stage {index}; a parameter "
-                    "must lie in one stage. Cut elsewhere, or give the two uses parameters of their own."
+                    "must lie on one device. Cut elsewhere, or give the two uses parameters of their own."
                 )

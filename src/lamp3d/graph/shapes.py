@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from lamp3d.graph.cells import CellGraph
+from lamp3d.graph.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,6 @@ class ValueSpec:
         for extent in self.shape:
             count *= extent
         return count * self.dtype.itemsize
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast context of a precision: bf16 where ``precision == "bf16"``, otherwise none."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def module_device(network: nn.Module) -> torch.device:

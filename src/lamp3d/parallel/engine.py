@@ -1,34 +1,31 @@
 """The engine: runs a plan on ``torch.distributed``, one process a device, with the plain network's numbers.
 
-Every rank holds one stage and walks through its list of actions. A value goes straight from the rank that makes it to
-every rank that uses it, over however many stages; its gradient comes straight back. Nothing is pickled between the
-ranks on the way of the data: the first rank announces the micro-batches' shapes, and each rank derives from them what
-it will receive.
+Every rank holds one or several stages and walks through its list of actions. A value goes straight from the rank that
+makes it to every rank that uses it, over however many stages, or stays where it is; its gradient comes straight back.
+Nothing is pickled between the ranks on the way of the data: the first rank announces the micro-batches' shapes, and
+each rank derives from them what it will receive.
 """
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lamp3d.errors import PlanError
-from lamp3d.graph import Edge, ValueSpec, infer_specs, lay_out_weights, refuse_tied_parameters, trace
+from lamp3d.graph import Stage, ValueSpec, infer_specs, lay_out_weights, refuse_tied_parameters, trace
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
+from lamp3d.parallel.conveyor import Conveyor
+from lamp3d.parallel.routes import Routes
 from lamp3d.parallel.stage import StageRunner
-from lamp3d.parallel.transfer import Receipt, Transfer
-from lamp3d.plan import SCHEDULES, Action, Plan
-
-LossFunction = Callable[[Any, Any], Tensor]
-
-AHEAD = 2
-"""How many actions ahead of the present one receives are posted."""
+from lamp3d.parallel.step import LossFunction, MiniBatch, MiniBatchLoss, Rank, concatenate
+from lamp3d.parallel.transfer import Transfer
+from lamp3d.plan import Action, Plan, TimeLine
 
 
 class Engine:
@@ -63,22 +60,46 @@ class Engine:
         self.graph = trace(network, plan.input_shape)
         _check_cells(self.graph.cells, plan)
         stages = self.graph.cut(plan.starts)
-        refuse_tied_parameters(stages)
-        stage = stages[self.rank]
-        stage.to(self.device)
+        refuse_tied_parameters(stages, plan.ranks)
+        own = {index: stage for index, stage in enumerate(stages) if plan.ranks[index] == self.rank}
+        for stage in own.values():
+            stage.to(self.device)
         # All of the network's: every rank derives from the weights' layout in which layout a value travels.
         lay_out_weights(network, plan.channels_last)
         if plan.micro_batches > 1:
             _refuse_batch_norm(stages)
-        self._runner = StageRunner(stage, self.device, plan.precision, plan.recompute == "always")
-        self.parameters = stage.parameters_by_name()
-        self.buffers = stage.buffers_by_name()
-        self._edges = self.graph.stage_edges(plan.starts)
-        self._tags = {edge.value: index for index, edge in enumerate(self._edges)}
-        pairs = {pair for edge in self._edges for user in edge.users for pair in _both(edge.maker, user)}
-        self._transfer = Transfer(self.device, pairs)
+        edges = self.graph.stage_edges(plan.starts)
+        pairs = {
+            pair
+            for edge in edges
+            for user in edge.users
+            for pair in _both(plan.ranks[edge.maker], plan.ranks[user])
+            if pair[0] != pair[1]
+        }
+        runners = {
+            index: StageRunner(stage, self._parts(index), self.device, plan.precision, plan.splits_backward)
+            for index, stage in own.items()
+        }
+        self._rank = Rank(self.rank, plan.ranks, self.graph, edges, runners, Transfer(self.device, pairs), self.device)
+        self.parameters = {n: p for stage in own.values() for n, p in stage.parameters_by_name().items()}
+        self.buffers = {n: b for stage in own.values() for n, b in stage.buffers_by_name().items()}
         self._announcer = Announcer()
         self._specs: dict[tuple[object, ...], dict[str, ValueSpec]] = {}
+        self._schedules: dict[tuple[object, ...], tuple[list[list[Action]], Routes]] = {}
+        self._times: list[tuple[Action, float, float]] = []
+
+    def _parts(self, index: int) -> list[tuple[Stage, bool]]:
+        """A stage's cells in runs that are, or are not, computed again in backward."""
+        plan = self.plan
+        stage = plan.stages[index]
+        again = [plan.recomputes(cell.name) for cell in self.graph.cells]
+        flips = [i for i in range(stage.first_cell + 1, stage.last_cell + 1) if again[i] != again[i - 1]]
+        starts = sorted({*plan.starts, *flips})
+        return [
+            (part, again[start])
+            for start, part in zip(starts, self.graph.cut(starts), strict=True)
+            if stage.first_cell <= start <= stage.last_cell
+        ]
 
     @property
     def reads_input(self) -> bool:
@@ -88,12 +109,12 @@ class Engine:
     @property
     def holds_output(self) -> bool:
         """Whether this rank needs the targets and gets the output."""
-        return self.rank == self.world_size - 1
+        return self.rank == self.plan.ranks[-1]
 
     @property
     def bytes_sent(self) -> int:
         """Bytes that this rank has sent to others so far."""
-        return self._transfer.bytes_sent
+        return self._rank.transfer.bytes_sent
 
     def peak_bytes(self) -> int:
         """Peak memory of this rank so far: allocated on CUDA, resident on CPU."""
@@ -112,33 +133,50 @@ class Engine:
             targets: what ``loss_fn`` takes beside the output; a sequence of the same length if ``images`` is one.
                 Needed where ``holds_output``.
             loss_fn: ``loss_fn(output, targets)`` -> 0-dim. For one tensor it sees the whole mini-batch, so any
-                function of it is exact; for a sequence the loss is the mean over its elements.
+                function of it is exact, unless it is declared to be a mean over cases (``lamp3d.mean_over_cases``): it
+                is then called a micro-batch at a time. For a sequence the loss is the mean over its elements.
 
         Returns:
             the loss, 0-dim float64 on the CPU, on every rank.
+
+        Raises:
+            PlanError: the plan's schedule needs a loss that is a mean over cases.
         """
         micro_batches, whole = self._announced(images)
-        shapes = [tuple(shape) for shape, _ in micro_batches]
+        shapes = [shape for shape, _ in micro_batches]
         specs = [self._infer(shape, dtype) for shape, dtype in micro_batches]
-        pieces = self._pieces(images, whole, shapes) if self.reads_input else []
-        step = _Step(self, specs, pieces)
-        loss = torch.zeros((), dtype=torch.float64)
+        pieces: Sequence[Tensor | None] = [None] * len(shapes)
+        if self.reads_input:
+            pieces = self._pieces(images, whole, shapes)
+        actions, routes = self._schedule(specs)
+        sizes = [shape[0] for shape in shapes]
+        loss = MiniBatchLoss(loss_fn, targets, sizes, listed=not whole, at_end=_loss_at_end(actions, self._rank))
+        step = MiniBatch(self._rank, actions, specs, pieces, routes)
         try:
-            for index, action in enumerate(step.actions):
-                step.post_receives(index + AHEAD)
-                if action.kind == "forward":
-                    step.forward(action.micro_batch)
-                    continue
-                if self.holds_output and not step.gradients_of_output:
-                    loss = step.loss(targets, loss_fn, whole)
-                step.backward(action.micro_batch)
+            total = step.run(loss)
             self._flush()
         except BaseException:
-            self._runner.discard()
+            for runner in self._rank.runners.values():
+                runner.discard()
             raise
+        self._times = step.times
         if self.world_size > 1:
-            dist.broadcast(loss, self.world_size - 1)
-        return loss
+            dist.broadcast(total, self.plan.ranks[-1])
+        return total
+
+    def time_line(self) -> TimeLine:
+        """When every action of the last step began and ended, on every rank; to be called by all ranks.
+
+        Seconds since the first action began, by the machine's clock. On CUDA an action is over when its work has been
+        queued, so the picture is that of the host.
+        """
+        times: list[Any] = [None] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(times, self._times)
+        else:
+            times = [self._times]
+        zero = min((begin for rank in times for _, begin, _ in rank), default=0.0)
+        return TimeLine(tuple(tuple((action, b - zero, e - zero) for action, b, e in rank) for rank in times))
 
     def forward(self, images: Tensor | Sequence[Tensor] | None) -> Any:
         """The network's output without gradients, on the rank that holds it; None on the others.
@@ -149,44 +187,72 @@ class Engine:
         micro_batches, whole = self._announced(images)
         shapes = [shape for shape, _ in micro_batches]
         pieces = self._pieces(images, whole, shapes) if self.reads_input else [None] * len(shapes)
-        outputs = [
-            self._infer_one(index, piece, self._infer(*micro_batches[index])) for index, piece in enumerate(pieces)
-        ]
+        conveyor = Conveyor(self._rank)
+        for micro_batch, piece in zip(micro_batches, pieces, strict=True):
+            conveyor.put(self._infer(*micro_batch), piece)
+        outputs = []
+        while conveyor.unfinished:
+            done, output = conveyor.advance()
+            outputs += [output] * done
         self._flush()
         if not self.holds_output:
             return None
-        return _concatenate(outputs) if whole else outputs
+        return concatenate(outputs) if whole else outputs
 
     def stream(self, volumes: Iterable[Tensor | None]) -> Iterator[Any]:
         """Outputs without gradients for volumes of any shapes, one after the other in flight through the stages.
 
         Args:
-            volumes: (B, C, D, H, W) tensors where ``reads_input``; as many Nones elsewhere.
+            volumes: (B, C, D, H, W) tensors where ``reads_input``; as many Nones elsewhere. As many are read ahead
+                as there are stages.
 
         Yields:
             one output for each volume, in order, on the rank that holds the output; None on the others.
         """
-        for index, volume in enumerate(volumes):
-            micro_batches, _ = self._announced(volume if volume is None else [volume])
-            piece = self._place(volume) if volume is not None else None
-            result = self._infer_one(index, piece, self._infer(*micro_batches[0]))
-            try:
-                yield result
-            except GeneratorExit:  # the caller has what it wants, as zip does after its last pair
-                self._flush()
-                raise
+        conveyor = Conveyor(self._rank)
+        coming = iter(volumes)
+        # The others hear of a micro-batch at the tick after the one at which it begins: see Conveyor.put.
+        behind = not self.reads_input
+        more = True
+        while more or conveyor.unfinished:
+            if behind:
+                behind = False
+            elif more:
+                more = self._put_next(conveyor, coming)
+            done, output = conveyor.advance()
+            if done:
+                try:
+                    yield output
+                except GeneratorExit:  # the caller has what it wants, as zip does after its last pair
+                    if more and not self.reads_input:  # one volume is under way that this rank has not heard of
+                        self._put_next(conveyor, coming)
+                    while conveyor.unfinished:
+                        conveyor.advance()
+                    self._flush()
+                    raise
         self._flush()
+
+    def _put_next(self, conveyor: Conveyor, coming: Iterator[Tensor | None]) -> bool:
+        """Put the next volume on its way, if there is one."""
+        for volume in coming:
+            micro_batches, _ = self._announced(volume if volume is None else [volume])
+            conveyor.put(self._infer(*micro_batches[0]), None if volume is None else self._place(volume))
+            return True
+        return False
 
     def _flush(self) -> None:
         """Wait until everything that was sent has arrived; whoever made this engine may drop it then."""
-        self._transfer.flush()
+        self._rank.transfer.flush()
         self._announcer.flush()
 
-    def _infer_one(self, index: int, image: Tensor | None, specs: dict[str, ValueSpec]) -> Any:
-        step = _Step(self, [specs], [image], first=index)
-        step.post_receives(0)
-        values = step.infer(0)
-        return self.graph.collect(values) if self.holds_output else None
+    def _schedule(self, specs: Sequence[dict[str, ValueSpec]]) -> tuple[list[list[Action]], Routes]:
+        """Every rank's actions for so many micro-batches, and their messages."""
+        differentiable = [frozenset(name for name, spec in of.items() if spec.requires_grad) for of in specs]
+        key = tuple(differentiable)
+        if key not in self._schedules:
+            actions = self.plan.actions(len(specs))
+            self._schedules[key] = actions, Routes(self._rank.edges, self.plan.ranks, actions, differentiable)
+        return self._schedules[key]
 
     def _announced(self, images: Tensor | Sequence[Tensor] | None) -> tuple[list[MicroBatchSpec], bool]:
         """The shapes and dtypes of the micro-batches, and whether they are pieces of one tensor; known to all ranks."""
@@ -226,130 +292,6 @@ class Engine:
         return self._specs[key]
 
 
-class _Step:
-    """One mini-batch under way on one rank."""
-
-    def __init__(
-        self, engine: Engine, specs: list[dict[str, ValueSpec]], images: Sequence[Tensor | None], first: int = 0
-    ):
-        self._engine = engine
-        self._runner = engine._runner
-        self._transfer = engine._transfer
-        self._specs = specs
-        self._images = list(images)
-        self._first = first
-        rank = engine.rank
-        self.actions: list[Action] = SCHEDULES[engine.plan.schedule](engine.world_size, len(specs))[rank]
-        self._incoming = [edge for edge in engine._edges if rank in edge.users]
-        self._outgoing = [edge for edge in engine._edges if edge.maker == rank]
-        self._posted = 0
-        self._receipts: dict[tuple[str, int, int], Receipt] = {}
-        self._outputs: dict[int, dict[str, Tensor]] = {}
-        self.gradients_of_output: dict[int, dict[str, Tensor]] = {}
-
-    def post_receives(self, until: int) -> None:
-        """Post what the actions up to and including number ``until`` will receive."""
-        while self._posted <= min(until, len(self.actions) - 1):
-            action = self.actions[self._posted]
-            specs = self._specs[action.micro_batch]
-            if action.kind == "forward":
-                for edge in self._incoming:
-                    self._post(specs[edge.value], edge, edge.maker, action.micro_batch, backward=False)
-            else:
-                for edge in self._outgoing:
-                    if specs[edge.value].requires_grad:
-                        for user in edge.users:
-                            self._post(specs[edge.value], edge, user, action.micro_batch, backward=True)
-            self._posted += 1
-
-    def _post(self, spec: ValueSpec, edge: Edge, origin: int, micro_batch: int, *, backward: bool) -> None:
-        receipt = self._transfer.receive(spec, origin, self._tag(edge, micro_batch, backward))
-        self._receipts[edge.value, origin, micro_batch] = receipt
-
-    def _tag(self, edge: Edge, micro_batch: int, backward: bool) -> int:
-        count = len(self._engine._edges)
-        return (((self._first + micro_batch) % 1024) * count + self._engine._tags[edge.value]) * 2 + backward
-
-    def _values(self, micro_batch: int) -> dict[str, Tensor]:
-        values: dict[str, Tensor] = {}
-        if (image := self._images[micro_batch] if self._images else None) is not None:
-            values[self._engine.graph.inputs[0]] = image
-            self._images[micro_batch] = None
-        for edge in self._incoming:
-            values[edge.value] = self._receipts.pop((edge.value, edge.maker, micro_batch)).wait()
-        return values
-
-    def _send_outputs(self, micro_batch: int, values: dict[str, Tensor]) -> None:
-        for edge in self._outgoing:
-            for user in edge.users:
-                tag = self._tag(edge, micro_batch, False)
-                self._transfer.send(values[edge.value], self._specs[micro_batch][edge.value], user, tag)
-
-    def infer(self, micro_batch: int) -> dict[str, Tensor]:
-        """Forward without gradients; returns all values that this rank has."""
-        values = self._values(micro_batch)
-        values |= self._runner.infer(values)
-        self._send_outputs(micro_batch, values)
-        return values
-
-    def forward(self, micro_batch: int) -> None:
-        """Forward of one micro-batch; what others need is on its way afterwards."""
-        values = self._values(micro_batch)
-        for edge in self._incoming:
-            values[edge.value].requires_grad_(self._specs[micro_batch][edge.value].requires_grad)
-        values |= self._runner.forward(micro_batch, values)
-        self._send_outputs(micro_batch, values)
-        if self._engine.holds_output:
-            self._outputs[micro_batch] = {name: values[name].detach() for name in self._engine.graph.outputs}
-
-    def loss(self, targets: Any, loss_fn: LossFunction, whole: bool) -> Tensor:
-        """The mini-batch's loss; leaves its gradients with respect to every micro-batch's outputs behind."""
-        graph = self._engine.graph
-        for micro_batch, outputs in self._outputs.items():
-            for name, output in outputs.items():
-                output.requires_grad_(self._specs[micro_batch][name].requires_grad)
-        order = range(len(self._outputs))
-        with torch.enable_grad():
-            if whole:
-                loss = loss_fn(_concatenate([graph.collect(self._outputs[m]) for m in order]), targets)
-                torch.autograd.backward(loss)
-                total = loss.detach().double().cpu()
-            else:
-                total = torch.zeros((), dtype=torch.float64)
-                for m, target in zip(order, targets, strict=True):
-                    loss = loss_fn(graph.collect(self._outputs[m]), target) / len(order)
-                    torch.autograd.backward(loss)
-                    total += loss.detach().double().cpu()
-        for m in order:
-            outputs = self._outputs.pop(m)
-            self.gradients_of_output[m] = {n: o.grad for n, o in outputs.items() if o.grad is not None}
-        return total
-
-    def backward(self, micro_batch: int) -> None:
-        """Backward of one micro-batch; the gradients that others need are on their way afterwards."""
-        specs = self._specs[micro_batch]
-        gradients = self.gradients_of_output.get(micro_batch, {})
-        if self._engine.holds_output:
-            self.gradients_of_output[micro_batch] = {}
-        for edge in self._outgoing:
-            if specs[edge.value].requires_grad:
-                for user in edge.users:
-                    received = self._receipts.pop((edge.value, user, micro_batch)).wait()
-                    # The first one is used in place: it was received for this and belongs to no one else.
-                    known = gradients.get(edge.value)
-                    gradients[edge.value] = received if known is None else known.add_(received)
-        of_inputs = self._runner.backward(micro_batch, gradients)
-        for edge in self._incoming:
-            spec = specs[edge.value]
-            if spec.requires_grad:
-                # A network output made by an earlier stage has its gradient from the loss, and perhaps from cells here.
-                parts = [g for g in (of_inputs.get(edge.value), gradients.get(edge.value)) if g is not None]
-                gradient = parts[0] if len(parts) == 1 else sum(parts[1:], parts[0]) if parts else None
-                if gradient is None:
-                    gradient = torch.zeros(spec.shape, dtype=spec.dtype, device=self._engine.device)
-                self._transfer.send(gradient, spec, edge.maker, self._tag(edge, micro_batch, True))
-
-
 def _split(batch: int, micro_batches: int) -> list[int]:
     """Sizes of the micro-batches: as even as can be, the larger ones first."""
     count = min(batch, micro_batches)
@@ -360,11 +302,10 @@ def _both(a: int, b: int) -> tuple[tuple[int, int], tuple[int, int]]:
     return (a, b), (b, a)
 
 
-def _concatenate(outputs: Sequence[Any]) -> Any:
-    """Micro-batches' outputs (tensors, or tuples, lists, dicts of them) joined along the batch."""
-    if len(outputs) == 1:
-        return outputs[0]
-    return pytree.tree_map(lambda *pieces: torch.cat(pieces), outputs[0], *outputs[1:])
+def _loss_at_end(actions: Sequence[Sequence[Action]], rank: Rank) -> bool:
+    """Whether all of the last stage's forwards precede its first backward."""
+    kinds = [action.kind for action in actions[rank.ranks[-1]] if action.stage == rank.last]
+    return "forward" not in kinds[kinds.count("forward") :]
 
 
 def _own_device(plan: Plan) -> torch.device:

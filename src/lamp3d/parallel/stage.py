@@ -1,4 +1,4 @@
-"""One stage at work: forward and backward of a micro-batch, with or without recomputation.
+"""One stage at work: forward and backward of a micro-batch, with or without recomputation, whole or split.
 
 Every micro-batch has its own autograd graph per stage. What a stage receives becomes a leaf of it; what it sends is
 remembered only as a gradient edge, so that the tensor itself is free as soon as no one needs its content.
@@ -6,15 +6,16 @@ remembered only as a gradient edge, so that the tensor itself is free as soon as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.checkpoint import checkpoint
 
-from lamp3d.graph import Stage, autocast, preserved_buffers
+from lamp3d.graph import DeferredWeights, SplitConvolutions, Stage, autocast, preserved_buffers
 
 
 @dataclass
@@ -22,47 +23,62 @@ class _Saved:
     """What one micro-batch leaves behind for its backward."""
 
     leaves: dict[str, Tensor]
-    roots: dict[str, GradientEdge] | None  # None: to be recomputed
-    random_state: tuple[Tensor, Tensor | None] | None = None
+    roots: dict[str, GradientEdge]
+    deferred: DeferredWeights
 
 
 class StageRunner:
-    """Runs a :class:`Stage` for many micro-batches at once.
+    """Runs a stage for many micro-batches at once.
 
     Args:
-        stage: the cells.
+        stage: the stage's cells.
+        parts: the same cells in runs; each is recomputed in backward, instead of keeping its activations, or not.
+            Random numbers are replayed, and buffers (running statistics) change only once.
         device: where they run.
         precision: ``"fp32"`` or ``"bf16"``.
-        recompute: whether backward runs forward again instead of keeping activations; random numbers are replayed.
+        split: whether weight gradients are computed apart, by :meth:`backward_weight`.
     """
 
-    def __init__(self, stage: Stage, device: torch.device, precision: str, recompute: bool):
+    def __init__(
+        self,
+        stage: Stage,
+        parts: Sequence[tuple[Stage, bool]],
+        device: torch.device,
+        precision: str,
+        split: bool,
+    ):
         self.stage = stage
         self.device = device
         self.precision = precision
-        self.recompute = recompute
+        self.split = split
+        self._parts = parts
         self._saved: dict[int, _Saved] = {}
+        self._deferred: dict[int, DeferredWeights] = {}
 
     def infer(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Forward without autograd: the stage's outputs by name."""
-        with torch.no_grad():
-            return self._run(values)
+        with torch.no_grad(), autocast(self.device, self.precision):
+            return _outputs(self.stage, values)
 
     def forward(self, micro_batch: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Forward of one micro-batch: the outputs by name, detached from autograd but for their ``requires_grad``."""
+        """Forward of one micro-batch: the outputs by name, detached from autograd but for their ``requires_grad``.
+
+        Args:
+            micro_batch: its number, until its backward is done.
+            values: the stage's inputs by name, as leaves of this micro-batch's graph.
+        """
         leaves = {name: values[name] for name in self.stage.inputs}
-        if self.recompute:
-            saved = _Saved(leaves, None, _random_state(self.device))
-            outputs = self.infer(leaves)
-        else:
-            with torch.enable_grad():
-                outputs = self._run(leaves)
-            saved = _Saved(leaves, _edges(outputs))
-        self._saved[micro_batch] = saved
+        deferred = DeferredWeights()
+        made = dict(leaves)
+        with torch.enable_grad(), autocast(self.device, self.precision), self._splitting(deferred):
+            for part, recompute in self._parts:
+                made |= self._recomputed(part, made, deferred) if recompute else _outputs(part, made)
+        outputs = {name: made[name] for name in self.stage.outputs}
+        self._saved[micro_batch] = _Saved(leaves, _edges(outputs), deferred)
         return {name: output.detach() for name, output in outputs.items()}
 
     def backward(self, micro_batch: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Backward of one micro-batch, adding to the parameters' gradients.
+        """Backward of one micro-batch, adding to the parameters' gradients (where split: not the convolutions').
 
         Args:
             micro_batch: one that forward has run.
@@ -72,40 +88,42 @@ class StageRunner:
             the gradients with respect to those inputs that have one.
         """
         saved = self._saved.pop(micro_batch)
-        roots = saved.roots
-        if roots is None:
-            assert saved.random_state is not None
-            with preserved_buffers(self.stage), _replayed(saved.random_state, self.device), torch.enable_grad():
-                roots = _edges(self._run(saved.leaves))
-        used = [name for name in gradients if name in roots]
+        used = [name for name in gradients if name in saved.roots]
         if used:
-            torch.autograd.backward([roots[name] for name in used], [gradients[name] for name in used])
+            torch.autograd.backward([saved.roots[name] for name in used], [gradients[name] for name in used])
+        if self.split:
+            self._deferred[micro_batch] = saved.deferred
         return {name: leaf.grad for name, leaf in saved.leaves.items() if leaf.grad is not None}
+
+    def backward_weight(self, micro_batch: int) -> None:
+        """The part of a split backward that no other stage waits for."""
+        self._deferred.pop(micro_batch).compute()
 
     def discard(self) -> None:
         """Forget all micro-batches (after an error in mid-step)."""
         self._saved.clear()
+        self._deferred.clear()
 
-    def _run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with autocast(self.device, self.precision):
-            outputs = self.stage(*(values[name] for name in self.stage.inputs))
-        return dict(zip(self.stage.outputs, outputs, strict=True))
+    def _splitting(self, deferred: DeferredWeights) -> AbstractContextManager[object]:
+        return SplitConvolutions(deferred) if self.split else nullcontext()
+
+    def _recomputed(self, part: Stage, values: Mapping[str, Tensor], deferred: DeferredWeights) -> dict[str, Tensor]:
+        def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+            return nullcontext(), self._again(part, deferred)
+
+        outputs = checkpoint(part, *(values[name] for name in part.inputs), use_reentrant=False, context_fn=contexts)
+        return dict(zip(part.outputs, outputs, strict=True))
+
+    @contextmanager
+    def _again(self, part: Stage, deferred: DeferredWeights) -> Iterator[None]:
+        """What a second forward runs in; running statistics have been updated by the first."""
+        with preserved_buffers(part), autocast(self.device, self.precision), self._splitting(deferred):
+            yield
+
+
+def _outputs(stage: Stage, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(stage.outputs, stage(*(values[name] for name in stage.inputs)), strict=True))
 
 
 def _edges(outputs: Mapping[str, Tensor]) -> dict[str, GradientEdge]:
     return {name: get_gradient_edge(output) for name, output in outputs.items() if output.requires_grad}
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-@contextmanager
-def _replayed(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    """Random numbers as they were at ``state``; afterwards as they would have been without the replay."""
-    cpu, cuda = state
-    with torch.random.fork_rng([device] if cuda is not None else []):
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
-        yield

@@ -57,7 +57,7 @@ class Transfer:
         assert work is not None
         self.bytes_sent += wire.nbytes
         self._pending.append((work, wire))
-        while len(self._pending) > self._limit:
+        while self._pending and (self._pending[0][0].is_completed() or len(self._pending) > self._limit):
             self._pending.popleft()[0].wait()
 
     def receive(self, spec: ValueSpec, origin: int, tag: int) -> Receipt:

@@ -7,15 +7,16 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from rich.table import Table
 
 from lamp3d.errors import ConfigError, PlanError
+from lamp3d.plan.schedule import SCHEDULES, Actions, StageTimes
+from lamp3d.plan.simulate import TimeLine, simulate
 from lamp3d.volume import write_atomically
 
-Recompute = Literal["never", "always"]
+Recompute = Literal["never", "always"] | tuple[str, ...]
 Precision = Literal["fp32", "bf16"]
-ScheduleName = Literal["gpipe"]
 
 
 class StagePlan(BaseModel):
@@ -26,9 +27,9 @@ class StagePlan(BaseModel):
         first_cell, last_cell: the run of cells, both ends included.
         cells: their names, by which the engine checks that plan and network belong together.
         forward_seconds, backward_seconds: one micro-batch, recomputation included in the backward.
-        parameter_bytes: parameters only; ``peak_bytes`` has gradients, optimizer state and activations as well.
-        peak_bytes: predicted peak memory of a training step.
-        sent_bytes: values and gradients that leave this stage in one mini-batch.
+        weight_seconds: the part of the backward that the schedule does apart (0 where it does not).
+        parameter_bytes: parameters only.
+        sent_bytes: values and gradients that leave for other devices in one mini-batch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,38 +40,94 @@ class StagePlan(BaseModel):
     cells: tuple[str, ...]
     forward_seconds: float
     backward_seconds: float
+    weight_seconds: float
     parameter_bytes: int
-    peak_bytes: int
     sent_bytes: int
+
+
+class DevicePlan(BaseModel):
+    """What one device is expected to hold in a training step.
+
+    Attributes:
+        saved_bytes: at most, for backward passes to come.
+        peak_bytes: with parameters, gradients, optimizer state and the loss.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    saved_bytes: int
+    peak_bytes: int
 
 
 class Plan(BaseModel):
     """How one network runs on several devices for one shape of mini-batch.
 
     A plan holds for other shapes as well: its cut stays exact, only its predictions belong to ``input_shape``.
+
+    Attributes:
+        recompute: "never" or "always", or the names of the cells that are computed again in backward.
+        stages: in the network's order; a device may have several.
+        per_device: by rank.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     network: str
     input_shape: tuple[int, ...]
     devices: int
     device_type: Literal["cpu", "cuda"]
     micro_batches: int
-    schedule: ScheduleName
+    schedule: str
     recompute: Recompute
     precision: Precision
     channels_last: bool
     memory_limit_bytes: int | None
     stages: tuple[StagePlan, ...]
+    per_device: tuple[DevicePlan, ...]
     step_seconds: float
     bubble: float
+
+    @field_validator("schedule")
+    @classmethod
+    def _is_a_schedule(cls, name: str) -> str:
+        check_schedule(name)
+        return name
 
     @property
     def starts(self) -> list[int]:
         """The first cell of every stage."""
         return [stage.first_cell for stage in self.stages]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank of every stage."""
+        return tuple(stage.rank for stage in self.stages)
+
+    @property
+    def stage_times(self) -> list[StageTimes]:
+        """What schedules and the simulator know of the stages."""
+        return [
+            StageTimes(stage.rank, stage.forward_seconds, stage.backward_seconds, stage.weight_seconds)
+            for stage in self.stages
+        ]
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether the schedule computes weight gradients apart."""
+        return any(action.kind == "backward_weight" for of_rank in self.actions(1) for action in of_rank)
+
+    def actions(self, micro_batches: int) -> Actions:
+        """Every rank's actions for a mini-batch of so many micro-batches."""
+        return SCHEDULES[self.schedule](self.stage_times, micro_batches)
+
+    def recomputes(self, cell: str) -> bool:
+        """Whether a cell's activations are computed again in backward."""
+        return self.recompute == "always" or cell in self.recompute
+
+    def time_line(self) -> TimeLine:
+        """The predicted time line of a step."""
+        return simulate(self.actions(self.micro_batches), self.stage_times)
 
     def table(self) -> Table:
         """The plan as a table: stage, cells, seconds, memory, bytes sent."""
@@ -78,26 +135,30 @@ class Plan(BaseModel):
         table = Table(
             title=f"{self.network}, mini-batch {'×'.join(map(str, self.input_shape))}, {self.devices} × "
             f"{self.device_type}, {self.precision}{', channels-last' if self.channels_last else ''}",
-            caption=f"{self.schedule}, {self.micro_batches} micro-batches, recompute {self.recompute}: "
+            caption=f"{self.schedule}, {self.micro_batches} micro-batches, recompute {self._recompute_text()}: "
             f"{self.step_seconds:.2f} s a step, {self.bubble:.0%} bubble, peak memory "
-            f"{format_bytes(max(stage.peak_bytes for stage in self.stages))}{limit} (predicted)",
+            f"{format_bytes(max(device.peak_bytes for device in self.per_device))}{limit} (predicted)",
         )
-        for column in ("stage", "cells"):
+        for column in ("stage", "device", "cells"):
             table.add_column(column)
-        for column in ("forward s", "backward s", "memory", "parameters", "sent a step"):
+        for column in ("forward s", "backward s", "parameters", "sent a step", "device memory"):
             table.add_column(column, justify="right")
         for index, stage in enumerate(self.stages):
             first, last = _short(stage.cells[0]), _short(stage.cells[-1])
             table.add_row(
                 str(index),
+                str(stage.rank),
                 f"{stage.first_cell}-{stage.last_cell}  {first} … {last}",
                 f"{stage.forward_seconds:.3f}",
                 f"{stage.backward_seconds:.3f}",
-                format_bytes(stage.peak_bytes),
                 format_bytes(stage.parameter_bytes),
                 format_bytes(stage.sent_bytes),
+                format_bytes(self.per_device[stage.rank].peak_bytes) if stage.rank not in self.ranks[:index] else "",
             )
         return table
+
+    def _recompute_text(self) -> str:
+        return self.recompute if isinstance(self.recompute, str) else f"{len(self.recompute)} cells"
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically."""
@@ -116,6 +177,16 @@ class Plan(BaseModel):
             raise PlanError(f"no plan at {path}; make one with `lamp3d plan … --json {path}`.") from None
         except ValidationError as error:
             raise PlanError(f"{path} is not a plan that this version of lamp3d reads: {error}") from error
+
+
+def check_schedule(name: str) -> None:
+    """Make sure that there is a schedule of this name.
+
+    Raises:
+        ConfigError: listing those that there are.
+    """
+    if name not in SCHEDULES:
+        raise ConfigError(f"there is no schedule {name!r}; there are {', '.join(SCHEDULES)}.")
 
 
 def _short(cell: str) -> str:

@@ -7,19 +7,28 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lamp3d.errors import PlanError
-from lamp3d.graph import lay_out_weights, trace
+from lamp3d.graph import CellGraph, lay_out_weights, trace
 from lamp3d.plan.costs import StageCosts, runs
+from lamp3d.plan.cut import best_cut, least_memory, memory_of
 from lamp3d.plan.hardware import device_type, has_fast_bf16, worker_threads
-from lamp3d.plan.plan import Plan, Precision, Recompute, ScheduleName, StagePlan, format_bytes, parse_bytes
+from lamp3d.plan.plan import (
+    DevicePlan,
+    Plan,
+    Precision,
+    Recompute,
+    StagePlan,
+    check_schedule,
+    format_bytes,
+    parse_bytes,
+)
 from lamp3d.plan.profile import profile_cells
-from lamp3d.plan.schedule import SCHEDULES
-from lamp3d.plan.simulate import simulate
+from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, StageTimes
 
 
 def make_plan(
@@ -28,7 +37,7 @@ def make_plan(
     devices: int = 1,
     *,
     micro_batches: int | None = None,
-    schedule: ScheduleName = "gpipe",
+    schedule: str = "gpipe",
     recompute: Recompute | None = None,
     precision: Precision | Literal["auto"] = "fp32",
     channels_last: bool | None = None,
@@ -42,11 +51,13 @@ def make_plan(
     Args:
         network: any traceable module that takes one (B, C, D, H, W) tensor; left as it is.
         input_shape: the mini-batch's shape.
-        devices: K, the number of devices, one stage each.
+        devices: K, the number of devices.
         micro_batches: M; by default the batch size, which fills the pipeline best.
-        schedule: the order of the micro-batches' forwards and backwards.
-        recompute: ``"never"`` or ``"always"`` recompute a stage's activations in backward; by default only where the
-            plan does not fit otherwise.
+        schedule: the order of the micro-batches' forwards and backwards, and with it where stages lie: "gpipe" (any
+            loss function), "1f1b" (least memory), "interleaved", "folded" (fewest bytes sent), "zero_bubble_v"
+            (fastest); all but the first want a loss that is a mean over cases.
+        recompute: ``"never"`` or ``"always"`` recompute a stage's activations in backward, or the names of the cells
+            to do so; by default only where the plan does not fit otherwise.
         precision: ``"fp32"``, ``"bf16"`` (autocast), or ``"auto"``: bf16 where the hardware is fast at it.
         channels_last: memory layout of volumes; by default both are profiled and the faster one is taken.
         memory: limit per device, such as ``"16GB"``.
@@ -62,6 +73,8 @@ def make_plan(
         raise PlanError(f"pipe × space must be devices × 1 here; pipe={pipe}, space={space}, devices={devices} is not.")
     if devices < 1:
         raise PlanError(f"a plan needs at least one device, not {devices}.")
+    check_schedule(schedule)
+    split = any(a.kind == "backward_weight" for of_rank in SCHEDULES[schedule]([StageTimes(0)], 1) for a in of_rank)
     kind = device_type()
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(kind) else "fp32"
@@ -74,39 +87,51 @@ def make_plan(
     for layout in (False, True) if channels_last is None else (channels_last,):
         with _worker_conditions(network, devices, kind, layout) as twin:
             graph = trace(twin, shape)
-            if devices > len(graph.cells):
-                raise PlanError(f"the network has {len(graph.cells)} cells and cannot be cut into {devices} stages.")
-            profiles[layout] = profile_cells(graph, shape, precision=precision, channels_last=layout, repeats=repeats)
+            if (stages := len(PLACEMENTS[schedule](devices))) > len(graph.cells):
+                raise PlanError(f"the network has {len(graph.cells)} cells and cannot be cut into {stages} stages.")
+            profiles[layout] = profile_cells(
+                graph, shape, precision=precision, channels_last=layout, repeats=repeats, split=split
+            )
     channels_last = min(profiles, key=lambda layout: profiles[layout].seconds)
     profile = profiles[channels_last]
     limit = None if memory is None else parse_bytes(memory)
-    choices: list[Recompute] = [recompute] if recompute else ["never", "always"]
+    choices: list[Recompute] = ["never", "always"] if recompute is None else [recompute]
     for choice in choices:
+        _check_cells(graph, choice)
         costs = StageCosts(graph, profile, micro_batches, choice)
-        if starts := costs.best_cut(devices, limit):
-            return _plan(network, input_shape, kind, schedule, precision, channels_last, limit, costs, starts)
-    raise PlanError(_does_not_fit(costs, devices, limit or 0, shape[0]))
+        if starts := best_cut(costs, schedule, devices, limit):
+            settings = {
+                "network": type(network).__name__,
+                "input_shape": tuple(input_shape),
+                "devices": devices,
+                "device_type": kind,
+                "schedule": schedule,
+                "precision": precision,
+                "channels_last": channels_last,
+                "memory_limit_bytes": limit,
+            }
+            return _plan(costs, schedule, devices, starts, settings)
+    raise PlanError(_does_not_fit(costs, schedule, devices, limit or 0, shape[0]))
 
 
-def _plan(
-    network: nn.Module,
-    input_shape: Sequence[int],
-    kind: Literal["cpu", "cuda"],
-    schedule: ScheduleName,
-    precision: Precision,
-    channels_last: bool,
-    limit: int | None,
-    costs: StageCosts,
-    starts: list[int],
-) -> Plan:
+def _check_cells(graph: CellGraph, recompute: Recompute) -> None:
+    if not isinstance(recompute, str) and (unknown := set(recompute) - {cell.name for cell in graph.cells}):
+        known = ", ".join(cell.name for cell in graph.cells[:8])
+        raise PlanError(
+            f"recompute names cells that the network has not: {', '.join(sorted(unknown))}; it has {known}, …"
+        )
+
+
+def _plan(costs: StageCosts, schedule: str, devices: int, starts: list[int], settings: dict[str, Any]) -> Plan:
     cells = costs.graph.cells
+    ranks = PLACEMENTS[schedule](devices)
     sent = [0] * len(starts)
     for edge in costs.graph.stage_edges(starts):
-        if edge.value in costs.profile.value_bytes:
-            size = costs.profile.value_bytes[edge.value] * costs.micro_batches
-            sent[edge.maker] += size * len(edge.users)
-            for user in edge.users:
-                sent[user] += size if edge.value not in costs.graph.inputs else 0
+        size = costs.profile.value_bytes.get(edge.value, 0) * costs.micro_batches
+        for rank in {ranks[user] for user in edge.users} - {ranks[edge.maker]}:
+            sent[edge.maker] += size
+            if edge.value not in costs.graph.inputs:  # the gradient goes back once, with the last of the rank's users
+                sent[min(user for user in edge.users if ranks[user] == rank)] += size
     stages = tuple(
         StagePlan(
             rank=rank,
@@ -115,51 +140,49 @@ def _plan(
             cells=tuple(cell.name for cell in cells[begin:end]),
             forward_seconds=costs.forward_seconds(begin, end),
             backward_seconds=costs.backward_seconds(begin, end),
+            weight_seconds=costs.weight_seconds(begin, end),
             parameter_bytes=costs.parameter_bytes(begin, end),
-            peak_bytes=costs.peak_bytes(begin, end),
-            sent_bytes=sent[rank],
+            sent_bytes=bytes_sent,
         )
-        for rank, (begin, end) in enumerate(runs(starts, len(cells)))
+        for rank, bytes_sent, (begin, end) in zip(ranks, sent, runs(starts, len(cells)), strict=True)
     )
-    line = simulate(
-        SCHEDULES[schedule](len(stages), costs.micro_batches),
-        [stage.forward_seconds for stage in stages],
-        [stage.backward_seconds for stage in stages],
-    )
-    return Plan(
-        network=type(network).__name__,
-        input_shape=tuple(input_shape),
-        devices=len(stages),
-        device_type=kind,
+    memory = memory_of(costs, schedule, devices, starts)
+    plan = Plan(
         micro_batches=costs.micro_batches,
-        schedule=schedule,
         recompute=costs.recompute,
-        precision=precision,
-        channels_last=channels_last,
-        memory_limit_bytes=limit,
         stages=stages,
-        step_seconds=line.seconds,
-        bubble=line.bubble,
+        per_device=tuple(DevicePlan(saved_bytes=use.saved_bytes, peak_bytes=use.peak_bytes) for use in memory),
+        step_seconds=0.0,
+        bubble=0.0,
+        **settings,
     )
+    line = plan.time_line()
+    return plan.model_copy(update={"step_seconds": line.seconds, "bubble": line.bubble})
 
 
-def _does_not_fit(costs: StageCosts, devices: int, limit: int, micro_batch: int) -> str:
+def _does_not_fit(costs: StageCosts, schedule: str, devices: int, limit: int, micro_batch: int) -> str:
     """What would fit instead; everything that the message names has been tried."""
-    n = len(costs.profile.cells)
+
+    def fits(costs: StageCosts, devices: int) -> bool:
+        return best_cut(costs, schedule, devices, limit) is not None
+
     ways = []
-    if (memory := costs.least_memory(devices)) is not None:
+    if (memory := least_memory(costs, schedule, devices)) is not None:
         ways.append(f"{format_bytes(memory, up=True)} a device on {devices} device{'s' if devices > 1 else ''}")
-    more = range(devices + 1, min(n, 64) + 1)
-    if (count := next((k for k in more if costs.fits(k, limit)), None)) is not None:
+    more = range(devices + 1, min(len(costs.profile.cells), 64) + 1)
+    if (count := next((k for k in more if fits(costs, k)), None)) is not None:
         ways.append(f"{count} devices of {format_bytes(limit)}")
-    if costs.recompute == "never" and replace(costs, recompute="always").fits(devices, limit):
+    if costs.recompute == "never" and fits(replace(costs, recompute="always"), devices):
         ways.append("recompute='always'")
     fewer = range(costs.micro_batches - 1, 0, -1)
-    if (count := next((m for m in fewer if replace(costs, micro_batches=m).fits(devices, limit)), None)) is not None:
+    if (count := next((m for m in fewer if fits(replace(costs, micro_batches=m), devices)), None)) is not None:
         ways.append(f"a batch of {count * micro_batch}")
+    would = (
+        f"These would do: {'; '.join(ways)}. A smaller volume needs less as well." if ways else "Take a smaller one."
+    )
     return (
-        f"the network does not fit {devices} device(s) of {format_bytes(limit)} with recompute={costs.recompute!r}. "
-        f"These would do: {'; '.join(ways)}. A smaller volume needs less as well."
+        f"the network does not fit {devices} device(s) of {format_bytes(limit)} with schedule={schedule!r} and "
+        f"recompute={costs.recompute!r}. {would}A smaller volume needs less as well."
     )
 
 

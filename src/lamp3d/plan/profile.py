@@ -9,12 +9,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lamp3d.graph import CellGraph, Stage, autocast, module_device, preserved_buffers
+from lamp3d.graph import (
+    CellGraph,
+    DeferredWeights,
+    SplitConvolutions,
+    Stage,
+    autocast,
+    module_device,
+    preserved_buffers,
+)
 
 
 @dataclass(frozen=True)
@@ -24,9 +33,11 @@ class CellProfile:
     Attributes:
         name: the cell's name.
         forward_seconds, backward_seconds: medians over the repetitions.
+        weight_seconds: the part of the backward that may be done apart (0 unless it was measured apart).
         internal_bytes: saved for backward, values of other cells and parameters not counted.
         saved_values: the values (edges of the graph) among what the cell saves for backward.
         parameter_bytes: the cell's parameters.
+        deferred_bytes, deferred_values: what is held between the two parts of the backward, counted alike.
     """
 
     name: str
@@ -35,6 +46,9 @@ class CellProfile:
     internal_bytes: int
     saved_values: frozenset[str]
     parameter_bytes: int
+    weight_seconds: float = 0.0
+    deferred_bytes: int = 0
+    deferred_values: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,13 @@ class Profile:
 
 
 def profile_cells(
-    graph: CellGraph, input_shape: Sequence[int], *, precision: str, channels_last: bool, repeats: int = 3
+    graph: CellGraph,
+    input_shape: Sequence[int],
+    *,
+    precision: str,
+    channels_last: bool,
+    repeats: int = 3,
+    split: bool = False,
 ) -> Profile:
     """Time forward and backward of every cell and record what it saves.
 
@@ -61,6 +81,7 @@ def profile_cells(
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
         channels_last: whether the input is laid out channels-last.
         repeats: timed repetitions, after one that warms up.
+        split: whether the backward is done in two parts, weight gradients apart.
     """
     device = module_device(graph.root)
     parameter = next(iter(graph.root.parameters()), None)
@@ -80,7 +101,7 @@ def profile_cells(
         with preserved_buffers(graph.root):
             for index, stage in enumerate(graph.cut(range(len(graph.cells)))):
                 inputs = {name: values[name] for name in stage.inputs}
-                cell, outputs = _profile_cell(stage, inputs, precision, device, repeats)
+                cell, outputs = _profile_cell(stage, inputs, precision, device, repeats, split)
                 cells.append(cell)
                 values.update(outputs)
                 value_bytes.update({name: value.nbytes for name, value in outputs.items()})
@@ -93,20 +114,25 @@ def profile_cells(
 
 
 def _profile_cell(
-    stage: Stage, inputs: dict[str, Tensor], precision: str, device: torch.device, repeats: int
+    stage: Stage, inputs: dict[str, Tensor], precision: str, device: torch.device, repeats: int, split: bool
 ) -> tuple[CellProfile, dict[str, Tensor]]:
     parameters = stage.parameters_by_name()
-    seconds: list[tuple[float, float]] = []
+    seconds: list[tuple[float, float, float]] = []
     for _ in range(repeats + 1):
         leaves = [value.detach().requires_grad_(value.requires_grad) for value in inputs.values()]
         saved: dict[int, Tensor] = {}
+        later = DeferredWeights()
 
         def pack(tensor: Tensor, saved: dict[int, Tensor] = saved) -> Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
+            saved[_address(tensor)] = tensor
             return tensor
 
         begin = _now(device)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(device, precision):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            autocast(device, precision),
+            SplitConvolutions(later) if split else nullcontext(),
+        ):
             outputs = stage(*leaves)
         middle = _now(device)
         roots = [output for output in outputs if output.requires_grad]
@@ -114,21 +140,29 @@ def _profile_cell(
         start = _now(device)
         if roots:
             torch.autograd.backward(roots, gradients)
-        seconds.append((middle - begin, _now(device) - start))
+        apart = _now(device)
+        deferred = {_address(tensor): tensor for tensor in later.tensors()}
+        later.compute()
+        end = _now(device)
+        seconds.append((middle - begin, end - start, end - apart if split else 0.0))
     names = {_address(leaf): name for name, leaf in zip(inputs, leaves, strict=True)}
     names |= {_address(output): name for name, output in zip(stage.outputs, outputs, strict=True)}
     own = {_address(parameter) for parameter in (*parameters.values(), *stage.buffers_by_name().values())}
+
+    def internal(tensors: dict[int, Tensor]) -> int:
+        return sum(t.untyped_storage().nbytes() for a, t in tensors.items() if a not in names and a not in own)
+
+    forward, backward, weight = (statistics.median(column) for column in zip(*seconds[1:], strict=True))
     profile = CellProfile(
         name=" + ".join(cell.name for cell in stage.cells),
-        forward_seconds=statistics.median(forward for forward, _ in seconds[1:]),
-        backward_seconds=statistics.median(backward for _, backward in seconds[1:]),
-        internal_bytes=sum(
-            tensor.untyped_storage().nbytes()
-            for address, tensor in saved.items()
-            if address not in names and address not in own
-        ),
+        forward_seconds=forward,
+        backward_seconds=backward,
+        internal_bytes=internal(saved),
         saved_values=frozenset(names[address] for address in saved if address in names),
         parameter_bytes=sum(parameter.nbytes for parameter in parameters.values()),
+        weight_seconds=weight,
+        deferred_bytes=internal(deferred),
+        deferred_values=frozenset(names[address] for address in deferred if address in names),
     )
     values = {
         name: output.detach().requires_grad_(output.requires_grad)

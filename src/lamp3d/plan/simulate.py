@@ -1,11 +1,11 @@
-"""A schedule and the stages' seconds -> a time line: what a step will take before it is run."""
+"""A schedule on paper: when every action runs, and what every rank holds, before a step is run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lamp3d.plan.schedule import Action
+from lamp3d.plan.schedule import Action, StageTimes, needs
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,17 @@ class TimeLine:
         return 1 - busy / (self.seconds * len(self.actions))
 
 
-def simulate(
-    schedule: Sequence[Sequence[Action]], forward_seconds: Sequence[float], backward_seconds: Sequence[float]
-) -> TimeLine:
+def simulate(schedule: Sequence[Sequence[Action]], stages: Sequence[StageTimes]) -> TimeLine:
     """Run a schedule on paper: every rank does its actions in order, each as soon as what it needs is there.
 
     Args:
         schedule: the actions of every rank.
-        forward_seconds: seconds of one micro-batch's forward, by stage.
-        backward_seconds: seconds of one micro-batch's backward, by stage.
+        stages: the expected seconds of each stage.
 
     Raises:
         ValueError: the schedule dead-locks; the message names the actions that wait for ever.
     """
-    last = len(forward_seconds) - 1
-    micro_batches = {action.micro_batch for rank in schedule for action in rank}
+    last = len(stages) - 1
     done: dict[Action, float] = {}
     lines: list[list[tuple[Action, float, float]]] = [[] for _ in schedule]
     free = [0.0] * len(schedule)
@@ -50,13 +46,12 @@ def simulate(
         for rank, actions in enumerate(schedule):
             while len(lines[rank]) < len(actions):
                 action = actions[len(lines[rank])]
-                needs = _needs(action, last, micro_batches)
-                if not all(need in done for need in needs):
+                needed = needs(action, last)
+                if not all(need in done for need in needed):
                     break
-                begin = max([free[rank], *(done[need] for need in needs)])
-                seconds = (forward_seconds if action.kind == "forward" else backward_seconds)[action.stage]
-                free[rank] = done[action] = begin + seconds
-                lines[rank].append((action, begin, begin + seconds))
+                begin = max([free[rank], *(done[need] for need in needed)])
+                free[rank] = done[action] = begin + stages[action.stage].seconds(action.kind)
+                lines[rank].append((action, begin, done[action]))
                 progress = True
     waiting = [actions[len(line)] for actions, line in zip(schedule, lines, strict=True) if len(line) < len(actions)]
     if waiting:
@@ -64,13 +59,71 @@ def simulate(
     return TimeLine(tuple(tuple(line) for line in lines))
 
 
-def _needs(action: Action, last: int, micro_batches: set[int]) -> list[Action]:
-    """What must be done before an action; the last stage's loss needs the forwards of the whole mini-batch."""
-    if action.kind == "forward":
-        return [Action("forward", action.stage - 1, action.micro_batch)] if action.stage else []
-    if action.stage == last:
-        return [Action("forward", last, micro_batch) for micro_batch in micro_batches]
-    return [
-        Action("forward", action.stage, action.micro_batch),
-        Action("backward", action.stage + 1, action.micro_batch),
-    ]
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What a rank holds at its fullest moment.
+
+    Attributes:
+        saved_bytes: for backward passes to come.
+        peak_bytes: with parameters, gradients, optimizer state and the loss.
+    """
+
+    saved_bytes: int
+    peak_bytes: int
+
+
+class _Held:
+    """What one rank holds: how often under each name."""
+
+    def __init__(self) -> None:
+        self._count: dict[tuple[str, int], int] = {}
+
+    def change(self, values: Mapping[str, int], micro_batch: int, by: int) -> int:
+        """Hold something once more (1) or once less (-1); returns by how many bytes the memory changes."""
+        size = 0
+        for name, n_bytes in values.items():
+            before = self._count.get((name, micro_batch), 0)
+            self._count[name, micro_batch] = before + by
+            size += n_bytes * (bool(before + by) - bool(before))
+        return size
+
+
+def memory_use(
+    schedule: Sequence[Sequence[Action]],
+    held: Sequence[Mapping[str, int]],
+    deferred: Sequence[Mapping[str, int]],
+    static: Sequence[int],
+    again: Sequence[int],
+) -> list[DeviceMemory]:
+    """Play a schedule through and count what every rank holds.
+
+    Args:
+        schedule: the actions of every rank.
+        held: by stage, the bytes that a micro-batch holds between forward and backward, by name; what two stages of a
+            rank hold under one name is held once.
+        deferred: the same between the two parts of a split backward.
+        static: by stage, bytes whatever is in flight.
+        again: by stage, bytes that a backward brings back for as long as it runs.
+    """
+    found = []
+    for actions in schedule:
+        held_here = _Held()
+        now = saved = peak = 0
+        for action in actions:
+            stage, m = action.stage, action.micro_batch
+            if action.kind == "forward":
+                now += held_here.change(held[stage], m, 1)
+            elif action.kind == "backward_weight":
+                now += held_here.change(deferred[stage], m, -1)
+            elif action.kind == "backward_input":
+                now += held_here.change(deferred[stage], m, 1)
+                peak = max(peak, now + again[stage])
+                now += held_here.change(held[stage], m, -1)
+            else:
+                peak = max(peak, now + again[stage])
+                now += held_here.change(held[stage], m, -1)
+            saved = max(saved, now)
+            peak = max(peak, now)
+        own = sum(static[stage] for stage in {action.stage for action in actions})
+        found.append(DeviceMemory(saved, own + peak))
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -12,14 +12,27 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from lamp3d.evaluate import Results
-from lamp3d.plan import SCHEDULES, Plan
-from lamp3d.plan.simulate import simulate
+from lamp3d.plan import Plan, TimeLine
+from lamp3d.plan.schedule import Kind
 from lamp3d.report.style import ACCENT, ACCENT_LIGHT, FONT, INK, MUTED, WARM, organ_colours
 from lamp3d.train import EpochRecord
 
 GB = 1e9
+_ACTION_COLOURS: dict[Kind, tuple[str, str]] = {
+    "forward": (ACCENT, "white"),
+    "backward": (ACCENT_LIGHT, INK),
+    "backward_input": (ACCENT_LIGHT, INK),
+    "backward_weight": (WARM, "white"),
+}
+_ACTION_NAMES: dict[Kind, str] = {
+    "forward": "forward of micro-batch",
+    "backward": "backward",
+    "backward_input": "backward, inputs",
+    "backward_weight": "backward, weights",
+}
 _WIDTH = 10.4  # inches; the width of the page's column
 
 
@@ -84,20 +97,25 @@ def scores_per_organ(results: Results) -> Figure:
 
 def plan_bars(plan: Plan) -> Figure:
     """Seconds and memory of each device, as the plan predicts them."""
-    devices = [f"device {stage.rank}" for stage in plan.stages]
+    ranks = range(plan.devices)
+    devices = [f"device {rank}" for rank in ranks]
     rows = np.arange(len(devices))
+
+    def of_ranks(values: Sequence[float]) -> NDArray[np.float64]:
+        return np.array([sum(v for v, r in zip(values, plan.ranks, strict=True) if r == rank) for rank in ranks])
+
     with rc_context(FONT):
         figure = _figure(_WIDTH, 1.0 + 0.36 * len(devices))
         time_axes, memory_axes = figure.subplots(1, 2, sharey=True)
-        forward = np.array([stage.forward_seconds for stage in plan.stages]) * 1e3
-        backward = np.array([stage.backward_seconds for stage in plan.stages]) * 1e3
+        forward = of_ranks([stage.forward_seconds for stage in plan.stages]) * 1e3
+        backward = of_ranks([stage.backward_seconds for stage in plan.stages]) * 1e3
         time_axes.barh(rows, forward, 0.6, color=ACCENT, label="forward")
         time_axes.barh(rows, backward, 0.6, left=forward, color=ACCENT_LIGHT, label="backward")
         time_axes.set(title="Work of one micro-batch (ms)", ylim=(len(devices) - 0.4, -0.6))
         time_axes.set_yticks(rows, devices, color=INK)
 
-        peak = np.array([stage.peak_bytes for stage in plan.stages]) / GB
-        weights = np.minimum(np.array([stage.parameter_bytes for stage in plan.stages]) / GB, peak)
+        peak = np.array([device.peak_bytes for device in plan.per_device]) / GB
+        weights = np.minimum(of_ranks([stage.parameter_bytes for stage in plan.stages]) / GB, peak)
         memory_axes.barh(rows, weights, 0.6, color=WARM, label="parameters")
         memory_axes.barh(rows, peak - weights, 0.6, left=weights, color="#f3cdb3", label="rest")
         if plan.memory_limit_bytes is not None:
@@ -112,40 +130,48 @@ def plan_bars(plan: Plan) -> Figure:
 
 
 def plan_picture(plan: Plan) -> Figure:
-    """One training step on the devices' common clock: which micro-batch is where, and when (paper, Fig. 2c).
+    """The predicted time line of one training step."""
+    return time_line_picture({"predicted": plan.time_line()})
+
+
+def time_line_picture(lines: Mapping[str, TimeLine]) -> Figure:
+    """One training step on the devices' common clock: which micro-batch is where, and when (paper, Figs. 2c, 4 and 5).
 
     Args:
-        plan: the plan; its stages' seconds place the boxes.
+        lines: one or more time lines of as many devices by title, such as "predicted" and "measured"; drawn one above
+            the other on one scale. A device's second stage is hatched.
     """
-    schedule = SCHEDULES[plan.schedule](len(plan.stages), plan.micro_batches)
-    line = simulate(
-        schedule, [stage.forward_seconds for stage in plan.stages], [stage.backward_seconds for stage in plan.stages]
-    )
+    longest = max(line.seconds for line in lines.values())
+    kinds = [kind for kind in _ACTION_COLOURS if any(a.kind == kind for line in lines.values()
+             for of_rank in line.actions for a, _, _ in of_rank)]  # fmt: skip
+    devices = len(next(iter(lines.values())).actions)
     with rc_context(FONT):
-        figure = _figure(_WIDTH, 1.15 + 0.38 * len(plan.stages))
-        axes = figure.subplots()
-        for rank, actions in enumerate(line.actions):
-            for action, begin, end in actions:
-                forward = action.kind == "forward"
-                box = Rectangle(
-                    (begin * 1e3, rank - 0.38), (end - begin) * 1e3, 0.76,
-                    facecolor=ACCENT if forward else ACCENT_LIGHT, edgecolor="white", linewidth=0.8,
-                )  # fmt: skip
-                axes.add_patch(box)
-                if end - begin > 0.018 * line.seconds:
-                    axes.text(
-                        (begin + end) * 500, rank, str(action.micro_batch), ha="center", va="center", fontsize=8,
-                        color="white" if forward else INK,
-                    )  # fmt: skip
-        axes.set(
-            title=f"One step: {line.seconds:.3g} s, devices idle {line.bubble:.0%} of it",
-            xlabel="ms", xlim=(0, line.seconds * 1e3), ylim=(len(plan.stages) - 0.45, -0.55),
-        )  # fmt: skip
-        axes.set_yticks(range(len(plan.stages)), [f"device {stage.rank}" for stage in plan.stages], color=INK)
-        axes.tick_params(axis="y", length=0)
-        axes.legend(
-            handles=[Patch(color=ACCENT, label="forward of micro-batch"), Patch(color=ACCENT_LIGHT, label="backward")],
-            loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8,
+        figure = _figure(_WIDTH, (0.85 + 0.38 * devices) * len(lines) + 0.35)
+        panels = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (title, line) in zip(panels, lines.items(), strict=True):
+            for rank, actions in enumerate(line.actions):
+                first = min((action.stage for action, _, _ in actions), default=0)
+                for action, begin, end in actions:
+                    fill, ink = _ACTION_COLOURS[action.kind]
+                    axes.add_patch(Rectangle(
+                        (begin * 1e3, rank - 0.38), (end - begin) * 1e3, 0.76, facecolor=fill, edgecolor="white",
+                        linewidth=0.8, hatch="////" if action.stage != first else None,
+                    ))  # fmt: skip
+                    if end - begin > 0.018 * longest:
+                        axes.text(
+                            (begin + end) * 500, rank, str(action.micro_batch), ha="center", va="center", fontsize=8,
+                            color=ink,
+                        )  # fmt: skip
+            axes.set(
+                title=f"One step, {title}: {line.seconds:.3g} s, devices idle {line.bubble:.0%} of it",
+                xlim=(0, longest * 1e3), ylim=(devices - 0.45, -0.55),
+            )  # fmt: skip
+            axes.set_yticks(range(devices), [f"device {rank}" for rank in range(devices)], color=INK)
+            axes.tick_params(axis="y", length=0)
+        panels[-1].set_xlabel("ms")
+        panels[0].legend(
+            handles=[Patch(color=_ACTION_COLOURS[kind][0], label=_ACTION_NAMES[kind]) for kind in kinds],
+            loc="lower right", bbox_to_anchor=(1, 1), ncols=len(kinds), frameon=False, fontsize=8,
         )  # fmt: skip
     return figure
 

@@ -1,0 +1,96 @@
+"""Micro-batches without gradients: at every tick each stage does the one that the stage before did at the last tick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lamp3d.graph import Edge
+from lamp3d.parallel.step import Rank, Specs
+from lamp3d.parallel.transfer import Receipt
+
+
+class Conveyor:
+    """One rank's part of a stream of micro-batches, as many as there are, of any shapes.
+
+    ::
+
+        tick       0   1   2   3   4   5          stage s does micro-batch t - s at tick t: a rank with several
+        stage 2            0   1   2   3          stages does the deepest first, and none waits for what another
+        stage 1        0   1   2   3              rank does at the same tick
+        stage 0    0   1   2   3
+
+    Args:
+        rank: what the rank works with.
+    """
+
+    def __init__(self, rank: Rank):
+        self._rank = rank
+        self._specs: list[Specs] = []
+        self._images: dict[int, Tensor] = {}
+        self._values: dict[tuple[str, int], tuple[Tensor | Receipt, int]] = {}
+        # Messages of one tick, in the order in which their makers' ranks send them.
+        self._edges = sorted(rank.edges, key=lambda edge: -edge.maker)
+        self._tick = 0
+
+    def put(self, specs: Specs, image: Tensor | None) -> None:
+        """One more micro-batch; a rank that does not read the input may learn of it one tick later than it begins."""
+        if image is not None:
+            self._images[len(self._specs)] = image
+        self._specs.append(specs)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a micro-batch has yet to leave the last stage."""
+        return self._tick - self._rank.last < len(self._specs)
+
+    def advance(self) -> tuple[bool, Any]:
+        """One tick.
+
+        Returns:
+            whether a micro-batch has left the last stage (known to all ranks), and its output on the rank of that
+            stage.
+        """
+        rank, tick = self._rank, self._tick
+        for edge in self._edges:
+            if rank.ranks[edge.maker] != rank.index and rank.users_here(edge):
+                self._receive(edge, tick - 1 - edge.maker)
+        output = None
+        for stage in sorted(rank.runners, reverse=True):
+            if 0 <= tick - stage < len(self._specs):
+                values = self._forward(stage, tick - stage)
+                if stage == rank.last:
+                    output = rank.graph.collect(values)
+        self._tick += 1
+        return 0 <= tick - rank.last < len(self._specs), output
+
+    def _receive(self, edge: Edge, micro_batch: int) -> None:
+        if 0 <= micro_batch < len(self._specs):
+            origin, spec = self._rank.ranks[edge.maker], self._specs[micro_batch][edge.value]
+            receipt = self._rank.transfer.receive(spec, origin, self._rank.tag(edge.value, micro_batch, False))
+            self._values[edge.value, micro_batch] = receipt, self._rank.users_here(edge)
+
+    def _forward(self, stage: int, micro_batch: int) -> dict[str, Tensor]:
+        rank = self._rank
+        values: dict[str, Tensor] = {}
+        if stage == 0:
+            values[rank.graph.inputs[0]] = self._images.pop(micro_batch)
+        for edge in rank.incoming(stage):
+            values[edge.value] = self._take(edge.value, micro_batch)
+        values |= rank.runners[stage].infer(values)
+        for edge in rank.outgoing(stage):
+            spec = self._specs[micro_batch][edge.value]
+            for to in rank.user_ranks(edge):
+                if to == rank.index:
+                    self._values[edge.value, micro_batch] = values[edge.value], rank.users_here(edge)
+                else:
+                    rank.transfer.send(values[edge.value], spec, to, rank.tag(edge.value, micro_batch, False))
+        return values
+
+    def _take(self, value: str, micro_batch: int) -> Tensor:
+        held, users = self._values.pop((value, micro_batch))
+        tensor = held.wait() if isinstance(held, Receipt) else held
+        if users > 1:
+            self._values[value, micro_batch] = tensor, users - 1
+        return tensor

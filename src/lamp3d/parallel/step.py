@@ -1,0 +1,308 @@
+"""One mini-batch under way on one rank: its values, its gradients, and the messages that bring and take them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lamp3d.errors import PlanError
+from lamp3d.graph import CellGraph, Edge, ValueSpec
+from lamp3d.parallel.routes import Message, Routes, user_ranks
+from lamp3d.parallel.stage import StageRunner
+from lamp3d.parallel.transfer import Receipt, Transfer
+from lamp3d.plan import Action
+
+LossFunction = Callable[[Any, Any], Tensor]
+Specs = Mapping[str, ValueSpec]
+
+AHEAD = 2
+"""How many actions ahead of the present one receives are posted."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What a rank works with, whatever the mini-batch: its stages, the network's graph and cut, its transfers.
+
+    Attributes:
+        index: the rank's number among those of the pipeline.
+        ranks: the rank of each stage.
+        edges: the values that pass between stages.
+        runners: this rank's stages, by number.
+    """
+
+    index: int
+    ranks: tuple[int, ...]
+    graph: CellGraph
+    edges: tuple[Edge, ...]
+    runners: Mapping[int, StageRunner]
+    transfer: Transfer
+    device: torch.device
+
+    @property
+    def last(self) -> int:
+        """The last stage."""
+        return len(self.ranks) - 1
+
+    def incoming(self, stage: int) -> list[Edge]:
+        """What a stage receives."""
+        return [edge for edge in self.edges if stage in edge.users]
+
+    def outgoing(self, stage: int) -> list[Edge]:
+        """What a stage makes for others."""
+        return [edge for edge in self.edges if edge.maker == stage]
+
+    def user_ranks(self, edge: Edge) -> list[int]:
+        """The ranks that use a value, each once."""
+        return user_ranks(edge, self.ranks)
+
+    def tag(self, value: str, micro_batch: int, backward: bool) -> int:
+        """A number for a message, which both of its ends compute alike."""
+        number = next(i for i, edge in enumerate(self.edges) if edge.value == value)
+        return ((micro_batch % 1024) * len(self.edges) + number) * 2 + backward
+
+    def users_here(self, edge: Edge) -> int:
+        """How many stages of this rank use a value."""
+        return sum(self.ranks[user] == self.index for user in edge.users)
+
+
+class MiniBatch:
+    """One mini-batch on one rank.
+
+    Args:
+        rank: what the rank works with.
+        actions: of every rank, in order.
+        specs: what the values look like, by micro-batch.
+        images: the micro-batches, where the rank reads the network's input; otherwise None for each.
+        routes: the messages of these actions.
+    """
+
+    def __init__(
+        self,
+        rank: Rank,
+        actions: Sequence[Sequence[Action]],
+        specs: Sequence[Specs],
+        images: Sequence[Tensor | None],
+        routes: Routes,
+    ):
+        self.actions = actions[rank.index]
+        self._rank = rank
+        self._specs = specs
+        self._images = list(images)
+        self._routes = routes
+        self._expected = {
+            origin: list(reversed(messages)) for (origin, to), messages in routes.between.items() if to == rank.index
+        }
+        self._receipts: dict[Message, Receipt] = {}
+        self._asked: set[Message] = set()
+        self._posted = 0
+        # What lies here for this rank's stages: the value and how many of them have yet to take it; the sum of the
+        # gradients that they have given back, and how many have yet to.
+        self._values: dict[tuple[str, int], tuple[Tensor, int]] = {}
+        self._gradients: dict[tuple[str, int], tuple[Tensor | None, int]] = {}
+        self._outputs: dict[int, dict[str, Tensor]] = {}
+        self._of_outputs: dict[int, dict[str, Tensor]] = {}
+        self.times: list[tuple[Action, float, float]] = []
+
+    def run(self, loss: MiniBatchLoss) -> Tensor:
+        """Do this rank's actions; returns the loss (zero on ranks that do not hold the output), 0-dim float64."""
+        total = torch.zeros((), dtype=torch.float64)
+        last = self._rank.last
+        for index, action in enumerate(self.actions):
+            self._post(index + AHEAD)
+            begin = time.perf_counter()
+            if action.kind == "forward":
+                self.forward(action)
+            elif action.kind == "backward_weight":
+                self._rank.runners[action.stage].backward_weight(action.micro_batch)
+            else:
+                if action.stage == last and action.micro_batch not in self._of_outputs:
+                    total += self._loss(loss, action.micro_batch)
+                self.backward(action)
+            self.times.append((action, begin, time.perf_counter()))
+        return total
+
+    def forward(self, action: Action) -> None:
+        """Forward of one micro-batch through one stage; what others need is on its way afterwards."""
+        rank, m, specs = self._rank, action.micro_batch, self._specs[action.micro_batch]
+        values: dict[str, Tensor] = {}
+        if action.stage == 0:
+            image = self._images[m]
+            assert image is not None
+            values[rank.graph.inputs[0]] = image
+            self._images[m] = None
+        for edge in rank.incoming(action.stage):
+            values[edge.value] = self._take(edge, m).detach().requires_grad_(specs[edge.value].requires_grad)
+        values |= rank.runners[action.stage].forward(m, values)
+        for edge in rank.outgoing(action.stage):
+            if here := rank.users_here(edge):
+                self._values[edge.value, m] = values[edge.value], here
+        self._send(action, lambda message: values[message.value])
+        if action.stage == rank.last:
+            self._outputs[m] = {name: values[name].detach() for name in rank.graph.outputs}
+
+    def backward(self, action: Action) -> None:
+        """Backward of one micro-batch through one stage; what others need is on its way afterwards."""
+        rank, m, specs = self._rank, action.micro_batch, self._specs[action.micro_batch]
+        of_outputs = self._of_outputs.pop(m) if action.stage == rank.last else {}
+        gradients: dict[str, Tensor | None] = dict(of_outputs)
+        for edge in rank.outgoing(action.stage):
+            if specs[edge.value].requires_grad:
+                parts = [self._gradients.pop((edge.value, m))[0]] if rank.users_here(edge) else []
+                # The first one is used in place: it was made or received for this and belongs to no one else.
+                parts += [self._receipts.pop(n).wait() for n in self._routes.needed[action] if n.value == edge.value]
+                gradients[edge.value] = _sum_in_place([gradients.get(edge.value), *parts])
+        of_inputs = rank.runners[action.stage].backward(m, {n: g for n, g in gradients.items() if g is not None})
+        for edge in rank.incoming(action.stage):
+            if specs[edge.value].requires_grad:
+                # A network output made by an earlier stage has its gradient from the loss, and perhaps from cells here.
+                self._give(edge, m, of_inputs.get(edge.value))
+                if edge.value in of_outputs:
+                    known, missing = self._gradients[edge.value, m]
+                    self._gradients[edge.value, m] = _sum_in_place([known, of_outputs[edge.value]]), missing
+        self._send(action, lambda message: self._returned(message, specs[message.value]))
+
+    def _post(self, until: int) -> None:
+        """Post what the actions up to and including number ``until`` will receive."""
+        for action in self.actions[self._posted : until + 1]:
+            for message in self._routes.needed[action]:
+                self._receive(message)
+        self._posted = max(self._posted, until + 1)
+
+    def _receive(self, message: Message) -> None:
+        """Post the receive of a message, after those that its origin sends before it: NCCL knows no tags."""
+        expected = self._expected[message.origin]
+        while message not in self._asked:
+            coming = expected.pop()
+            spec = self._specs[coming.micro_batch][coming.value]
+            self._receipts[coming] = self._rank.transfer.receive(spec, coming.origin, self._tag(coming))
+            self._asked.add(coming)
+
+    def _send(self, action: Action, tensor: Callable[[Message], Tensor]) -> None:
+        for message in self._routes.sent[action]:
+            spec = self._specs[message.micro_batch][message.value]
+            self._rank.transfer.send(tensor(message), spec, message.to, self._tag(message))
+
+    def _tag(self, message: Message) -> int:
+        return self._rank.tag(message.value, message.micro_batch, message.backward)
+
+    def _take(self, edge: Edge, micro_batch: int) -> Tensor:
+        """A value for one of this rank's stages, received if it is the first of them and let go with the last."""
+        key = edge.value, micro_batch
+        if key not in self._values:
+            message = Message(edge.value, micro_batch, False, self._rank.ranks[edge.maker], self._rank.index)
+            self._values[key] = self._receipts.pop(message).wait(), self._rank.users_here(edge)
+        value, users = self._values.pop(key)
+        if users > 1:
+            self._values[key] = value, users - 1
+        return value
+
+    def _give(self, edge: Edge, micro_batch: int, gradient: Tensor | None) -> None:
+        """Add one stage's gradient of a value to those of this rank's other stages."""
+        known, missing = self._gradients.get((edge.value, micro_batch), (None, self._rank.users_here(edge)))
+        self._gradients[edge.value, micro_batch] = _sum_in_place([known, gradient]), missing - 1
+
+    def _returned(self, message: Message, spec: ValueSpec) -> Tensor:
+        """The gradient that goes back to a value's maker: zeros where no stage here makes anything of it."""
+        gradient, missing = self._gradients.pop((message.value, message.micro_batch))
+        assert not missing, message
+        if gradient is None:
+            return torch.zeros(spec.shape, dtype=spec.dtype, device=self._rank.device)
+        return gradient
+
+    def _loss(self, loss: MiniBatchLoss, micro_batch: int) -> Tensor:
+        """The loss of one micro-batch, or of all where it may be any function of the mini-batch; its gradients."""
+        ready = sorted(self._outputs) if loss.whole else [micro_batch]
+        for m in ready:
+            for name, output in self._outputs[m].items():
+                output.requires_grad_(self._specs[m][name].requires_grad)
+        graph = self._rank.graph
+        total = loss.backward(ready, [graph.collect(self._outputs[m]) for m in ready])
+        for m in ready:
+            outputs = self._outputs.pop(m)
+            self._of_outputs[m] = {name: o.grad for name, o in outputs.items() if o.grad is not None}
+        return total
+
+
+class MiniBatchLoss:
+    """How the loss of a mini-batch comes from its micro-batches' outputs.
+
+    Args:
+        loss_fn: ``loss_fn(output, targets)`` -> 0-dim.
+        targets: for the whole mini-batch, or a list with one entry for each of a list of images; None elsewhere.
+        sizes: cases in each micro-batch.
+        listed: whether the images came as a list; the loss is then the mean over its elements.
+        at_end: whether all forwards precede the first backward.
+
+    Raises:
+        PlanError: the schedule needs a micro-batch's loss before the others' outputs are there, and ``loss_fn`` has
+            not been declared to be a mean over cases.
+    """
+
+    def __init__(self, loss_fn: LossFunction, targets: Any, sizes: Sequence[int], *, listed: bool, at_end: bool):
+        self.whole = not listed and (len(sizes) == 1 or not getattr(loss_fn, "mean_over_cases", False))
+        if self.whole and len(sizes) > 1 and not at_end:
+            raise PlanError(
+                "this schedule needs the loss of each micro-batch before the others' outputs are there, which is only "
+                "right for a loss that is a mean over cases. If yours is, say so: lamp3d.mean_over_cases(loss_fn); "
+                "if not, take schedule='gpipe'."
+            )
+        self._loss_fn = loss_fn
+        self._sizes = sizes
+        self._targets = targets if listed or self.whole or targets is None else _cut(targets, sizes)
+        self._weights = [1 / len(sizes) if listed else size / sum(sizes) for size in sizes]
+
+    def backward(self, micro_batches: Sequence[int], outputs: Sequence[Any]) -> Tensor:
+        """The loss of some micro-batches, and its gradients in the outputs' ``grad``; 0-dim float64 on the CPU."""
+        with torch.enable_grad():
+            if self.whole:
+                loss = self._loss_fn(concatenate(outputs), self._targets)
+            else:
+                (micro_batch,) = micro_batches
+                targets = None if self._targets is None else self._targets[micro_batch]
+                loss = self._loss_fn(outputs[0], targets) * self._weights[micro_batch]
+            torch.autograd.backward(loss)
+        return loss.detach().double().cpu()
+
+
+def mean_over_cases(loss_fn: LossFunction) -> LossFunction:
+    """Declare that a loss is the mean over its cases: ``loss(batch) == mean(loss(case) for case in batch)``.
+
+    Only then may a schedule such as 1F1B compute it a micro-batch at a time. Nothing checks it; ``lamp3d verify`` does.
+    """
+    loss_fn.mean_over_cases = True  # type: ignore[attr-defined]
+    return loss_fn
+
+
+def concatenate(outputs: Sequence[Any]) -> Any:
+    """Micro-batches' outputs (tensors, or tuples, lists, dicts of them) joined along the batch."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return pytree.tree_map(lambda *pieces: torch.cat(pieces), outputs[0], *outputs[1:])
+
+
+def _cut(targets: Any, sizes: Sequence[int]) -> list[Any]:
+    """A mini-batch's targets (tensors, or tuples, lists, dicts of them), a piece for each micro-batch."""
+    leaves, structure = pytree.tree_flatten(targets)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != sum(sizes):
+            shown = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise PlanError(
+                f"targets are cut into micro-batches along their first axis, which must be the batch of {sum(sizes)}; "
+                f"one of them is {shown}. Take schedule='gpipe' for targets that cannot be cut."
+            )
+    pieces = zip(*(leaf.split(list(sizes)) for leaf in leaves), strict=True)
+    return [pytree.tree_unflatten(piece, structure) for piece in pieces]
+
+
+def _sum_in_place(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum, in the first one's memory; None where there is none."""
+    present = [part for part in parts if part is not None]
+    for other in present[1:]:
+        present[0].add_(other)
+    return present[0] if present else None
