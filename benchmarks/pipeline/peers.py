@@ -1,4 +1,7 @@
-"""The peers of the pipeline benchmark: torchgpipe 0.0.7 on the same network, weights, cut and micro-batches.
+"""The peers of the pipeline benchmark, on the same network, weights, cut and micro-batches.
+
+torch.distributed.pipelining runs one process a stage, as lamp3d does; a skip that crosses the cut travels as one more
+value from a stage to the next, and tensors must be contiguous, so channels-last is not open to it.
 
 torchgpipe is one process; a device has one worker thread for the forward pass, and the backward pass is left to
 autograd. On CUDA the host only queues kernels, so that is enough. On a CPU two things follow. All CPU "devices" are
@@ -17,12 +20,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torchgpipe import GPipe
 from torchgpipe.skip import Namespace, pop, skippable, stash
 from torchgpipe.worker import worker
 
 from lamp3d.errors import ConfigError
+from lamp3d.graph import trace
+from lamp3d.plan import Plan
 
 
 @skippable(stash=["skip"])
@@ -51,6 +58,35 @@ class ThreadedGPipe(GPipe):  # type: ignore[misc]
         with patch("torchgpipe.pipeline.spawn_workers", _spawn_workers):
             logits: Tensor = super().forward(images)
         return logits
+
+
+class PipeliningPeer:
+    """``torch.distributed.pipelining`` on the two stages of a plan; to be made in every worker.
+
+    Args:
+        network: the whole network.
+        plan: with two stages.
+        schedule: "GPipe" or "1F1B".
+        loss_fn: from output and targets to a 0-dim mean over cases.
+    """
+
+    def __init__(self, network: nn.Module, plan: Plan, schedule: str, loss_fn: Callable[[Tensor, Any], Tensor]):
+        first, second = trace(network, plan.input_shape).cut(plan.starts)
+        assert tuple(first.outputs) == tuple(second.inputs), "values must pass from the first stage to the second"
+        rank = dist.get_rank()
+        stage = PipelineStage((first, second)[rank], rank, 2, torch.device("cpu"))
+        kinds = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
+        self._first = rank == 0
+        self._schedule = kinds[schedule](
+            stage, plan.micro_batches, loss_fn=lambda output, target: loss_fn(output[0], target)
+        )
+
+    def step(self, images: Tensor) -> None:
+        """Forward and backward of a mini-batch."""
+        if self._first:
+            self._schedule.step(images)
+        else:
+            self._schedule.step(target=images)  # as many as images; the loss does not look at them
 
 
 def torchgpipe_unet(network: nn.Module, cuts: Sequence[str], chunks: int) -> ThreadedGPipe:

@@ -1,10 +1,10 @@
-"""Pipeline speed: lamp3d's engine beside one process and torchgpipe 0.0.7, the same network, weights and cut.
+"""Pipeline speed: lamp3d's schedules beside one process, torchgpipe 0.0.7 and torch.distributed.pipelining.
 
-    lamp3d bench pipeline
+    lamp3d bench pipeline [--micro-batches 1 2 4 8 16] [--rounds 5]
 
-U-Net-16, mini-batch of 8 × 64³, fp32, two stages, eight micro-batches, one thread a worker. The competitors take
-turns, several rounds of one step each, so that a slow minute of the machine hits all of them; figures are medians.
-Writes results.json beside this file and prints the table.
+U-Net-16, M cases of 64³ in M micro-batches, fp32, two workers of one thread each. The competitors take turns, several
+rounds of one step each, so that a slow minute of the machine hits all of them; figures are medians. Writes
+results.json and time-line pictures beside this file, and prints the tables.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,22 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lamp3d
-from benchmarks.pipeline.peers import torchgpipe_unet
+from benchmarks.pipeline.peers import PipeliningPeer, torchgpipe_unet
+from lamp3d.plan import SCHEDULES, TimeLine
+from lamp3d.report import time_line_picture
 
-FILTERS, BATCH, SIDE, CLASSES = 16, 8, 64, 8
+FILTERS, SIDE, CLASSES, WORKERS = 16, 64, 8, 2
 HERE = Path(__file__).parent
 Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a competitor is to run: the mini-batch, and, for those that are cut, the plan."""
+
+    batch: int
+    plan: lamp3d.Plan | None = None
+    how: str = ""
 
 
 def network() -> nn.Module:
@@ -43,20 +55,21 @@ def network() -> nn.Module:
     return lamp3d.UNet(1, CLASSES, filters=FILTERS)
 
 
-def images() -> Tensor:
+def images(batch: int) -> Tensor:
     """The benchmark's mini-batch."""
-    return torch.randn(BATCH, 1, SIDE, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    return torch.randn(batch, 1, SIDE, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
 
+@lamp3d.mean_over_cases
 def loss_fn(logits: Tensor, targets: object) -> Tensor:
     """As cheap as a loss can be, so that the network is what is timed."""
     return logits.square().mean()
 
 
-def plain(threads: int, channels_last: bool, pieces: int) -> Step:
-    """One process: the mini-batch in ``pieces`` passes (1: as a whole; 8: gradient accumulation)."""
+def plain(job: Job, threads: int, channels_last: bool, pieces: int) -> Step:
+    """One process: the mini-batch in ``pieces`` passes (1: as a whole; M: gradient accumulation)."""
     torch.set_num_threads(threads)
-    model, batch = network(), images()
+    model, batch = network(), images(job.batch)
     if channels_last:
         model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         batch = batch.contiguous(memory_format=torch.channels_last_3d)
@@ -69,11 +82,12 @@ def plain(threads: int, channels_last: bool, pieces: int) -> Step:
     return step
 
 
-def torchgpipe(plan: lamp3d.Plan) -> Step:
+def torchgpipe(job: Job) -> Step:
     """torchgpipe with the plan's cut, a thread for each partition's forward."""
     torch.set_num_threads(1)
-    cuts = [stage.cells[0] for stage in plan.stages[1:]]
-    model, batch = torchgpipe_unet(network(), cuts, plan.micro_batches), images()
+    assert job.plan is not None
+    cuts = [stage.cells[0] for stage in job.plan.stages[1:]]
+    model, batch = torchgpipe_unet(network(), cuts, job.plan.micro_batches), images(job.batch)
 
     def step() -> None:
         model.zero_grad()
@@ -88,17 +102,19 @@ def serve(make: Callable[..., Step], args: tuple[Any, ...], pipe: Connection) ->
     while pipe.recv():
         begin = time.perf_counter()
         step()
-        pipe.send(time.perf_counter() - begin)
+        pipe.send((time.perf_counter() - begin, None))
 
 
-def serve_engine(plan: lamp3d.Plan, address: str) -> None:
-    """lamp3d's workers: rank 0 talks to the parent, all take part in every step."""
-    from multiprocessing.connection import Client
-
-    model = network()
-    engine = lamp3d.Engine(model, plan)
-    batch = images() if engine.reads_input else None
-    pipe = Client(address) if engine.rank == 0 else None
+def serve_workers(job: Job, address: str) -> None:
+    """A competitor of several workers: rank 0 talks to the parent, all take part in every step."""
+    assert job.plan is not None
+    model, batch = network(), images(job.batch)
+    engine = peer = None
+    if job.how in SCHEDULES:
+        engine = lamp3d.Engine(model, job.plan)
+    else:
+        peer = PipeliningPeer(model, job.plan, job.how, loss_fn)
+    pipe = Client(address) if dist.get_rank() == 0 else None
     go = torch.zeros(1)
     while True:
         if pipe is not None:
@@ -108,95 +124,150 @@ def serve_engine(plan: lamp3d.Plan, address: str) -> None:
             return
         model.zero_grad()
         begin = time.perf_counter()
-        engine.step(batch, None, loss_fn)
+        if engine is not None:
+            engine.step(batch if engine.reads_input else None, None, loss_fn)
+        elif peer is not None:
+            peer.step(batch)
         dist.all_reduce(torch.zeros(1))  # a step is over when every rank is done
+        seconds = time.perf_counter() - begin
+        line = None if engine is None else engine.time_line()
         if pipe is not None:
-            pipe.send(time.perf_counter() - begin)
+            pipe.send((seconds, line))
 
 
-def launch_engine(plan: lamp3d.Plan, address: str) -> None:
-    """Start lamp3d's workers (in a process of its own, since the launcher blocks)."""
-    lamp3d.launch(serve_engine, plan.devices, (plan, address))
+def launch_workers(job: Job, address: str) -> None:
+    """Start the workers (in a process of its own, since the launcher blocks)."""
+    lamp3d.launch(serve_workers, WORKERS, (job, address))
 
 
-def main() -> None:
-    """Run all competitors, print the table, write results.json."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
-    plan = lamp3d.make_plan(network(), (BATCH, 1, SIDE, SIDE, SIDE), 2, micro_batches=BATCH, recompute="never")
-    console = Console()
-    console.print(plan.table())
-
-    competitors: dict[str, tuple[Callable[..., Step], tuple[Any, ...]]] = {
-        "one process, 1 thread": (plain, (1, False, 1)),
-        "one process, 1 thread, channels-last": (plain, (1, True, 1)),
-        "one process, 1 thread, 8 passes of 1": (plain, (1, plan.channels_last, BATCH)),
-        "one process, 2 threads": (plain, (2, False, 1)),
-        "one process, 2 threads, channels-last": (plain, (2, True, 1)),
-        "torchgpipe 0.0.7, same cut": (torchgpipe, (plan,)),
+def run(micro_batches: int, rounds: int, console: Console) -> dict[str, Any]:
+    """All competitors on one mini-batch; prints the table and draws the time lines."""
+    plans = {
+        name: lamp3d.make_plan(
+            network(), (micro_batches, 1, SIDE, SIDE, SIDE), WORKERS, micro_batches=micro_batches, recompute="never",
+            schedule=name,
+        )
+        for name in SCHEDULES
+    }  # fmt: skip
+    cut = plans["gpipe"]
+    console.print(cut.table())
+    alone = Job(micro_batches)
+    single: dict[str, tuple[Callable[..., Step], tuple[Any, ...]]] = {
+        "one process, 1 thread": (plain, (alone, 1, False, 1)),
+        "one process, 1 thread, channels-last": (plain, (alone, 1, True, 1)),
+        "one process, 2 threads": (plain, (alone, 2, False, 1)),
+        "one process, 2 threads, channels-last": (plain, (alone, 2, True, 1)),
+        "torchgpipe 0.0.7": (torchgpipe, (Job(micro_batches, cut),)),
     }
+    if micro_batches > 1:
+        for threads in (1, 2):
+            how = f"{threads} thread{'s' if threads > 1 else ''}, a case at a time"
+            single[f"one process, {how}"] = (plain, (alone, threads, cut.channels_last, micro_batches))
+    several = {f"torch.distributed.pipelining, {how}": Job(micro_batches, cut, how) for how in ("GPipe", "1F1B")}
+    several |= {f"lamp3d, {name}": Job(micro_batches, plan, name) for name, plan in plans.items()}
+
     context = get_context("spawn")
     pipes: dict[str, Any] = {}
     processes = []
-    for name, (make, args) in competitors.items():
+    for name, (make, args) in single.items():
         pipes[name], theirs = context.Pipe()
         processes.append(context.Process(target=serve, args=(make, args, theirs), daemon=True))
-    from multiprocessing.connection import Listener
-
-    listener = Listener()
-    address = str(listener.address)
-    processes.append(context.Process(target=launch_engine, args=(plan, address)))
-    for process in processes:
-        process.start()
-    lamp = f"lamp3d, gpipe, {plan.devices} workers of 1 thread"
-    pipes[lamp] = listener.accept()
+        processes[-1].start()
+    for name, job in several.items():
+        listener = Listener()
+        processes.append(context.Process(target=launch_workers, args=(job, str(listener.address))))
+        processes[-1].start()
+        pipes[name] = listener.accept()
 
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
-    for turn in track(range(rounds + 1), description="Rounds"):
+    lines: dict[str, TimeLine] = {}
+    for turn in track(range(rounds + 1), description=f"M = {micro_batches}", console=console):
         for name, pipe in pipes.items():
             pipe.send(True)
-            took = pipe.recv()
+            took, line = pipe.recv()
             if turn:  # the first one warms up
                 seconds[name].append(took)
+                if line is not None and took <= statistics.median(seconds[name]):
+                    lines[name] = line
     for pipe in pipes.values():
         pipe.send(False)
     for process in processes:
         process.join()
+    draw(micro_batches, plans, lines)
+    return summarise(micro_batches, plans, seconds, console)
 
+
+def draw(micro_batches: int, plans: dict[str, lamp3d.Plan], lines: dict[str, TimeLine]) -> None:
+    """Each schedule's predicted and measured time line, one above the other."""
+    for name, plan in plans.items():
+        measured = lines.get(f"lamp3d, {name}")
+        if measured is not None:
+            figure = time_line_picture({f"{name}, predicted": plan.time_line(), f"{name}, measured": measured})
+            figure.savefig(HERE / f"timeline-{name}-{micro_batches}.png", dpi=110)
+
+
+def summarise(
+    micro_batches: int, plans: dict[str, lamp3d.Plan], seconds: dict[str, list[float]], console: Console
+) -> dict[str, Any]:
+    """The table of one mini-batch, and what results.json keeps of it."""
     medians = {name: statistics.median(took) for name, took in seconds.items()}
-    one_thread = min(took for name, took in medians.items() if "1 thread" in name and "lamp3d" not in name)
-    two_threads = min(took for name, took in medians.items() if "2 threads" in name)
-    table = Table(title=f"U-Net-{FILTERS}, {BATCH} × {SIDE}³, fp32: a training step")
-    for column in ("", "s a step", "range", "× the best of 1 thread", "× the best of 2 threads"):
+    best = {
+        text: min(took for name, took in medians.items() if name.startswith("one process") and text in name)
+        for text in ("1 thread", "2 threads")
+    }
+    table = Table(title=f"U-Net-{FILTERS}, {micro_batches} × {SIDE}³, fp32: a training step")
+    for column in ("", "s a step", "range", "× best of 1 thread", "× best of 2 threads", "predicted s", "sent"):
         table.add_column(column, justify="left" if not column else "right")
     for name, took in sorted(medians.items(), key=lambda item: -item[1]):
         spread = f"{min(seconds[name]):.2f}-{max(seconds[name]):.2f}"
-        table.add_row(name, f"{took:.2f}", spread, f"{one_thread / took:.2f}", f"{two_threads / took:.2f}")
+        plan = plans.get(name.removeprefix("lamp3d, "))
+        extra = ("", "")
+        if plan is not None:
+            sent = sum(stage.sent_bytes for stage in plan.stages)
+            extra = (f"{plan.step_seconds:.2f}", lamp3d.plan.format_bytes(sent))
+        ratios = (f"{best['1 thread'] / took:.2f}", f"{best['2 threads'] / took:.2f}")
+        table.add_row(name, f"{took:.2f}", spread, *ratios, *extra)
     console.print(table)
-    limit = BATCH * 2 / (BATCH + 1)
-    console.print(f"GPipe's limit with 2 stages and {BATCH} micro-batches is {limit:.2f}; the plan predicts "
-                  f"{plan.step_seconds:.2f} s a step.")  # fmt: skip
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    results = {
-        "command": f"lamp3d bench pipeline --rounds {rounds}",
-        "commit": commit.stdout.strip(),
-        "torch": torch.__version__,
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "cut": [stage.cells[0] for stage in plan.stages],
-        "channels_last": plan.channels_last,
-        "predicted_seconds": plan.step_seconds,
+    return {
+        "cut": {name: [[stage.rank, stage.cells[0]] for stage in plan.stages] for name, plan in plans.items()},
+        "channels_last": {name: plan.channels_last for name, plan in plans.items()},
+        "predicted_seconds": {name: plan.step_seconds for name, plan in plans.items()},
+        "bytes_sent": {name: sum(stage.sent_bytes for stage in plan.stages) for name, plan in plans.items()},
         "seconds": seconds,
         "median_seconds": medians,
-        "lamp3d_over_one_thread": one_thread / medians[lamp],
-        "lamp3d_over_two_threads": two_threads / medians[lamp],
-        "lamp3d_over_torchgpipe": medians["torchgpipe 0.0.7, same cut"] / medians[lamp],
+        "over_one_thread": {name: best["1 thread"] / took for name, took in medians.items()},
+        "over_two_threads": {name: best["2 threads"] / took for name, took in medians.items()},
+    }
+
+
+def main() -> None:
+    """Run all competitors, print the tables, write results.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[8])
+    arguments = parser.parse_args()
+    console = Console(width=150)
+    found = {str(m): run(m, arguments.rounds, console) for m in arguments.micro_batches}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    cpu = next((line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")), "")
+    results = {
+        "command": f"lamp3d bench pipeline --rounds {arguments.rounds} --micro-batches "
+        + " ".join(map(str, arguments.micro_batches)),
+        "commit": commit.stdout.strip(),
+        "torch": torch.__version__,
+        "cpu": cpu or platform.machine(),
+        "cores": os.cpu_count(),
+        "micro_batches": found,
     }
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
-if __name__ == "__main__":
-    from benchmarks.pipeline import run  # under its own name, by which workers import it
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
 
-    run.main()
+
+if __name__ == "__main__":
+    from benchmarks.pipeline import run as module  # under its own name, by which workers import it
+
+    module.main()

@@ -79,6 +79,7 @@ def _stage_plan(run: Run, index: int, store: CaseStore, cases: tuple[Case, ...],
         (stage.batch, 1, *_largest_input(stage, store, cases, network.divisor)),
         devices,
         micro_batches=stage.batch if stage.patch_shape is None else stage.micro_batches,
+        schedule=stage.schedule if devices > 1 else "1f1b",  # on one device: least memory, nothing to wait for
         recompute=stage.recompute,
         precision=run.config.train.precision,
         memory=run.config.memory,

@@ -1,6 +1,6 @@
 """Who does what: profile the cells, cut them optimally, predict the step, write it down as a plan."""
 
-from lamp3d.plan.plan import DevicePlan, Plan, StagePlan, format_bytes, parse_bytes
+from lamp3d.plan.plan import DevicePlan, Plan, StagePlan, check_schedule, format_bytes, parse_bytes
 from lamp3d.plan.planner import make_plan
 from lamp3d.plan.schedule import SCHEDULES, Action
 from lamp3d.plan.simulate import TimeLine
@@ -12,6 +12,7 @@ __all__ = [
     "Plan",
     "StagePlan",
     "TimeLine",
+    "check_schedule",
     "format_bytes",
     "make_plan",
     "parse_bytes",

@@ -26,14 +26,12 @@ class StageCosts:
         profile: what each of them costs for one micro-batch.
         micro_batches: M.
         recompute: "never", "always", or the names of the cells that are computed again in backward.
-        split: whether weight gradients are computed apart.
     """
 
     graph: CellGraph
     profile: Profile
     micro_batches: int
     recompute: Recompute
-    split: bool = False
 
     def __post_init__(self) -> None:
         self._maker = {edge.value: edge.maker for edge in self.graph.edges}

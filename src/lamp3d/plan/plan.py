@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from rich.table import Table
 
 from lamp3d.errors import ConfigError, PlanError
-from lamp3d.plan.schedule import SCHEDULES, Actions, StageTimes
+from lamp3d.plan.schedule import SCHEDULES, Actions, StageTimes, splits_backward
 from lamp3d.plan.simulate import TimeLine, simulate
 from lamp3d.volume import write_atomically
 
@@ -115,7 +115,7 @@ class Plan(BaseModel):
     @property
     def splits_backward(self) -> bool:
         """Whether the schedule computes weight gradients apart."""
-        return any(action.kind == "backward_weight" for of_rank in self.actions(1) for action in of_rank)
+        return splits_backward(self.schedule)
 
     def actions(self, micro_batches: int) -> Actions:
         """Every rank's actions for a mini-batch of so many micro-batches."""

@@ -28,7 +28,7 @@ from lamp3d.plan.plan import (
     parse_bytes,
 )
 from lamp3d.plan.profile import profile_cells
-from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, StageTimes
+from lamp3d.plan.schedule import PLACEMENTS, splits_backward
 
 
 def make_plan(
@@ -74,7 +74,6 @@ def make_plan(
     if devices < 1:
         raise PlanError(f"a plan needs at least one device, not {devices}.")
     check_schedule(schedule)
-    split = any(a.kind == "backward_weight" for of_rank in SCHEDULES[schedule]([StageTimes(0)], 1) for a in of_rank)
     kind = device_type()
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(kind) else "fp32"
@@ -90,7 +89,12 @@ def make_plan(
             if (stages := len(PLACEMENTS[schedule](devices))) > len(graph.cells):
                 raise PlanError(f"the network has {len(graph.cells)} cells and cannot be cut into {stages} stages.")
             profiles[layout] = profile_cells(
-                graph, shape, precision=precision, channels_last=layout, repeats=repeats, split=split
+                graph,
+                shape,
+                precision=precision,
+                channels_last=layout,
+                repeats=repeats,
+                split=splits_backward(schedule),
             )
     channels_last = min(profiles, key=lambda layout: profiles[layout].seconds)
     profile = profiles[channels_last]

@@ -215,6 +215,12 @@ PLACEMENTS: dict[str, Placement] = {
 """Where a schedule wants its stages: the rank of each, for K devices."""
 
 
+def splits_backward(schedule: str) -> bool:
+    """Whether a schedule computes weight gradients apart."""
+    stages = [StageTimes(rank) for rank in PLACEMENTS[schedule](1)]
+    return any(action.kind == "backward_weight" for of_rank in SCHEDULES[schedule](stages, 1) for action in of_rank)
+
+
 def _ranks(stages: Sequence[StageTimes]) -> int:
     return 1 + max(stage.rank for stage in stages)
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
+from lamp3d.plan import check_schedule
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 WARM_UP = 0.03  # part of a stage over which the cosine schedule rises to the full learning rate
@@ -28,6 +30,8 @@ class CurriculumStage(BaseModel):
     learning_rate: PositiveFloat = 1e-3
     patches_per_case: PositiveInt = 1
     """Patches drawn from each case in an epoch; whole volumes come once."""
+    schedule: str = "zero_bubble_v"
+    """The order of the micro-batches' forwards and backwards on several devices, one of `lamp3d.plan.SCHEDULES`."""
     recompute: Literal["never", "always"] | None = None
     """Whether activations are computed a second time in the backward pass, to save memory; None: where it must be."""
 
@@ -35,6 +39,12 @@ class CurriculumStage(BaseModel):
     @classmethod
     def _cube(cls, patch: Any) -> Any:
         return (patch, patch, patch) if isinstance(patch, int) else patch
+
+    @field_validator("schedule")
+    @classmethod
+    def _is_a_schedule(cls, name: str) -> str:
+        check_schedule(name)
+        return name
 
     @property
     def patch_shape(self) -> tuple[int, int, int] | None:

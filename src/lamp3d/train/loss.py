@@ -55,6 +55,8 @@ class HybridLoss(nn.Module):
     """
 
     class_weights: Tensor
+    mean_over_cases = True
+    """So a schedule may compute it a micro-batch at a time (`lamp3d.mean_over_cases`)."""
 
     def __init__(self, config: LossConfig, organs: Sequence[str]) -> None:
         super().__init__()
