@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lamp3d.graph import CellGraph
-from lamp3d.plan.plan import Recompute
+from lamp3d.plan.plan import Recompute, recomputes
 from lamp3d.plan.profile import Profile
 
 OPTIMIZER_COPIES = 2
@@ -36,8 +36,7 @@ class StageCosts:
     def __post_init__(self) -> None:
         self._maker = {edge.value: edge.maker for edge in self.graph.edges}
         self._users = {edge.value: edge.users for edge in self.graph.edges}
-        everything = self.recompute == "always"
-        self._again = [everything or cell.name in self.recompute for cell in self.graph.cells]
+        self._again = [recomputes(self.recompute, cell.name) for cell in self.graph.cells]
         self.seconds = functools.cache(self._seconds)
         self.held = functools.cache(self._held)
 
@@ -88,9 +87,15 @@ class StageCosts:
 
     def again_bytes(self, begin: int, end: int) -> int:
         """What the backward of one micro-batch brings back for as long as it runs: its largest recomputed part."""
-        parts = [sum(self._saved(first, last).values()) for first, last, again in self._parts(begin, end) if again]
-        received = sum(self._values(self.received(begin, end)).values())
-        return max(0, max(parts, default=0) - received)
+        held = self.held(begin, end)
+        return max(
+            (
+                sum(size for name, size in self._saved(first, last).items() if name not in held)
+                for first, last, again in self._parts(begin, end)
+                if again
+            ),
+            default=0,
+        )
 
     def deferred(self, begin: int, end: int) -> Held:
         """What one micro-batch holds between the two parts of a split backward."""

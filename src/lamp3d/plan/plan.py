@@ -123,7 +123,7 @@ class Plan(BaseModel):
 
     def recomputes(self, cell: str) -> bool:
         """Whether a cell's activations are computed again in backward."""
-        return self.recompute == "always" or cell in self.recompute
+        return recomputes(self.recompute, cell)
 
     def time_line(self) -> TimeLine:
         """The predicted time line of a step."""
@@ -141,7 +141,7 @@ class Plan(BaseModel):
         )
         for column in ("stage", "device", "cells"):
             table.add_column(column)
-        for column in ("forward s", "backward s", "parameters", "sent a step", "device memory"):
+        for column in ("forward s", "backward s", "params", "sent", "memory"):
             table.add_column(column, justify="right")
         for index, stage in enumerate(self.stages):
             first, last = _short(stage.cells[0]), _short(stage.cells[-1])
@@ -179,6 +179,11 @@ class Plan(BaseModel):
             raise PlanError(f"{path} is not a plan that this version of lamp3d reads: {error}") from error
 
 
+def recomputes(recompute: Recompute, cell: str) -> bool:
+    """Whether a cell's activations are computed again in backward."""
+    return recompute == "always" if isinstance(recompute, str) else cell in recompute
+
+
 def check_schedule(name: str) -> None:
     """Make sure that there is a schedule of this name.
 
@@ -212,10 +217,13 @@ def parse_bytes(text: str | int) -> int:
 
 def format_bytes(count: float, *, up: bool = False) -> str:
     """A number of bytes for people: three digits, in powers of ten; with ``up`` never less than ``count``."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        digits = 0 if unit == "B" or count >= 99.95 else 1 if count >= 9.995 else 2
-        shown = math.ceil(round(count * 10**digits, 6)) / 10**digits if up else round(count, digits)
+    for power, unit in enumerate(("B", "kB", "MB", "GB", "TB")):
+        size = 1000**power
+        digits = 0 if unit == "B" or count >= 99.95 * size else 1 if count >= 9.995 * size else 2
+        if up:  # in whole numbers, which do not round
+            shown = -(-math.ceil(count) * 10**digits // size) / 10**digits
+        else:
+            shown = round(count / size, digits)
         if shown < 1000 or unit == "TB":
             break
-        count /= 1000
     return f"{shown:g} {unit}"

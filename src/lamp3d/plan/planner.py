@@ -14,8 +14,8 @@ from torch import nn
 
 from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph, lay_out_weights, trace
-from lamp3d.plan.costs import StageCosts, runs
-from lamp3d.plan.cut import best_cut, least_memory, memory_of
+from lamp3d.plan.costs import StageCosts
+from lamp3d.plan.cut import Cut, best_cut, fitting_cut, least_memory
 from lamp3d.plan.hardware import device_type, has_fast_bf16, worker_threads
 from lamp3d.plan.plan import (
     DevicePlan,
@@ -103,18 +103,16 @@ def make_plan(
     for choice in choices:
         _check_cells(graph, choice)
         costs = StageCosts(graph, profile, micro_batches, choice)
-        if starts := best_cut(costs, schedule, devices, limit):
+        if cut := best_cut(costs, schedule, devices, limit):
             settings = {
                 "network": type(network).__name__,
                 "input_shape": tuple(input_shape),
-                "devices": devices,
                 "device_type": kind,
-                "schedule": schedule,
                 "precision": precision,
                 "channels_last": channels_last,
                 "memory_limit_bytes": limit,
             }
-            return _plan(costs, schedule, devices, starts, settings)
+            return _plan(cut, settings)
     raise PlanError(_does_not_fit(costs, schedule, devices, limit or 0, shape[0]))
 
 
@@ -126,49 +124,42 @@ def _check_cells(graph: CellGraph, recompute: Recompute) -> None:
         )
 
 
-def _plan(costs: StageCosts, schedule: str, devices: int, starts: list[int], settings: dict[str, Any]) -> Plan:
-    cells = costs.graph.cells
-    ranks = PLACEMENTS[schedule](devices)
-    sent = [0] * len(starts)
-    for edge in costs.graph.stage_edges(starts):
-        size = costs.profile.value_bytes.get(edge.value, 0) * costs.micro_batches
-        for rank in {ranks[user] for user in edge.users} - {ranks[edge.maker]}:
-            sent[edge.maker] += size
-            if edge.value not in costs.graph.inputs:  # the gradient goes back once, with the last of the rank's users
-                sent[min(user for user in edge.users if ranks[user] == rank)] += size
+def _plan(cut: Cut, settings: dict[str, Any]) -> Plan:
+    costs = cut.costs
     stages = tuple(
         StagePlan(
             rank=rank,
             first_cell=begin,
             last_cell=end - 1,
-            cells=tuple(cell.name for cell in cells[begin:end]),
+            cells=tuple(cell.name for cell in costs.graph.cells[begin:end]),
             forward_seconds=costs.forward_seconds(begin, end),
             backward_seconds=costs.backward_seconds(begin, end),
             weight_seconds=costs.weight_seconds(begin, end),
             parameter_bytes=costs.parameter_bytes(begin, end),
-            sent_bytes=bytes_sent,
+            sent_bytes=sent,
         )
-        for rank, bytes_sent, (begin, end) in zip(ranks, sent, runs(starts, len(cells)), strict=True)
+        for rank, sent, (begin, end) in zip(cut.ranks, cut.sent_bytes, cut.bounds, strict=True)
     )
-    memory = memory_of(costs, schedule, devices, starts)
-    plan = Plan(
+    return Plan(
+        devices=cut.devices,
+        schedule=cut.schedule,
         micro_batches=costs.micro_batches,
         recompute=costs.recompute,
         stages=stages,
-        per_device=tuple(DevicePlan(saved_bytes=use.saved_bytes, peak_bytes=use.peak_bytes) for use in memory),
-        step_seconds=0.0,
-        bubble=0.0,
+        per_device=tuple(
+            DevicePlan(saved_bytes=device.saved_bytes, peak_bytes=device.peak_bytes) for device in cut.memory
+        ),
+        step_seconds=cut.line.seconds,
+        bubble=cut.line.bubble,
         **settings,
     )
-    line = plan.time_line()
-    return plan.model_copy(update={"step_seconds": line.seconds, "bubble": line.bubble})
 
 
 def _does_not_fit(costs: StageCosts, schedule: str, devices: int, limit: int, micro_batch: int) -> str:
     """What would fit instead; everything that the message names has been tried."""
 
     def fits(costs: StageCosts, devices: int) -> bool:
-        return best_cut(costs, schedule, devices, limit) is not None
+        return fitting_cut(costs, schedule, devices, limit) is not None
 
     ways = []
     if (memory := least_memory(costs, schedule, devices)) is not None:
