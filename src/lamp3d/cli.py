@@ -1,4 +1,4 @@
-"""The command line: ``lamp3d demo | plan | train | predict | evaluate | report | bench``."""
+"""The command line: ``lamp3d demo | plan | verify | train | predict | evaluate | report | bench``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, Optional
+from typing import Annotated, Any, Literal, NoReturn, Optional
 
 import torch
 import typer
@@ -17,14 +19,16 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from lamp3d.data import write_phantom_dataset
 from lamp3d.errors import ConfigError, LampError
 from lamp3d.evaluate import Results
-from lamp3d.experiment import NetworkConfig, Run, evaluate, load_config, predict, train
-from lamp3d.plan import make_plan, parse_bytes
-from lamp3d.report import write_report
+from lamp3d.experiment import NetworkConfig, Run, evaluate, load_config, load_network, predict, train, verify
+from lamp3d.plan import SCHEDULES, Plan, format_bytes, make_plan, parse_bytes
+from lamp3d.report import plan_picture, time_line_picture, write_report
+from lamp3d.volume import write_atomically
 
 app = typer.Typer(
     help="Large 3D segmentation networks on whole volumes, spread over devices automatically.",
@@ -36,6 +40,7 @@ console = Console()
 
 Devices = Annotated[int, typer.Option(min=1, help="Worker processes, one a device.")]
 WindowOption = Annotated[str, typer.Option(help="'whole', or the side of a sliding window, such as 64 or 64x64x32.")]
+VERIFY_TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
 
 
@@ -84,46 +89,136 @@ def demo(
     _say(f"{time.monotonic() - begin:.0f} s in all. Report: {write_report(folder)}")
 
 
+Net = Annotated[str, typer.Option(help="unet, seunet, or package.module:function that gives a network.")]
+Filters = Annotated[int, typer.Option(min=1, help="Channels of the first block.")]
+Classes = Annotated[int, typer.Option(min=2, help="Organs and background.")]
+StemStride = Annotated[int, typer.Option(min=1, max=2, help="1: full resolution; 2: half.")]
+VolumeOption = Annotated[str, typer.Option(help="Voxels, such as 64 or 352x256x288.")]
+Batch = Annotated[int, typer.Option(min=1, help="Cases a step.")]
+Memory = Annotated[Optional[str], typer.Option(help="Limit per device, such as 16GB.")]  # noqa: UP045
+MicroBatches = Annotated[Optional[int], typer.Option(min=1, help="Default: one a case.")]  # noqa: UP045
+ScheduleOption = Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULES)}.")]
+RecomputeOption = Annotated[Optional[str], typer.Option(help="never, always; default: if needed.")]  # noqa: UP045
+
+
 @app.command()
 def plan(
-    net: Annotated[Literal["unet", "seunet"], typer.Option(help="Network.")] = "unet",
-    filters: Annotated[int, typer.Option(min=1, help="Channels of the first block.")] = 32,
-    classes: Annotated[int, typer.Option(min=2, help="Organs and background.")] = 10,
-    stem_stride: Annotated[int, typer.Option(min=1, max=2, help="1: full resolution; 2: half.")] = 1,
-    volume: Annotated[str, typer.Option(help="Voxels, such as 64 or 352x256x288.")] = "64",
-    batch: Annotated[int, typer.Option(min=1, help="Cases a step.")] = 1,
+    net: Net = "unet",
+    filters: Filters = 32,
+    classes: Classes = 10,
+    stem_stride: StemStride = 1,
+    volume: VolumeOption = "64",
+    batch: Batch = 1,
     devices: Devices = 1,
-    memory: Annotated[Optional[str], typer.Option(help="Limit per device, such as 16GB.")] = None,  # noqa: UP045
-    micro_batches: Annotated[Optional[int], typer.Option(min=1, help="Default: one a case.")] = None,  # noqa: UP045
-    recompute: Annotated[Optional[str], typer.Option(help="never, always; default: if needed.")] = None,  # noqa: UP045
+    memory: Memory = None,
+    micro_batches: MicroBatches = None,
+    schedule: ScheduleOption = "gpipe",
+    recompute: RecomputeOption = None,
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option()] = "auto",
     json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the plan here.")] = None,  # noqa: UP045
+    picture: Annotated[Optional[Path], typer.Option(help="Draw the time line of a step here.")] = None,  # noqa: UP045
 ) -> None:
     """Does it fit, how is it split, what does it cost? Measured on this machine, cell by cell."""
-    if recompute not in (None, "never", "always"):
-        raise ConfigError(f"--recompute {recompute!r} is neither never nor always.")
     limit = None if memory is None else parse_bytes(memory)  # before the profiling, which takes a while
-    torch.manual_seed(0)
-    settings = NetworkConfig.model_validate({"kind": net, "filters": filters, "stem_stride": stem_stride})
-    network = settings.build(classes)
-    shape = _sides(volume)
-    if any(side % network.divisor for side in shape):
-        near = "x".join(str(-(-side // network.divisor) * network.divisor) for side in shape)
-        raise ConfigError(f"the sides of {volume} must be multiples of {network.divisor}; take {near}.")
-    with console.status("Profiling the network's cells"):
-        found = make_plan(
-            network,
-            (batch, 1, *shape),
-            devices,
-            micro_batches=micro_batches,
-            recompute=recompute,  # type: ignore[arg-type]
-            precision=precision,
-            memory=limit,
-        )
+    make, shape = _network(net, filters, classes, stem_stride, volume)
+    found = _make_plan(
+        make(), (batch, 1, *shape), devices, micro_batches, schedule, recompute, precision=precision, memory=limit
+    )
     console.print(found.table())
     if json_path is not None:
         found.save(json_path)
         _say(f"Plan: {json_path}")
+    if picture is not None:
+        plan_picture(found).savefig(picture, dpi=150)
+        _say(f"Picture: {picture}")
+
+
+@app.command("verify")
+def verify_command(
+    net: Net = "unet",
+    filters: Filters = 4,
+    classes: Classes = 10,
+    stem_stride: StemStride = 1,
+    volume: VolumeOption = "32",
+    batch: Batch = 4,
+    devices: Devices = 2,
+    micro_batches: MicroBatches = None,
+    schedule: ScheduleOption = "gpipe",
+    recompute: RecomputeOption = None,
+    plan_path: Annotated[Optional[Path], typer.Option("--plan", help="A plan in JSON to check instead.")] = None,  # noqa: UP045
+    dtype: Annotated[Literal["float64", "float32"], typer.Option(help="In which to compute.")] = "float64",
+    timeline: Annotated[Optional[Path], typer.Option(help="Draw predicted and measured time lines here.")] = None,  # noqa: UP045
+) -> None:
+    """One step on one device and on the plan's: prints how far output, loss and gradients are apart."""
+    make, shape = _network(net, filters, classes, stem_stride, volume)
+    if plan_path is None:
+        found = _make_plan(make(), (batch, 1, *shape), devices, micro_batches, schedule, recompute, precision="fp32")
+    else:
+        found = Plan.load(plan_path)
+    console.print(found.table())
+    reports = verify(make, found, dtype)
+    tolerance = VERIFY_TOLERANCES[dtype]
+    table = Table(title=f"One device against {found.devices}, in {dtype}")
+    for column in ("largest relative difference of", "", "parameter"):
+        table.add_column(column, justify="left" if column else "right")
+    gradients = {n: d for report in reports for n, d in report.differences.items() if n not in ("output", "loss")}
+    worst = max(gradients, key=lambda name: gradients[name])
+    rows = {key: max(r.differences[key] for r in reports if key in r.differences) for key in ("output", "loss")}
+    for key, difference in rows.items():
+        table.add_row(key, f"{difference:.1e}", "")
+    table.add_row(f"the {len(gradients)} gradients", f"{gradients[worst]:.1e}", worst)
+    console.print(table)
+    for rank, report in enumerate(reports):
+        sent, peak = format_bytes(report.bytes_sent), format_bytes(report.peak_bytes)
+        _say(f"device {rank}: {sent} sent in a step, peak memory of its process {peak}")
+    if timeline is not None:
+        lines = {"predicted": found.time_line(), "measured": reports[0].line}
+        time_line_picture(lines).savefig(timeline, dpi=150)
+        trace = timeline.with_suffix(".json")
+        write_atomically(trace, lambda temporary: temporary.write_text(json.dumps(reports[0].line.chrome_trace())))
+        _say(f"Time lines: {timeline}; for chrome://tracing: {trace}")
+    if not max(*rows.values(), gradients[worst]) <= tolerance:
+        _stop(f"the largest difference is beyond {tolerance:g}.", 1)
+    _say(f"All within {tolerance:g}.")
+
+
+def _network(
+    net: str, filters: int, classes: int, stem_stride: int, volume: str
+) -> tuple[Callable[[], nn.Module], tuple[int, int, int]]:
+    """A function that makes the network, with its weights seeded, and the volume's sides."""
+    torch.manual_seed(0)
+    shape = _sides(volume)
+    if ":" in net:
+        return partial(load_network, net), shape
+    settings = NetworkConfig.model_validate({"kind": net, "filters": filters, "stem_stride": stem_stride})
+    network = settings.build(classes)
+    if any(side % network.divisor for side in shape):
+        near = "x".join(str(-(-side // network.divisor) * network.divisor) for side in shape)
+        raise ConfigError(f"the sides of {volume} must be multiples of {network.divisor}; take {near}.")
+    return partial(settings.build, classes), shape
+
+
+def _make_plan(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    devices: int,
+    micro_batches: int | None,
+    schedule: str,
+    recompute: str | None,
+    **settings: Any,
+) -> Plan:
+    if recompute not in (None, "never", "always"):
+        raise ConfigError(f"--recompute {recompute!r} is neither never nor always.")
+    with console.status("Profiling the network's cells"):
+        return make_plan(
+            network,
+            shape,
+            devices,
+            micro_batches=micro_batches,
+            schedule=schedule,
+            recompute=recompute,  # type: ignore[arg-type]
+            **settings,
+        )
 
 
 @app.command("train")

@@ -4,5 +4,16 @@ from lamp3d.experiment.config import ExperimentConfig, NetworkConfig, load_confi
 from lamp3d.experiment.inference import evaluate, predict
 from lamp3d.experiment.run import Run
 from lamp3d.experiment.training import train
+from lamp3d.experiment.verify import load_network, verify
 
-__all__ = ["ExperimentConfig", "NetworkConfig", "Run", "evaluate", "load_config", "predict", "train"]
+__all__ = [
+    "ExperimentConfig",
+    "NetworkConfig",
+    "Run",
+    "evaluate",
+    "load_config",
+    "load_network",
+    "predict",
+    "train",
+    "verify",
+]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lamp3d.errors import ConfigError, PlanError
@@ -133,6 +134,7 @@ class Plan(BaseModel):
         """The plan as a table: stage, cells, seconds, memory, bytes sent."""
         limit = "" if self.memory_limit_bytes is None else f" of {format_bytes(self.memory_limit_bytes)} a device"
         table = Table(
+            box=SIMPLE_HEAD,
             title=f"{self.network}, mini-batch {'×'.join(map(str, self.input_shape))}, {self.devices} × "
             f"{self.device_type}, {self.precision}{', channels-last' if self.channels_last else ''}",
             caption=f"{self.schedule}, {self.micro_batches} micro-batches, recompute {self._recompute_text()}: "
@@ -140,15 +142,15 @@ class Plan(BaseModel):
             f"{format_bytes(max(device.peak_bytes for device in self.per_device))}{limit} (predicted)",
         )
         for column in ("stage", "device", "cells"):
-            table.add_column(column)
-        for column in ("forward s", "backward s", "params", "sent", "memory"):
-            table.add_column(column, justify="right")
+            table.add_column(column, overflow="fold")
+        for column in ("fwd s", "bwd s", "params", "sent", "memory"):
+            table.add_column(column, justify="right", no_wrap=True)
         for index, stage in enumerate(self.stages):
             first, last = _short(stage.cells[0]), _short(stage.cells[-1])
             table.add_row(
                 str(index),
                 str(stage.rank),
-                f"{stage.first_cell}-{stage.last_cell}  {first} … {last}",
+                f"{stage.first_cell}-{stage.last_cell}  {first}\n… {last}",
                 f"{stage.forward_seconds:.3f}",
                 f"{stage.backward_seconds:.3f}",
                 format_bytes(stage.parameter_bytes),
@@ -220,10 +222,8 @@ def format_bytes(count: float, *, up: bool = False) -> str:
     for power, unit in enumerate(("B", "kB", "MB", "GB", "TB")):
         size = 1000**power
         digits = 0 if unit == "B" or count >= 99.95 * size else 1 if count >= 9.995 * size else 2
-        if up:  # in whole numbers, which do not round
-            shown = -(-math.ceil(count) * 10**digits // size) / 10**digits
-        else:
-            shown = round(count / size, digits)
+        exact = math.ceil(count) * 10**digits  # a whole number, which does not round
+        shown = -(-exact // size) / 10**digits if up else round(count / size, digits)
         if shown < 1000 or unit == "TB":
             break
     return f"{shown:g} {unit}"

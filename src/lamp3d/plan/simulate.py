@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lamp3d.plan.schedule import Action, StageTimes, needs
 
@@ -24,6 +25,25 @@ class TimeLine:
         """The share of the devices' time in which they wait."""
         busy = sum(end - begin for rank in self.actions for _, begin, end in rank)
         return 1 - busy / (self.seconds * len(self.actions))
+
+    def chrome_trace(self) -> dict[str, Any]:
+        """The time line in the Trace Event Format, which chrome://tracing and Perfetto show; times in microseconds."""
+        return {
+            "traceEvents": [
+                {
+                    "name": f"{action.kind} {action.micro_batch}",
+                    "cat": action.kind,
+                    "ph": "X",
+                    "pid": 0,
+                    "tid": rank,
+                    "ts": begin * 1e6,
+                    "dur": (end - begin) * 1e6,
+                    "args": {"stage": action.stage, "micro_batch": action.micro_batch},
+                }
+                for rank, actions in enumerate(self.actions)
+                for action, begin, end in actions
+            ]
+        }
 
 
 def simulate(schedule: Sequence[Sequence[Action]], stages: Sequence[StageTimes]) -> TimeLine:
