@@ -135,3 +135,30 @@ class RandomDag(nn.Module):
             else:
                 values.append(a + values[-1])
         return self.last(values[-1]), values[len(values) // 2]
+
+
+class Shaped(nn.Module):
+    """Looks at the extents of its input: pads to even ones, makes a grid, resizes to a skip's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.act = conv(1, 2), conv(2, 2), conv(4, 2), nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.act(self.a(x))
+        deep = self.b(nn.functional.avg_pool3d(skip, 2))
+        grid = torch.linspace(0, 1, x.size(2)).to(x.dtype)[:, None, None]
+        up = nn.functional.interpolate(deep, size=skip.shape[2:], mode="nearest")
+        return self.c(torch.cat([skip * grid, up], 1)).reshape(x.shape[0], 2, *x.shape[2:])  # type: ignore[no-any-return]
+
+
+class Sided(nn.Module):
+    """One more operation in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(1, 2), conv(2, 2), conv(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c(self.b(self.a(x)))
+        return x * 2 if self.training else x

@@ -27,7 +27,7 @@ from lamp3d.graph import autocast
 from lamp3d.parallel.step import LossFunction
 from lamp3d.plan import SCHEDULES, Plan
 from lamp3d.plan.schedule import PLACEMENTS
-from tests.networks import Branches, Chancy, Counting, InPlace, RandomDag, Tied, conv
+from tests.networks import Branches, Chancy, Counting, InPlace, RandomDag, Shaped, Sided, Tied, conv
 from tests.plans import cell_names, plan_at, random_starts
 
 SHAPE = (4, 1, 16, 16, 32)
@@ -282,7 +282,14 @@ def check_any_placement() -> dict[str, Finding]:
 def check_shapes() -> dict[str, Finding]:
     """Lists of volumes, shapes that change from step to step, streams."""
     findings = {}
-    network = seeded(lambda: UNet(1, 2, filters=1))
+    for made in (lambda: UNet(1, 2, filters=1), Shaped):
+        findings |= {f"{name} of {made().__class__.__name__}": f for name, f in _check_shapes(made).items()}
+    return findings
+
+
+def _check_shapes(make: Callable[[], nn.Module]) -> dict[str, Finding]:
+    findings = {}
+    network = seeded(make)
     shapes = [(1, 1, 16, 16, 32), (1, 1, 32, 16, 16), (1, 1, 16, 32, 32)]
     pairs = [volumes(shape, seed) for seed, shape in enumerate(shapes)]
     images, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -409,6 +416,7 @@ def check_dropped_engine() -> dict[str, Finding]:
 def check_refusals() -> dict[str, Finding]:
     """What the engine refuses, on all ranks alike."""
     findings = {}
+    images, _ = volumes(SMALL)
     tied = seeded(Tied)
     other = plan_at(InPlace(), SMALL, [0])
     for name, network, starts, plan in (
@@ -422,6 +430,14 @@ def check_refusals() -> dict[str, Finding]:
             findings[name] = Finding(says=str(error))
         else:
             findings[name] = Finding()
+    sided = seeded(Sided)
+    engine = Engine(sided, plan_at(sided, SMALL, list(range(world())), 2))
+    sided.eval()
+    try:
+        engine.forward(images if engine.reads_input else None)
+    except PlanError as error:
+        findings["mode"] = Finding(says=str(error))
+    engine._flush()
     return findings
 
 
@@ -533,6 +549,47 @@ def run_checks(names: Sequence[str]) -> dict[str, dict[str, Finding]]:
             if os.environ.get("LAMP3D_TEST_TIMES"):
                 print(f"K={world()} {name}: {time.process_time() - begin:.1f} CPU s", flush=True)
     return results
+
+
+# Networks of MONAI.
+
+
+@mean_over_cases
+def by_case_of_any(output: Any, targets: Tensor) -> Tensor:
+    """The same for outputs of any number of axes and any size, as deep supervision gives them."""
+    return by_case(
+        pytree.tree_map(lambda leaf: leaf.flatten(1), output), targets.flatten(1).mean(1, keepdim=True).square()
+    )
+
+
+def run_monai(full: bool) -> dict[str, Finding]:
+    """MONAI's networks: all schedules and ways to recompute, or two of each, another random cut each time."""
+    from tests.monai_networks import NETWORKS  # MONAI takes seconds to import, and the other checks do not need it
+
+    torch.set_num_threads(1)
+    findings = {}
+    every = list(itertools.product(SCHEDULES, ("never", "always", "some")))
+    for number, (name, (make, side)) in enumerate(NETWORKS.items()):
+        shape = (2, 1, *(side if isinstance(side, tuple) else (side,) * 3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = seeded(make)
+        batch_norm = any(isinstance(module, nn.BatchNorm3d) for module in network.modules())
+        images, targets = volumes(shape)
+        plain = run_plain(network, images, targets, by_case_of_any)
+        names = cell_names(network, shape)
+        chosen = every if full else [every[(number * 2 + i * 7 + world()) % len(every)] for i in range(2)]
+        for seed, (schedule, recompute) in enumerate(chosen):
+            ranks = PLACEMENTS[schedule](world())
+            starts = random_starts(len(names), len(ranks), seed + number)
+            again = tuple(random.Random(seed).sample(names, len(names) // 2)) if recompute == "some" else recompute
+            micro_batches = 1 if batch_norm else 2
+            plan = plan_at(
+                network, shape, starts, micro_batches, names, schedule=schedule, ranks=ranks, recompute=again
+            )
+            case = f"{name}: {schedule}, recompute={recompute}, cut at {starts[1:]}"
+            findings[case] = one_step(network, plan, images, targets, plain, loss_fn=by_case_of_any, forward=True)
+    return findings
 
 
 # Workers that fail.

@@ -90,15 +90,15 @@ class CommandLine:
     """Runs ``lamp3d`` commands, each in a process of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._server = subprocess.Popen(
             [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
         )
 
     def __call__(self, *arguments: object, limit: float = LIMIT_SECONDS) -> Outcome:
         """Run one command; it is killed (code -9) when it takes longer than the limit in seconds."""
-        files = {name: str(self._folder / name) for name in ("out", "err")}
-        job = {"folder": str(self._folder), "arguments": list(map(str, arguments)), "limit": limit, **files}
+        files = {name: str(self.folder / name) for name in ("out", "err")}
+        job = {"folder": str(self.folder), "arguments": list(map(str, arguments)), "limit": limit, **files}
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(job) + "\n")

@@ -100,3 +100,33 @@ def test_the_programs_that_are_installed(program: list[str]) -> None:
     )
     assert all(name in done.stdout for name in ("demo", "plan", "train", "predict", "evaluate", "report", "bench"))
     assert done.stderr == ""
+
+
+def test_verify_shows_that_a_plan_is_exact(lamp3d: CommandLine, tmp_path: Path) -> None:
+    picture, plan = tmp_path / "line.png", tmp_path / "plan.json"
+    options = ("--filters", 1, "--volume", "32x16x16", "--batch", 2)
+    done = lamp3d(
+        "plan", *options, "--devices", 2, "--schedule", "zero_bubble_v", "--precision", "fp32", "--json", plan
+    )
+    assert done.code == 0, done.err
+    done = lamp3d("verify", *options, "--plan", plan, "--timeline", picture)
+    assert done.code == 0, done.err
+    assert "All within 1e-10." in done.out
+    assert "device 1: " in done.out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    events = json.loads(picture.with_suffix(".json").read_text())["traceEvents"]
+    assert {event["tid"] for event in events} == {0, 1}
+    assert {event["cat"] for event in events} == {"forward", "backward_input", "backward_weight"}
+
+
+def test_verify_tells_of_a_network_that_a_plan_changes(lamp3d: CommandLine) -> None:
+    # Dropout draws other numbers for micro-batches than for the mini-batch.
+    layers = "nn.Conv3d(1, 4, 3), nn.Dropout(), nn.Conv3d(4, 1, 1)"
+    code = f"from torch import nn\n\ndef make():\n    return nn.Sequential({layers})\n"
+    (lamp3d.folder / "mine.py").write_text(code)
+    done = lamp3d("verify", "--net", "mine:make", "--volume", "4x5x6", "--batch", 2, "--devices", 1)
+    assert done.code == 1
+    assert "beyond 1e-10" in done.err
+    done = lamp3d("verify", "--net", "mine:absent", "--volume", "8")
+    assert done.code == 2
+    assert "write it as package.module:function" in done.err

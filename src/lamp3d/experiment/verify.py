@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,10 +43,14 @@ class RankReport:
 def load_network(path: str) -> nn.Module:
     """A network from ``package.module:function`` (called without arguments) or ``package.module:CLASS``.
 
+    The module may also lie in the present folder.
+
     Raises:
         ConfigError: there is no such thing, or it gives no module.
     """
     module, _, name = path.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:  # as `python -m` does
+        sys.path.insert(0, os.getcwd())
     try:
         network = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, ValueError) as error:

@@ -81,10 +81,17 @@ class CellGraph:
     Args:
         root: the traced network; its sub-modules and parameters are the network's own.
         cells: a partition of the graph's nodes (placeholders and the output excepted) in execution order.
+        reads_shape: whether the graph may hold for the shape alone that it was traced with.
+        changes_with_mode: whether training and evaluation are different graphs (and not just modules in other modes).
     """
 
-    def __init__(self, root: fx.GraphModule, cells: Sequence[Cell]):
+    def __init__(
+        self, root: fx.GraphModule, cells: Sequence[Cell], *, reads_shape: bool = False, changes_with_mode: bool = False
+    ):
         self.root = root
+        self.training = root.training
+        self.reads_shape = reads_shape
+        self.changes_with_mode = changes_with_mode
         self.cells = tuple(cells)
         self._maker = {name: cell.index for cell in cells for name in cell.nodes}
         placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]

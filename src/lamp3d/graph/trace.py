@@ -1,4 +1,4 @@
-"""From an ordinary module to a :class:`CellGraph`: ``torch.fx`` gives the nodes, a dry run says where cutting is safe.
+"""From an ordinary module to a :class:`CellGraph`: the tracer gives the nodes, a dry run says where cutting is safe.
 
 The dry run uses fake tensors (shapes and strides, no data), so it costs milliseconds and no memory. Two consecutive
 nodes stay in one cell when cutting between them would
@@ -10,30 +10,32 @@ nodes stay in one cell when cutting between them would
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils import _pytree as pytree
 
 from lamp3d.errors import ConfigError
 from lamp3d.graph.cells import Cell, CellGraph
-from lamp3d.graph.shapes import dry_run
+from lamp3d.graph.shapes import dry_run, module_device
+from lamp3d.graph.tracer import ShapedTracer, attribute
 
 
 def trace(network: nn.Module, input_shape: Sequence[int]) -> CellGraph:
-    """Trace ``network`` into cells.
+    """Trace ``network`` into cells, in the mode (training or evaluation) that it is in.
 
     Args:
-        network: any module that ``torch.fx`` can trace and that takes one tensor; it is not changed.
+        network: any module that takes one tensor and does not branch on values; it is not changed.
         input_shape: (B, C, D, H, W) of an input that the network accepts.
 
     Raises:
-        ConfigError: the network cannot be traced, changes its input in place, or behaves differently in training and
-            evaluation other than through its sub-modules.
+        ConfigError: the network cannot be traced, does not accept such an input, or changes it in place.
     """
-    root = _symbolic_trace(network)
+    root, reads_shape, changes_with_mode = _traced(network, input_shape)
     placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
     if len(placeholders) != 1:
         names = ", ".join(node.name for node in placeholders)
@@ -43,37 +45,58 @@ def trace(network: nn.Module, input_shape: Sequence[int]) -> CellGraph:
     recorder.dry_run(network, input_shape)
     cells: list[Cell] = []
     begin = 0
+    may_cut = recorder.cuts(nodes)
     for end in range(1, len(nodes) + 1):
-        if end == len(nodes) or recorder.may_cut(nodes, end):
+        if end == len(nodes) or may_cut[end]:
             cells.append(Cell(len(cells), _cell_name(nodes[begin:end]), tuple(node.name for node in nodes[begin:end])))
             begin = end
-    return CellGraph(root, cells)
+    return CellGraph(root, cells, reads_shape=reads_shape, changes_with_mode=changes_with_mode)
 
 
-def _symbolic_trace(network: nn.Module) -> fx.GraphModule:
-    modes = [(module, module.training) for module in network.modules()]
-    codes = []
+def _traced(network: nn.Module, input_shape: Sequence[int]) -> tuple[fx.GraphModule, bool, bool]:
+    """The traced network, whether it has looked at the input's shape, and whether the other mode is another graph."""
+    twin = _twin(network)
+    dtype = next((parameter.dtype for parameter in twin.parameters()), torch.float32)
+    graphs: list[tuple[fx.Graph, dict[str, Tensor]]] = []
+    reads_shape = False
     try:
-        for mode in (not network.training, network.training):
-            network.train(mode)
-            root = fx.symbolic_trace(network)
-            codes.append(root.code)
-    except Exception as error:
+        for other_mode in (True, False):
+            for module, original in zip(twin.modules(), network.modules(), strict=True):
+                module.training = original.training != other_mode
+            tracer = ShapedTracer(input_shape, dtype, module_device(twin))
+            graphs.append((tracer.trace(twin), tracer.constants))
+            reads_shape |= tracer.reads_shape
+    except (fx.proxy.TraceError, DataDependentOutputException) as error:
         raise ConfigError(
             f"{type(network).__name__} cannot be traced by torch.fx: {error}. Its forward must not branch on the "
-            "values or the shape of a tensor."
+            "values of a tensor."
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
-    for line, other in zip(*(code.splitlines() for code in codes), strict=False):
-        if line != other:
-            raise ConfigError(
-                f"{type(network).__name__} computes something else in training than in evaluation outside its "
-                f"sub-modules ({line.strip()!r} against {other.strip()!r}). Use a module such as nn.Dropout3d instead "
-                "of the function with training=self.training."
-            )
-    return root
+    except TypeError as error:  # it takes something else than one tensor
+        raise ConfigError(f"{type(network).__name__} cannot be called with one tensor: {error}") from error
+    except Exception as error:
+        raise ConfigError(
+            f"{type(network).__name__} does not accept an input of shape {tuple(input_shape)}: {error}"
+        ) from error
+    other, graph = (fx.GraphModule(_targets(network, graph, constants), graph) for graph, constants in graphs)
+    graph.training = network.training
+    return graph, reads_shape, other.code != graph.code
+
+
+def _twin(network: nn.Module) -> nn.Module:
+    """A copy that shares parameters and buffers, for its code to leave traces in: some networks keep their outputs.
+
+    Once an engine has moved its stages, the parameters lie on several devices; then they are all on the CPU.
+    """
+    tensors = [*network.parameters(), *network.buffers()]
+    if len({tensor.device for tensor in tensors}) > 1:
+        return copy.deepcopy(network).cpu()
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+
+
+def _targets(network: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> dict[str, Any]:
+    """What a graph refers to: the network's own modules and parameters, and constants that its code has made."""
+    names = [node.target for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    return {name: constants[name] if name in constants else attribute(network, name) for name in names}
 
 
 def _sink_attributes(root: fx.GraphModule) -> list[fx.Node]:
@@ -139,17 +162,16 @@ class _Recorder(fx.Interpreter):
         self.keep.append(result)
         return result
 
-    def may_cut(self, nodes: Sequence[fx.Node], end: int) -> bool:
-        """Whether the graph may be cut just before ``nodes[end]``."""
-        here = self.position[nodes[end]]
-        if any(maker < here <= writer for maker, writer in self.written):
-            return False
-        live = (
-            node
-            for node in self.position
-            if self.position[node] < here and any(self.position[user] >= here for user in node.users)
-        )
-        return all(self.is_tensor[node] and node.op != "get_attr" for node in live)
+    def cuts(self, nodes: Sequence[fx.Node]) -> list[bool]:
+        """For each of the nodes, whether the graph may be cut just before it."""
+        last = {node: max((self.position[user] for user in node.users), default=-1) for node in self.position}
+        allowed = []
+        for node in nodes:
+            here = self.position[node]
+            apart = all(not maker < here <= writer for maker, writer in self.written)
+            crossing = (other for other, end in last.items() if self.position[other] < here <= end)
+            allowed.append(apart and all(self.is_tensor[other] and other.op != "get_attr" for other in crossing))
+        return allowed
 
 
 def _tensors(value: Any) -> list[Tensor]:

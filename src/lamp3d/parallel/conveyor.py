@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lamp3d.graph import Edge
-from lamp3d.parallel.step import Rank, Specs
+from lamp3d.parallel.step import Program, Rank
 from lamp3d.parallel.transfer import Receipt
 
 
@@ -27,23 +27,23 @@ class Conveyor:
 
     def __init__(self, rank: Rank):
         self._rank = rank
-        self._specs: list[Specs] = []
+        self._programs: list[Program] = []
         self._images: dict[int, Tensor] = {}
         self._values: dict[tuple[str, int], tuple[Tensor | Receipt, int]] = {}
         # Messages of one tick, in the order in which their makers' ranks send them.
         self._edges = sorted(rank.edges, key=lambda edge: -edge.maker)
         self._tick = 0
 
-    def put(self, specs: Specs, image: Tensor | None) -> None:
+    def put(self, program: Program, image: Tensor | None) -> None:
         """One more micro-batch; a rank that does not read the input may learn of it one tick later than it begins."""
         if image is not None:
-            self._images[len(self._specs)] = image
-        self._specs.append(specs)
+            self._images[len(self._programs)] = image
+        self._programs.append(program)
 
     @property
     def unfinished(self) -> bool:
         """Whether a micro-batch has yet to leave the last stage."""
-        return self._tick - self._rank.last < len(self._specs)
+        return self._tick - self._rank.last < len(self._programs)
 
     def advance(self) -> tuple[bool, Any]:
         """One tick.
@@ -58,29 +58,29 @@ class Conveyor:
                 self._receive(edge, tick - 1 - edge.maker)
         output = None
         for stage in sorted(rank.runners, reverse=True):
-            if 0 <= tick - stage < len(self._specs):
+            if 0 <= tick - stage < len(self._programs):
                 values = self._forward(stage, tick - stage)
                 if stage == rank.last:
-                    output = rank.graph.collect(values)
+                    output = self._programs[tick - stage].graph.collect(values)
         self._tick += 1
-        return 0 <= tick - rank.last < len(self._specs), output
+        return 0 <= tick - rank.last < len(self._programs), output
 
     def _receive(self, edge: Edge, micro_batch: int) -> None:
-        if 0 <= micro_batch < len(self._specs):
-            origin, spec = self._rank.ranks[edge.maker], self._specs[micro_batch][edge.value]
+        if 0 <= micro_batch < len(self._programs):
+            origin, spec = self._rank.ranks[edge.maker], self._programs[micro_batch].specs[edge.value]
             receipt = self._rank.transfer.receive(spec, origin, self._rank.tag(edge.value, micro_batch, False))
             self._values[edge.value, micro_batch] = receipt, self._rank.users_here(edge)
 
     def _forward(self, stage: int, micro_batch: int) -> dict[str, Tensor]:
-        rank = self._rank
+        rank, program = self._rank, self._programs[micro_batch]
         values: dict[str, Tensor] = {}
         if stage == 0:
-            values[rank.graph.inputs[0]] = self._images.pop(micro_batch)
+            values[program.graph.inputs[0]] = self._images.pop(micro_batch)
         for edge in rank.incoming(stage):
             values[edge.value] = self._take(edge.value, micro_batch)
-        values |= rank.runners[stage].infer(values)
+        values |= rank.runners[stage].infer(program.stages[stage], values)
         for edge in rank.outgoing(stage):
-            spec = self._specs[micro_batch][edge.value]
+            spec = program.specs[edge.value]
             for to in rank.user_ranks(edge):
                 if to == rank.index:
                     self._values[edge.value, micro_batch] = values[edge.value], rank.users_here(edge)

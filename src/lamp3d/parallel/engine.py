@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lamp3d.errors import PlanError
-from lamp3d.graph import Stage, ValueSpec, infer_specs, lay_out_weights, refuse_tied_parameters, trace
+from lamp3d.graph import CellGraph, infer_specs, lay_out_weights, refuse_tied_parameters, trace
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
 from lamp3d.parallel.routes import Routes
-from lamp3d.parallel.stage import StageRunner
-from lamp3d.parallel.step import LossFunction, MiniBatch, MiniBatchLoss, Rank, concatenate
+from lamp3d.parallel.stage import StageCells, StageRunner
+from lamp3d.parallel.step import LossFunction, MiniBatch, MiniBatchLoss, Program, Rank, concatenate
 from lamp3d.parallel.transfer import Transfer
 from lamp3d.plan import Action, Plan, TimeLine
 
@@ -59,47 +59,39 @@ class Engine:
         self.device = _own_device(plan)
         self.graph = trace(network, plan.input_shape)
         _check_cells(self.graph.cells, plan)
-        stages = self.graph.cut(plan.starts)
-        refuse_tied_parameters(stages, plan.ranks)
-        own = {index: stage for index, stage in enumerate(stages) if plan.ranks[index] == self.rank}
-        for stage in own.values():
-            stage.to(self.device)
+        refuse_tied_parameters(self.graph.cut(plan.starts), plan.ranks)
+        if plan.micro_batches > 1:
+            _refuse_batch_norm(network)
+        self._network = network
+        own = self._stages(self.graph)
         # All of the network's: every rank derives from the weights' layout in which layout a value travels.
         lay_out_weights(network, plan.channels_last)
-        if plan.micro_batches > 1:
-            _refuse_batch_norm(stages)
         edges = self.graph.stage_edges(plan.starts)
-        pairs = {
-            pair
-            for edge in edges
-            for user in edge.users
-            for pair in _both(plan.ranks[edge.maker], plan.ranks[user])
-            if pair[0] != pair[1]
-        }
-        runners = {
-            index: StageRunner(stage, self._parts(index), self.device, plan.precision, plan.splits_backward)
-            for index, stage in own.items()
-        }
-        self._rank = Rank(self.rank, plan.ranks, self.graph, edges, runners, Transfer(self.device, pairs), self.device)
-        self.parameters = {n: p for stage in own.values() for n, p in stage.parameters_by_name().items()}
-        self.buffers = {n: b for stage in own.values() for n, b in stage.buffers_by_name().items()}
+        between = {(plan.ranks[edge.maker], plan.ranks[user]) for edge in edges for user in edge.users}
+        pairs = {pair for a, b in between if a != b for pair in ((a, b), (b, a))}
+        runners = {index: StageRunner(self.device, plan.precision, plan.splits_backward) for index in own}
+        self._rank = Rank(self.rank, plan.ranks, edges, runners, Transfer(self.device, pairs), self.device)
+        self.parameters = {n: p for cells in own.values() for n, p in cells.whole.parameters_by_name().items()}
+        self.buffers = {n: b for cells in own.values() for n, b in cells.whole.buffers_by_name().items()}
         self._announcer = Announcer()
-        self._specs: dict[tuple[object, ...], dict[str, ValueSpec]] = {}
+        self._traced = {(plan.input_shape if self.graph.reads_shape else None): (self.graph, own)}
+        self._programs: dict[tuple[object, ...], Program] = {}
         self._schedules: dict[tuple[object, ...], tuple[list[list[Action]], Routes]] = {}
         self._times: list[tuple[Action, float, float]] = []
 
-    def _parts(self, index: int) -> list[tuple[Stage, bool]]:
-        """A stage's cells in runs that are, or are not, computed again in backward."""
+    def _stages(self, graph: CellGraph) -> dict[int, StageCells]:
+        """This rank's stages, on its device, each also in runs that are, or are not, computed again in backward."""
         plan = self.plan
-        stage = plan.stages[index]
-        again = [plan.recomputes(cell.name) for cell in self.graph.cells]
-        flips = [i for i in range(stage.first_cell + 1, stage.last_cell + 1) if again[i] != again[i - 1]]
+        again = [plan.recomputes(cell.name) for cell in graph.cells]
+        flips = {i for i in range(1, len(again)) if again[i] != again[i - 1]}
         starts = sorted({*plan.starts, *flips})
-        return [
-            (part, again[start])
-            for start, part in zip(starts, self.graph.cut(starts), strict=True)
-            if stage.first_cell <= start <= stage.last_cell
-        ]
+        parts = list(zip(starts, graph.cut(starts), strict=True))
+        stages = {}
+        for index, (stage, whole) in enumerate(zip(plan.stages, graph.cut(plan.starts), strict=True)):
+            if stage.rank == self.rank:
+                inside = [(p.to(self.device), again[i]) for i, p in parts if stage.first_cell <= i <= stage.last_cell]
+                stages[index] = StageCells(whole.to(self.device), inside)
+        return stages
 
     @property
     def reads_input(self) -> bool:
@@ -144,14 +136,14 @@ class Engine:
         """
         micro_batches, whole = self._announced(images)
         shapes = [shape for shape, _ in micro_batches]
-        specs = [self._infer(shape, dtype) for shape, dtype in micro_batches]
+        programs = [self._program(shape, dtype) for shape, dtype in micro_batches]
         pieces: Sequence[Tensor | None] = [None] * len(shapes)
         if self.reads_input:
             pieces = self._pieces(images, whole, shapes)
-        actions, routes = self._schedule(specs)
+        actions, routes = self._schedule(programs)
         sizes = [shape[0] for shape in shapes]
         loss = MiniBatchLoss(loss_fn, targets, sizes, listed=not whole, at_end=_loss_at_end(actions, self._rank))
-        step = MiniBatch(self._rank, actions, specs, pieces, routes)
+        step = MiniBatch(self._rank, actions, programs, pieces, routes)
         try:
             total = step.run(loss)
             self._flush()
@@ -189,7 +181,7 @@ class Engine:
         pieces = self._pieces(images, whole, shapes) if self.reads_input else [None] * len(shapes)
         conveyor = Conveyor(self._rank)
         for micro_batch, piece in zip(micro_batches, pieces, strict=True):
-            conveyor.put(self._infer(*micro_batch), piece)
+            conveyor.put(self._program(*micro_batch), piece)
         outputs = []
         while conveyor.unfinished:
             done, output = conveyor.advance()
@@ -236,7 +228,7 @@ class Engine:
         """Put the next volume on its way, if there is one."""
         for volume in coming:
             micro_batches, _ = self._announced(volume if volume is None else [volume])
-            conveyor.put(self._infer(*micro_batches[0]), None if volume is None else self._place(volume))
+            conveyor.put(self._program(*micro_batches[0]), None if volume is None else self._place(volume))
             return True
         return False
 
@@ -245,12 +237,14 @@ class Engine:
         self._rank.transfer.flush()
         self._announcer.flush()
 
-    def _schedule(self, specs: Sequence[dict[str, ValueSpec]]) -> tuple[list[list[Action]], Routes]:
+    def _schedule(self, programs: Sequence[Program]) -> tuple[list[list[Action]], Routes]:
         """Every rank's actions for so many micro-batches, and their messages."""
-        differentiable = [frozenset(name for name, spec in of.items() if spec.requires_grad) for of in specs]
+        differentiable = [
+            frozenset(n for n, spec in program.specs.items() if spec.requires_grad) for program in programs
+        ]
         key = tuple(differentiable)
         if key not in self._schedules:
-            actions = self.plan.actions(len(specs))
+            actions = self.plan.actions(len(programs))
             self._schedules[key] = actions, Routes(self._rank.edges, self.plan.ranks, actions, differentiable)
         return self._schedules[key]
 
@@ -279,27 +273,48 @@ class Engine:
         image = image.to(self.device, non_blocking=True)
         return image.contiguous(memory_format=torch.channels_last_3d) if self.plan.channels_last else image
 
-    def _infer(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, ValueSpec]:
-        """What every value of a micro-batch of this shape looks like (a dry run at a shape's first use).
+    def _program(self, shape: tuple[int, ...], dtype: torch.dtype) -> Program:
+        """The network for a micro-batch of this shape (worked out at a shape's first use).
 
         Which values have a gradient depends on which parameters are frozen; these may change between steps.
+
+        Raises:
+            PlanError: the network is another one for this shape, or in the mode that it is in.
         """
+        if self.graph.changes_with_mode and self._network.training != self.graph.training:
+            traced, present = ("training", "evaluation") if self.graph.training else ("evaluation", "training")
+            raise PlanError(
+                f"{self.plan.network} computes something else in {present} than in {traced}, in which mode it was when "
+                f"this engine was made; call network.{'train' if self.graph.training else 'eval'}(), or make a plan "
+                f"and an engine for {present} as well."
+            )
         trainable = tuple(parameter.requires_grad for parameter in self.graph.root.parameters())
-        key = (tuple(shape), dtype, trainable)
-        if key not in self._specs:
+        key = (shape, dtype, trainable)
+        if key not in self._programs:
             plan = self.plan
-            self._specs[key] = infer_specs(self.graph, shape, dtype, plan.precision, plan.channels_last, self.device)
-        return self._specs[key]
+            graph, stages = self._graph_for(shape)
+            specs = infer_specs(graph, shape, dtype, plan.precision, plan.channels_last, self.device)
+            self._programs[key] = Program(graph, specs, stages)
+        return self._programs[key]
+
+    def _graph_for(self, shape: tuple[int, ...]) -> tuple[CellGraph, dict[int, StageCells]]:
+        """The network's graph, traced anew for a shape that it looks at, with the same cells."""
+        place = shape if self.graph.reads_shape else None
+        if place not in self._traced:
+            graph = trace(self._network, shape)
+            if [(cell.name, cell.nodes) for cell in graph.cells] != [(c.name, c.nodes) for c in self.graph.cells]:
+                raise PlanError(
+                    f"{self.plan.network} does something else with an input of shape {shape} than with "
+                    f"{self.plan.input_shape}, for which the plan was made; make a plan for this shape."
+                )
+            self._traced[place] = graph, self._stages(graph)
+        return self._traced[place]
 
 
 def _split(batch: int, micro_batches: int) -> list[int]:
     """Sizes of the micro-batches: as even as can be, the larger ones first."""
     count = min(batch, micro_batches)
     return [batch // count + (index < batch % count) for index in range(count)]
-
-
-def _both(a: int, b: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (a, b), (b, a)
 
 
 def _loss_at_end(actions: Sequence[Sequence[Action]], rank: Rank) -> bool:
@@ -327,12 +342,11 @@ def _check_cells(cells: Sequence[Any], plan: Plan) -> None:
         )
 
 
-def _refuse_batch_norm(stages: Sequence[nn.Module]) -> None:
-    for stage in stages:
-        for name, module in stage.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-                raise PlanError(
-                    f"{name.removeprefix('body.')} is a BatchNorm in training mode: with more than one micro-batch its "
-                    "statistics would be those of a micro-batch, not of the mini-batch. Use norm='instance' or 'group',"
-                    " micro_batches=1, or network.eval() to freeze the statistics."
-                )
+def _refuse_batch_norm(network: nn.Module) -> None:
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise PlanError(
+                f"{name} is a BatchNorm in training mode: with more than one micro-batch its statistics would be those "
+                "of a micro-batch, not of the mini-batch. Use norm='instance' or 'group', micro_batches=1, or "
+                "network.eval() to freeze the statistics."
+            )

@@ -18,6 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from lamp3d.graph import DeferredWeights, SplitConvolutions, Stage, autocast, preserved_buffers
 
 
+@dataclass(frozen=True)
+class StageCells:
+    """A stage's cells as modules: all of them, and in runs that are, or are not, computed again in backward."""
+
+    whole: Stage
+    parts: Sequence[tuple[Stage, bool]]
+
+
 @dataclass
 class _Saved:
     """What one micro-batch leaves behind for its backward."""
@@ -31,49 +39,40 @@ class StageRunner:
     """Runs a stage for many micro-batches at once.
 
     Args:
-        stage: the stage's cells.
-        parts: the same cells in runs; each is recomputed in backward, instead of keeping its activations, or not.
-            Random numbers are replayed, and buffers (running statistics) change only once.
-        device: where they run.
+        device: where it runs.
         precision: ``"fp32"`` or ``"bf16"``.
         split: whether weight gradients are computed apart, by :meth:`backward_weight`.
     """
 
-    def __init__(
-        self,
-        stage: Stage,
-        parts: Sequence[tuple[Stage, bool]],
-        device: torch.device,
-        precision: str,
-        split: bool,
-    ):
-        self.stage = stage
+    def __init__(self, device: torch.device, precision: str, split: bool):
         self.device = device
         self.precision = precision
         self.split = split
-        self._parts = parts
         self._saved: dict[int, _Saved] = {}
         self._deferred: dict[int, DeferredWeights] = {}
 
-    def infer(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def infer(self, cells: StageCells, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Forward without autograd: the stage's outputs by name."""
         with torch.no_grad(), autocast(self.device, self.precision):
-            return _outputs(self.stage, values)
+            return _outputs(cells.whole, values)
 
-    def forward(self, micro_batch: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, micro_batch: int, cells: StageCells, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Forward of one micro-batch: the outputs by name, detached from autograd but for their ``requires_grad``.
+
+        Where cells are computed again in backward, random numbers are replayed, and buffers change only once.
 
         Args:
             micro_batch: its number, until its backward is done.
+            cells: the stage, for inputs of the micro-batch's shape.
             values: the stage's inputs by name, as leaves of this micro-batch's graph.
         """
-        leaves = {name: values[name] for name in self.stage.inputs}
+        leaves = {name: values[name] for name in cells.whole.inputs}
         deferred = DeferredWeights()
         made = dict(leaves)
         with torch.enable_grad(), autocast(self.device, self.precision), self._splitting(deferred):
-            for part, recompute in self._parts:
+            for part, recompute in cells.parts:
                 made |= self._recomputed(part, made, deferred) if recompute else _outputs(part, made)
-        outputs = {name: made[name] for name in self.stage.outputs}
+        outputs = {name: made[name] for name in cells.whole.outputs}
         self._saved[micro_batch] = _Saved(leaves, _edges(outputs), deferred)
         return {name: output.detach() for name, output in outputs.items()}
 

@@ -14,20 +14,34 @@ from torch.utils import _pytree as pytree
 from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph, Edge, ValueSpec
 from lamp3d.parallel.routes import Message, Routes, user_ranks
-from lamp3d.parallel.stage import StageRunner
+from lamp3d.parallel.stage import StageCells, StageRunner
 from lamp3d.parallel.transfer import Receipt, Transfer
 from lamp3d.plan import Action
 
 LossFunction = Callable[[Any, Any], Tensor]
-Specs = Mapping[str, ValueSpec]
 
 AHEAD = 2
 """How many actions ahead of the present one receives are posted."""
 
 
 @dataclass(frozen=True)
+class Program:
+    """What the network is for inputs of one shape.
+
+    Attributes:
+        graph: its cells.
+        specs: what every value looks like.
+        stages: this rank's, by number.
+    """
+
+    graph: CellGraph
+    specs: Mapping[str, ValueSpec]
+    stages: Mapping[int, StageCells]
+
+
+@dataclass(frozen=True)
 class Rank:
-    """What a rank works with, whatever the mini-batch: its stages, the network's graph and cut, its transfers.
+    """What a rank works with, whatever the mini-batch: its stages' runners, the edges of the cut, its transfers.
 
     Attributes:
         index: the rank's number among those of the pipeline.
@@ -38,7 +52,6 @@ class Rank:
 
     index: int
     ranks: tuple[int, ...]
-    graph: CellGraph
     edges: tuple[Edge, ...]
     runners: Mapping[int, StageRunner]
     transfer: Transfer
@@ -77,7 +90,7 @@ class MiniBatch:
     Args:
         rank: what the rank works with.
         actions: of every rank, in order.
-        specs: what the values look like, by micro-batch.
+        programs: the network for inputs of each micro-batch's shape.
         images: the micro-batches, where the rank reads the network's input; otherwise None for each.
         routes: the messages of these actions.
     """
@@ -86,13 +99,13 @@ class MiniBatch:
         self,
         rank: Rank,
         actions: Sequence[Sequence[Action]],
-        specs: Sequence[Specs],
+        programs: Sequence[Program],
         images: Sequence[Tensor | None],
         routes: Routes,
     ):
         self.actions = actions[rank.index]
         self._rank = rank
-        self._specs = specs
+        self._programs = programs
         self._images = list(images)
         self._routes = routes
         self._expected = {
@@ -129,26 +142,26 @@ class MiniBatch:
 
     def forward(self, action: Action) -> None:
         """Forward of one micro-batch through one stage; what others need is on its way afterwards."""
-        rank, m, specs = self._rank, action.micro_batch, self._specs[action.micro_batch]
+        rank, m, program = self._rank, action.micro_batch, self._programs[action.micro_batch]
         values: dict[str, Tensor] = {}
         if action.stage == 0:
             image = self._images[m]
             assert image is not None
-            values[rank.graph.inputs[0]] = image
+            values[program.graph.inputs[0]] = image
             self._images[m] = None
         for edge in rank.incoming(action.stage):
-            values[edge.value] = self._take(edge, m).detach().requires_grad_(specs[edge.value].requires_grad)
-        values |= rank.runners[action.stage].forward(m, values)
+            values[edge.value] = self._take(edge, m).detach().requires_grad_(program.specs[edge.value].requires_grad)
+        values |= rank.runners[action.stage].forward(m, program.stages[action.stage], values)
         for edge in rank.outgoing(action.stage):
             if here := rank.users_here(edge):
                 self._values[edge.value, m] = values[edge.value], here
         self._send(action, lambda message: values[message.value])
         if action.stage == rank.last:
-            self._outputs[m] = {name: values[name].detach() for name in rank.graph.outputs}
+            self._outputs[m] = {name: values[name].detach() for name in program.graph.outputs}
 
     def backward(self, action: Action) -> None:
         """Backward of one micro-batch through one stage; what others need is on its way afterwards."""
-        rank, m, specs = self._rank, action.micro_batch, self._specs[action.micro_batch]
+        rank, m, specs = self._rank, action.micro_batch, self._programs[action.micro_batch].specs
         of_outputs = self._of_outputs.pop(m) if action.stage == rank.last else {}
         gradients: dict[str, Tensor | None] = dict(of_outputs)
         for edge in rank.outgoing(action.stage):
@@ -179,13 +192,13 @@ class MiniBatch:
         expected = self._expected[message.origin]
         while message not in self._asked:
             coming = expected.pop()
-            spec = self._specs[coming.micro_batch][coming.value]
+            spec = self._programs[coming.micro_batch].specs[coming.value]
             self._receipts[coming] = self._rank.transfer.receive(spec, coming.origin, self._tag(coming))
             self._asked.add(coming)
 
     def _send(self, action: Action, tensor: Callable[[Message], Tensor]) -> None:
         for message in self._routes.sent[action]:
-            spec = self._specs[message.micro_batch][message.value]
+            spec = self._programs[message.micro_batch].specs[message.value]
             self._rank.transfer.send(tensor(message), spec, message.to, self._tag(message))
 
     def _tag(self, message: Message) -> int:
@@ -220,9 +233,8 @@ class MiniBatch:
         ready = sorted(self._outputs) if loss.whole else [micro_batch]
         for m in ready:
             for name, output in self._outputs[m].items():
-                output.requires_grad_(self._specs[m][name].requires_grad)
-        graph = self._rank.graph
-        total = loss.backward(ready, [graph.collect(self._outputs[m]) for m in ready])
+                output.requires_grad_(self._programs[m].specs[name].requires_grad)
+        total = loss.backward(ready, [self._programs[m].graph.collect(self._outputs[m]) for m in ready])
         for m in ready:
             outputs = self._outputs.pop(m)
             self._of_outputs[m] = {name: o.grad for name, o in outputs.items() if o.grad is not None}

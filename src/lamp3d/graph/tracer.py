@@ -1,0 +1,152 @@
+"""Tracing with shapes: ``torch.fx``, with every value's shape known while the network's own code runs.
+
+Plain symbolic tracing hands the network objects that know nothing: code that compares extents, iterates over a split
+or asks whether something is a tensor fails, or silently takes another branch. Here every traced value carries a fake
+tensor, so that such code sees what it would see: an extent is a number, a tuple has a length, a tensor is a tensor.
+What the network reads of the shape becomes part of the graph, which then holds for that shape alone (``reads_shape``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+VALUE = "lamp3d_value"
+"""Where a node's ``meta`` keeps what it evaluates to: fake tensors, or containers of them."""
+
+_FREE_OF_EXTENTS = {"dim", "ndim", "ndimension", "dtype", "device", "is_cuda", "is_floating_point", "requires_grad",
+                    "layout", "is_sparse", "is_quantized", "is_meta", "is_complex"}  # fmt: skip
+
+
+class ShapedTracer(fx.Tracer):
+    """Traces a module that takes one tensor.
+
+    Args:
+        input_shape: (B, C, D, H, W).
+        dtype: of the input.
+        device: on which parameters and input lie.
+
+    Attributes:
+        reads_shape: whether the network's code has looked at an extent, so that the graph may hold for this shape only.
+        constants: tensors that the network's code has made and used, by the names that they have in the graph.
+    """
+
+    def __init__(self, input_shape: Sequence[int], dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.reads_shape = False
+        self.constants: dict[str, Tensor] = {}
+        self._input_shape, self._dtype, self._device = tuple(input_shape), dtype, device
+        self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        self._evaluating = False
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
+        """The graph of a module; its nodes keep nothing of what they evaluated to."""
+        graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            node.meta.pop(VALUE, None)
+        return graph
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """torch's own layers, and einops's, which look at the type of what they are given."""
+        return m.__module__.startswith("einops.") or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The stand-in for a node's value."""
+        return _ShapedProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """An argument of a node; a stand-in passes for a tensor everywhere else."""
+        if type(a) is _ShapedProxy:
+            return a.node
+        if type(a) is Tensor and not any(a is buffer for buffer in self.root.buffers()):
+            # fx would make the constant an attribute of the network, which is not ours to change.
+            name = next(
+                (name for name, known in self.constants.items() if known is a), f"constant{len(self.constants)}"
+            )
+            self.constants[name] = a
+            return self.create_node("get_attr", name, (), {})
+        return super().create_arg(a)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        """A new node, evaluated; what is no tensor is no node but the value itself."""
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        if kind == "output":
+            return proxy
+        value = self._evaluate(kind, target, args, kwargs)
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            self.graph.erase_node(proxy.node)
+            self.reads_shape |= target not in _FREE_OF_EXTENTS
+            return value
+        proxy.node.meta[VALUE] = value
+        return proxy
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A module's call: as it is while a node is evaluated."""
+        return forward(*args, **kwargs) if self._evaluating else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A module's attribute: as it is while a node is evaluated."""
+        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf.node.meta[VALUE] if type(leaf) is _ShapedProxy else leaf,
+            (args, kwargs),
+            is_leaf=lambda leaf: type(leaf) is _ShapedProxy,
+        )
+        self._evaluating = True
+        try:
+            with self._fakes, torch.no_grad():
+                if kind == "placeholder":
+                    return torch.empty(self._input_shape, dtype=self._dtype, device=self._device)
+                if kind == "get_attr":
+                    return self._fakes.from_tensor(attribute(self.root, target))
+                if kind == "call_module":
+                    module = self.root.get_submodule(target)
+                    state = (*module.named_parameters(), *module.named_buffers())  # BatchNorm counts in a buffer
+                    fakes: dict[str, Tensor] = {name: self._fakes.from_tensor(tensor) for name, tensor in state}
+                    return functional_call(module, fakes, args, kwargs)
+                if kind == "call_method":
+                    return getattr(args[0], target)(*args[1:], **kwargs)
+                return target(*args, **kwargs)
+        finally:
+            self._evaluating = False
+
+
+class _ShapedProxy(fx.Proxy):
+    """A stand-in for a tensor (or a container of tensors) whose shape is known."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return torch.Tensor if isinstance(self.node.meta.get(VALUE), Tensor) else _ShapedProxy
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.node.meta[VALUE], name)
+        if callable(value) or isinstance(value, Tensor):
+            return super().__getattr__(name)
+        assert isinstance(self.tracer, ShapedTracer)
+        self.tracer.reads_shape |= name not in _FREE_OF_EXTENTS
+        return value
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))  # type: ignore[index]
+
+    def __len__(self) -> int:
+        value = self.node.meta[VALUE]
+        if isinstance(value, Tensor):
+            assert isinstance(self.tracer, ShapedTracer)
+            self.tracer.reads_shape = True
+        return len(value)
+
+
+def attribute(module: Any, path: str) -> Any:
+    """What a dotted path leads to."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module

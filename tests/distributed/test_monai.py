@@ -1,0 +1,38 @@
+"""MONAI's networks, unmodified, in two and three stages and more: output, loss and gradients of the plain network.
+
+Here every network runs with two schedules on each number of devices; with LAMP3D_FULL=1 with every schedule, every way
+to recompute, and on four devices too.
+"""
+
+import os
+
+import pytest
+
+from lamp3d import launch
+from lamp3d.plan import SCHEDULES
+from tests.distributed.workers import run_monai
+from tests.monai_networks import NETWORKS
+
+FULL = bool(os.environ.get("LAMP3D_FULL"))
+
+
+@pytest.mark.timeout(3600 if FULL else 300)
+@pytest.mark.parametrize("devices", [2, 3, 4] if FULL else [2, 3])
+def test_monais_networks_are_exact(devices: int) -> None:
+    ranks = launch(run_monai, devices, (FULL,))
+    for rank, found in enumerate(ranks):
+        for name, finding in found.items():
+            assert not finding.says, f"{name}: {finding.says}"
+            wrong = {what: error for what, error in finding.errors.items() if not error <= 1e-10}
+            assert not wrong, f"{name}, rank {rank}"
+    for network, (make, _) in NETWORKS.items():
+        names = [name for name in ranks[0] if name.startswith(f"{network}:")]
+        assert len(names) == (len(SCHEDULES) * 3 if FULL else 2)
+        for name in names:
+            compared = set().union(*(found[name].gradients for found in ranks))
+            unused = {n for n, _ in make().named_parameters()} - compared
+            # DynUNet keeps its transposed convolutions' twins; SwinUNETR a norm that it does not call.
+            assert len(unused) <= 0.1 * len(compared), (name, unused)
+            assert "output of forward" in ranks[max(0, *range(devices))][name].errors or any(
+                "output of forward" in found[name].errors for found in ranks
+            )
