@@ -141,5 +141,5 @@ def _validate(engine: Engine, *, store: CaseStore, cases: tuple[Case, ...], divi
             assert label is not None
             scores[index] = dice_per_organ(logits, label, store.annotated(cases[index]))
     if engine.world_size > 1:
-        dist.broadcast(scores, engine.world_size - 1)
+        dist.broadcast(scores, engine.output_rank)
     return dict(zip(store.dataset.organs, scores.nanmean(dim=0).tolist(), strict=True))

@@ -101,7 +101,12 @@ class Engine:
     @property
     def holds_output(self) -> bool:
         """Whether this rank needs the targets and gets the output."""
-        return self.rank == self.plan.ranks[-1]
+        return self.rank == self.output_rank
+
+    @property
+    def output_rank(self) -> int:
+        """The rank that holds the output: that of the last stage."""
+        return self.plan.ranks[-1]
 
     @property
     def bytes_sent(self) -> int:
@@ -153,7 +158,7 @@ class Engine:
             raise
         self._times = step.times
         if self.world_size > 1:
-            dist.broadcast(total, self.plan.ranks[-1])
+            dist.broadcast(total, self.output_rank)
         return total
 
     def time_line(self) -> TimeLine:
