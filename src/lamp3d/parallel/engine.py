@@ -11,13 +11,14 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lamp3d.errors import PlanError
+from lamp3d.errors import LampError, PlanError
 from lamp3d.graph import CellGraph, infer_specs, lay_out_weights, refuse_tied_parameters, trace
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
@@ -56,6 +57,8 @@ class Engine:
                 f"the plan is for {plan.devices} device(s), but {self.world_size} worker(s) run; start as many workers "
                 f"as the plan has devices (devices={plan.devices}), or make a plan for {self.world_size}."
             )
+        if plan.ranks[0] != 0:
+            raise PlanError(f"a plan's first stage must lie on device 0, where the images are, not on {plan.ranks[0]}.")
         self.device = _own_device(plan)
         self.graph = trace(network, plan.input_shape)
         _check_cells(self.graph.cells, plan)
@@ -141,13 +144,14 @@ class Engine:
         """
         micro_batches, whole = self._announced(images)
         shapes = [shape for shape, _ in micro_batches]
-        programs = [self._program(shape, dtype) for shape, dtype in micro_batches]
         pieces: Sequence[Tensor | None] = [None] * len(shapes)
         if self.reads_input:
             pieces = self._pieces(images, whole, shapes)
-        actions, routes = self._schedule(programs)
-        sizes = [shape[0] for shape in shapes]
-        loss = MiniBatchLoss(loss_fn, targets, sizes, listed=not whole, at_end=_loss_at_end(actions, self._rank))
+        with self._refusals():
+            programs = [self._program(shape, dtype) for shape, dtype in micro_batches]
+            actions, routes = self._schedule(programs)
+            sizes = [shape[0] for shape in shapes]
+            loss = MiniBatchLoss(loss_fn, targets, sizes, listed=not whole, at_end=_loss_at_end(actions, self._rank))
         step = MiniBatch(self._rank, actions, programs, pieces, routes)
         try:
             total = step.run(loss)
@@ -185,8 +189,9 @@ class Engine:
         shapes = [shape for shape, _ in micro_batches]
         pieces = self._pieces(images, whole, shapes) if self.reads_input else [None] * len(shapes)
         conveyor = Conveyor(self._rank)
-        for micro_batch, piece in zip(micro_batches, pieces, strict=True):
-            conveyor.put(self._program(*micro_batch), piece)
+        with self._refusals():
+            for micro_batch, piece in zip(micro_batches, pieces, strict=True):
+                conveyor.put(self._program(*micro_batch), piece)
         outputs = []
         while conveyor.unfinished:
             done, output = conveyor.advance()
@@ -233,9 +238,19 @@ class Engine:
         """Put the next volume on its way, if there is one."""
         for volume in coming:
             micro_batches, _ = self._announced(volume if volume is None else [volume])
-            conveyor.put(self._program(*micro_batches[0]), None if volume is None else self._place(volume))
+            with self._refusals():
+                conveyor.put(self._program(*micro_batches[0]), None if volume is None else self._place(volume))
             return True
         return False
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """What is refused is refused by every rank, but not before all have heard what it is about."""
+        try:
+            yield
+        except LampError:
+            self._announcer.flush()
+            raise
 
     def _flush(self) -> None:
         """Wait until everything that was sent has arrived; whoever made this engine may drop it then."""
