@@ -22,7 +22,7 @@ NETWORKS: dict[str, tuple[Make, int | tuple[int, int, int]]] = {
     ),
     "SegResNet": (lambda: nets.SegResNet(3, 8, 1, 2, blocks_down=(1, 1, 1), blocks_up=(1, 1)), 8),
     "SegResNetDS": (lambda: nets.SegResNetDS(3, 8, 1, 2, blocks_down=(1, 1, 1), dsdepth=2, norm="INSTANCE"), 16),
-    "VNet": (lambda: nets.VNet(3, 1, 2, dropout_prob_down=0.0, dropout_prob_up=(0.0, 0.0)), 16),
+    "VNet": (lambda: nets.VNet(3, 1, 2), 16),
     "AttentionUnet": (lambda: nets.AttentionUnet(3, 1, 2, (2, 4, 8), (2, 2)), 16),
     "BasicUNetPlusPlus": (lambda: nets.BasicUNetPlusPlus(3, 1, 2, features=WIDTHS), 32),
     "MedNeXt": (lambda: nets.MedNeXt(3, 4, 1, 2, encoder_expansion_ratio=2, decoder_expansion_ratio=2), 32),

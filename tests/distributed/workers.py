@@ -234,8 +234,10 @@ def check_schedules() -> dict[str, Finding]:
         images, targets = volumes(shape)
         plain = run_plain(network, images, targets, by_case)
         names = cell_names(network, shape)
-        for schedule, recompute in itertools.product(SCHEDULES, ("never", "always", "some")):
+        for number, (schedule, recompute) in enumerate(itertools.product(SCHEDULES, ("never", "always", "some"))):
             seed += 1
+            if kind is SEUNet and number % 4:  # each schedule once or twice, each way to recompute as well
+                continue
             ranks = PLACEMENTS[schedule](world())
             starts = random_starts(len(names), len(ranks), seed)
             again = tuple(random.Random(seed).sample(names, len(names) // 2)) if recompute == "some" else recompute
@@ -574,11 +576,14 @@ def run_monai(full: bool) -> dict[str, Finding]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             network = seeded(make)
+        for module in network.modules():  # whose numbers would be others for a micro-batch than for the mini-batch
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
         batch_norm = any(isinstance(module, nn.BatchNorm3d) for module in network.modules())
         images, targets = volumes(shape)
         plain = run_plain(network, images, targets, by_case_of_any)
         names = cell_names(network, shape)
-        chosen = every if full else [every[(number * 2 + i * 7 + world()) % len(every)] for i in range(2)]
+        chosen = every if full else [every[(number * 4 + world() * 7) % len(every)]]
         for seed, (schedule, recompute) in enumerate(chosen):
             ranks = PLACEMENTS[schedule](world())
             starts = random_starts(len(names), len(ranks), seed + number)
