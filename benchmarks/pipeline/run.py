@@ -154,9 +154,7 @@ def run(micro_batches: int, rounds: int, console: Console) -> dict[str, Any]:
     alone = Job(micro_batches)
     single: dict[str, tuple[Callable[..., Step], tuple[Any, ...]]] = {
         "one process, 1 thread": (plain, (alone, 1, False, 1)),
-        "one process, 1 thread, channels-last": (plain, (alone, 1, True, 1)),
         "one process, 2 threads": (plain, (alone, 2, False, 1)),
-        "one process, 2 threads, channels-last": (plain, (alone, 2, True, 1)),
         "torchgpipe 0.0.7": (torchgpipe, (Job(micro_batches, cut),)),
     }
     if micro_batches > 1:

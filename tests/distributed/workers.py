@@ -594,6 +594,7 @@ def run_monai(full: bool) -> dict[str, Finding]:
             )
             case = f"{name}: {schedule}, recompute={recompute}, cut at {starts[1:]}"
             findings[case] = one_step(network, plan, images, targets, plain, loss_fn=by_case_of_any, forward=True)
+            findings[case].facts["expected"] = set(plain.gradients)
     return findings
 
 
