@@ -2,9 +2,10 @@
 
     lamp3d bench pipeline [--micro-batches 1 2 4 8 16] [--rounds 5]
 
-U-Net-16, M cases of 64³ in M micro-batches, fp32, two workers of one thread each. The competitors take turns, several
-rounds of one step each, so that a slow minute of the machine hits all of them; figures are medians. Writes
-results.json and time-line pictures beside this file, and prints the tables.
+U-Net-16, M cases of 64³ in M micro-batches, fp32, two workers of one thread each. One process takes a case at a time
+and adds up gradients, which is faster on a CPU than all cases at once. The competitors run one after the other, each
+one step to warm up and then several; figures are medians. Writes results.json and time-line pictures beside this file,
+and prints the tables.
 """
 
 from __future__ import annotations
@@ -153,44 +154,38 @@ def run(micro_batches: int, rounds: int, console: Console) -> dict[str, Any]:
     console.print(cut.table())
     alone = Job(micro_batches)
     single: dict[str, tuple[Callable[..., Step], tuple[Any, ...]]] = {
-        "one process, 1 thread": (plain, (alone, 1, False, 1)),
-        "one process, 2 threads": (plain, (alone, 2, False, 1)),
-        "torchgpipe 0.0.7": (torchgpipe, (Job(micro_batches, cut),)),
+        f"one process, {threads} thread{'s' * (threads > 1)}": (plain, (alone, threads, layout, micro_batches))
+        for threads, layout in ((1, cut.channels_last), (2, cut.channels_last))
     }
-    if micro_batches > 1:
-        for threads in (1, 2):
-            how = f"{threads} thread{'s' if threads > 1 else ''}, a case at a time"
-            single[f"one process, {how}"] = (plain, (alone, threads, cut.channels_last, micro_batches))
+    single["torchgpipe 0.0.7"] = (torchgpipe, (Job(micro_batches, cut),))
     several = {f"torch.distributed.pipelining, {how}": Job(micro_batches, cut, how) for how in ("GPipe", "1F1B")}
     several |= {f"lamp3d, {name}": Job(micro_batches, plan, name) for name, plan in plans.items()}
 
+    # One after the other, each in processes of its own: a process that waits would keep the memory of its last step.
     context = get_context("spawn")
-    pipes: dict[str, Any] = {}
-    processes = []
-    for name, (make, args) in single.items():
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(make, args, theirs), daemon=True))
-        processes[-1].start()
-    for name, job in several.items():
-        listener = Listener()
-        processes.append(context.Process(target=launch_workers, args=(job, str(listener.address))))
-        processes[-1].start()
-        pipes[name] = listener.accept()
-
-    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    seconds: dict[str, list[float]] = {}
     lines: dict[str, TimeLine] = {}
-    for turn in track(range(rounds + 1), description=f"M = {micro_batches}", console=console):
-        for name, pipe in pipes.items():
+    for name in track([*single, *several], description=f"M = {micro_batches}", console=console):
+        if name in single:
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(*single[name], theirs))
+            process.start()
+        else:
+            listener = Listener()
+            process = context.Process(target=launch_workers, args=(several[name], str(listener.address)))
+            process.start()
+            pipe = listener.accept()
+        took = []
+        for turn in range(rounds + 1):
             pipe.send(True)
-            took, line = pipe.recv()
+            step, line = pipe.recv()
             if turn:  # the first one warms up
-                seconds[name].append(took)
-                if line is not None and took <= statistics.median(seconds[name]):
+                took.append(step)
+                if line is not None and step <= statistics.median(took):
                     lines[name] = line
-    for pipe in pipes.values():
         pipe.send(False)
-    for process in processes:
         process.join()
+        seconds[name] = took
     draw(micro_batches, plans, lines)
     return summarise(micro_batches, plans, seconds, console)
 
