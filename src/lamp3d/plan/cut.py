@@ -17,9 +17,6 @@ from lamp3d.plan.simulate import DeviceMemory, TimeLine, memory_use, simulate
 TOLERANCES = (1.0, 1.02, 1.05, 1.1, 1.2)
 """How much slower than the least possible the slowest rank may be, for the sake of fewer bytes sent: all are tried."""
 
-AS_FAST = 1.01
-"""Steps within this factor of the fastest count as equally fast; the fewest bytes sent decide."""
-
 
 @dataclass(frozen=True)
 class Cut:
@@ -94,11 +91,19 @@ class Cut:
         return SCHEDULES[self.schedule](self._times, self.costs.micro_batches)
 
 
-def best_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None) -> Cut | None:
+def best_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, link: float) -> Cut | None:
     """The cut with the fastest step; None if no cut fits.
 
     For each tolerance there is the cut with the fewest bytes sent among those whose slowest rank is within it of the
-    least possible. All of them are played through with the schedule; of the fastest, the one that sends the fewest.
+    least possible. All of them are played through with the schedule. What they send counts as if nothing were done
+    meanwhile: on a CPU sending is work for the cores that compute, and elsewhere it decides between equals.
+
+    Args:
+        costs: of the network's cells.
+        schedule: its name.
+        devices: K.
+        limit: of every rank's memory, in bytes.
+        link: bytes per second between two devices.
     """
     cuts = []
     for tolerance in TOLERANCES:
@@ -106,10 +111,7 @@ def best_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None) 
         if cut is None:
             break  # a larger tolerance changes nothing about what fits
         cuts.append(cut)
-    if not cuts:
-        return None
-    fastest = min(cut.line.seconds for cut in cuts)
-    return min((cut for cut in cuts if cut.line.seconds <= AS_FAST * fastest), key=lambda cut: sum(cut.sent_bytes))
+    return min(cuts, key=lambda cut: cut.line.seconds + sum(cut.sent_bytes) / link, default=None)
 
 
 def fitting_cut(

@@ -35,3 +35,8 @@ def has_fast_bf16(kind: DeviceType) -> bool:
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def link_bytes_per_second(kind: DeviceType) -> float:
+    """Roughly how fast values pass between two devices of one machine: gloo over loopback, or PCIe 4."""
+    return 20e9 if kind == "cuda" else 2e9

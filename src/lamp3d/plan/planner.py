@@ -16,7 +16,7 @@ from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph, lay_out_weights, trace
 from lamp3d.plan.costs import StageCosts
 from lamp3d.plan.cut import Cut, best_cut, fitting_cut, least_memory
-from lamp3d.plan.hardware import device_type, has_fast_bf16, worker_threads
+from lamp3d.plan.hardware import device_type, has_fast_bf16, link_bytes_per_second, worker_threads
 from lamp3d.plan.plan import (
     DevicePlan,
     Plan,
@@ -103,7 +103,7 @@ def make_plan(
     for choice in choices:
         _check_cells(graph, choice)
         costs = StageCosts(graph, profile, micro_batches, choice)
-        if cut := best_cut(costs, schedule, devices, limit):
+        if cut := best_cut(costs, schedule, devices, limit, link_bytes_per_second(kind)):
             settings = {
                 "network": type(network).__name__,
                 "input_shape": tuple(input_shape),

@@ -146,7 +146,7 @@ def time_line_picture(lines: Mapping[str, TimeLine]) -> Figure:
              for of_rank in line.actions for a, _, _ in of_rank)]  # fmt: skip
     devices = len(next(iter(lines.values())).actions)
     with rc_context(FONT):
-        figure = _figure(_WIDTH, (0.85 + 0.38 * devices) * len(lines) + 0.35)
+        figure = _figure(_WIDTH, (0.85 + 0.38 * devices) * len(lines) + 0.55)
         panels = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, line) in zip(panels, lines.items(), strict=True):
             for rank, actions in enumerate(line.actions):
@@ -169,9 +169,9 @@ def time_line_picture(lines: Mapping[str, TimeLine]) -> Figure:
             axes.set_yticks(range(devices), [f"device {rank}" for rank in range(devices)], color=INK)
             axes.tick_params(axis="y", length=0)
         panels[-1].set_xlabel("ms")
-        panels[0].legend(
+        figure.legend(
             handles=[Patch(color=_ACTION_COLOURS[kind][0], label=_ACTION_NAMES[kind]) for kind in kinds],
-            loc="lower right", bbox_to_anchor=(1, 1), ncols=len(kinds), frameon=False, fontsize=8,
+            loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=8,
         )  # fmt: skip
     return figure
 
