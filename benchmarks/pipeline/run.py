@@ -154,8 +154,11 @@ def run(micro_batches: int, rounds: int, console: Console) -> dict[str, Any]:
     console.print(cut.table())
     alone = Job(micro_batches)
     single: dict[str, tuple[Callable[..., Step], tuple[Any, ...]]] = {
-        f"one process, {threads} thread{'s' * (threads > 1)}": (plain, (alone, threads, layout, micro_batches))
-        for threads, layout in ((1, cut.channels_last), (2, cut.channels_last))
+        f"one process, {threads} thread{'s' * (threads > 1)}": (
+            plain,
+            (alone, threads, cut.channels_last, micro_batches),
+        )
+        for threads in (1, 2)
     }
     single["torchgpipe 0.0.7"] = (torchgpipe, (Job(micro_batches, cut),))
     several = {f"torch.distributed.pipelining, {how}": Job(micro_batches, cut, how) for how in ("GPipe", "1F1B")}
