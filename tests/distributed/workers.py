@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from lamp3d import Engine, SEUNet, UNet, mean_over_cases
 from lamp3d.errors import ConfigError, PlanError
-from lamp3d.graph import autocast
+from lamp3d.graph import arithmetic
 from lamp3d.parallel.step import LossFunction
 from lamp3d.plan import SCHEDULES, Plan
 from lamp3d.plan.schedule import PLACEMENTS
@@ -461,7 +461,7 @@ def check_reduced_precision() -> dict[str, Finding]:
         if channels_last:
             network = network.to(memory_format=torch.channels_last_3d)
         images, targets = (tensor.float() for tensor in volumes(shape))
-        with autocast(torch.device("cpu"), precision):
+        with arithmetic(torch.device("cpu"), precision):
             layout = torch.channels_last_3d if channels_last else torch.contiguous_format
             plain = run_plain(network, images.contiguous(memory_format=layout), targets)
         plan = plan_at(

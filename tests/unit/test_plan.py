@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lamp3d.errors import ConfigError, PlanError
-from lamp3d.graph import trace
+from lamp3d.graph import arithmetic, trace
 from lamp3d.nets import UNet
 from lamp3d.plan import Plan, format_bytes, make_plan, parse_bytes
 from lamp3d.plan.costs import StageCosts
@@ -236,7 +236,8 @@ def saved_bytes(module: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor],
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, arithmetic(torch.device("cpu"), "fp32"):
         outputs = module(*inputs)
     size = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
     assert outputs

@@ -121,8 +121,8 @@ def test_the_engine_on_one_device_gives_the_networks_own_logits():
     whole = list(Predictor(engine, PREPROCESS, net.divisor).predict_prepared(images))
     with torch.no_grad():
         padded = nn.functional.pad(images[0][None], (0, 2, 0, 15), value=images[0].min().item())
-        torch.testing.assert_close(whole[0], net(padded)[0, :, :, :17, :30])
-        torch.testing.assert_close(whole[1], net(images[1][None])[0])
+        torch.testing.assert_close(whole[0], net(padded)[0, :, :, :17, :30], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(whole[1], net(images[1][None])[0], rtol=1e-4, atol=1e-4)
     windows = list(Predictor(engine, PREPROCESS, net.divisor, (32, 16, 16)).predict_prepared(images))
     assert windows[0].shape == whole[0].shape
     torch.testing.assert_close(windows[1], whole[1])

@@ -1,10 +1,9 @@
 """Any traceable module as a graph of cells that can be cut into stages."""
 
+from lamp3d.graph.arithmetic import DeferredWeights, arithmetic
 from lamp3d.graph.buffers import preserved_buffers
 from lamp3d.graph.cells import Cell, CellGraph, Edge, Stage, refuse_tied_parameters
-from lamp3d.graph.precision import autocast
-from lamp3d.graph.shapes import ValueSpec, infer_specs, lay_out_weights, module_device
-from lamp3d.graph.split import DeferredWeights, SplitConvolutions
+from lamp3d.graph.shapes import ValueSpec, infer_specs, laid_out, lay_out_weights, module_device
 from lamp3d.graph.trace import trace
 
 __all__ = [
@@ -12,11 +11,11 @@ __all__ = [
     "CellGraph",
     "DeferredWeights",
     "Edge",
-    "SplitConvolutions",
     "Stage",
     "ValueSpec",
-    "autocast",
+    "arithmetic",
     "infer_specs",
+    "laid_out",
     "lay_out_weights",
     "module_device",
     "preserved_buffers",

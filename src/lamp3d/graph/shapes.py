@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from lamp3d.graph.arithmetic import arithmetic
 from lamp3d.graph.cells import CellGraph
-from lamp3d.graph.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def dry_run(
             dtype = next((parameter.dtype for parameter in root.parameters()), torch.float32)
         image = torch.empty(tuple(input_shape), dtype=dtype, device=device)
         if channels_last:
-            image = image.to(memory_format=torch.channels_last_3d)
+            image = laid_out(image, True)
         functional_call(_Runner(interpreter), stand_ins, (image,))
 
 
@@ -107,17 +107,27 @@ def infer_specs(
                 )
             return result
 
-    with torch.enable_grad(), autocast(device, precision):
+    with torch.enable_grad(), arithmetic(device, precision):
         dry_run(Recorder(graph.root), input_shape, dtype=dtype, device=device, channels_last=channels_last)
     return specs
 
 
 def lay_out_weights(network: nn.Module, channels_last: bool) -> None:
     """Bring the convolution weights into one layout, in place: the ``nn.Parameter`` objects stay the same."""
-    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     for parameter in network.parameters():
         if parameter.dim() == 5:
-            parameter.data = parameter.data.contiguous(memory_format=layout)
+            parameter.data = laid_out(parameter.data, channels_last)
+
+
+def laid_out(volume: Tensor, channels_last: bool) -> Tensor:
+    """A (B, C, D, H, W) tensor in a layout that its strides tell beyond doubt.
+
+    With a single channel memory is in both layouts at once, and torch leaves the strides as they were; but they decide
+    in which layout a convolution's result is, and by which of its roundings.
+    """
+    layout = torch.channels_last_3d if channels_last and volume.dim() == 5 else torch.contiguous_format
+    strides = torch.empty(volume.shape, device="meta", memory_format=layout).stride()
+    return volume.contiguous(memory_format=layout).as_strided(volume.shape, strides)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

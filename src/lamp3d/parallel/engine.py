@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lamp3d.errors import LampError, PlanError
-from lamp3d.graph import CellGraph, infer_specs, lay_out_weights, refuse_tied_parameters, trace
+from lamp3d.graph import CellGraph, infer_specs, laid_out, lay_out_weights, refuse_tied_parameters, trace
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
 from lamp3d.parallel.routes import Routes
@@ -291,7 +291,7 @@ class Engine:
 
     def _place(self, image: Tensor) -> Tensor:
         image = image.to(self.device, non_blocking=True)
-        return image.contiguous(memory_format=torch.channels_last_3d) if self.plan.channels_last else image
+        return laid_out(image, True) if self.plan.channels_last else image
 
     def _program(self, shape: tuple[int, ...], dtype: torch.dtype) -> Program:
         """The network for a micro-batch of this shape (worked out at a shape's first use).

@@ -22,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lamp3d import errors
 from lamp3d.errors import LampError, PlanError, WorkerError
+from lamp3d.parallel.allocator import keep_freed_memory
 from lamp3d.plan.hardware import device_count, device_type, worker_threads
 
 Result = TypeVar("Result")
@@ -35,7 +36,8 @@ def launch(
 ) -> list[Result]:
     """Run ``fn(*args)`` in ``devices`` worker processes, one a device, joined in a ``torch.distributed`` group.
 
-    With ``devices=1`` it runs in this process and without a group. Under ``torchrun`` every process is a worker
+    With ``devices=1`` it runs in this process and without a group; on a CPU the process keeps the memory that it
+    frees from then on (:mod:`lamp3d.parallel.allocator`). Under ``torchrun`` every process is a worker
     already: ``fn`` runs in it, and the list holds this worker's result alone.
 
     Args:
@@ -58,6 +60,8 @@ def launch(
     if kind == "cuda" and devices > device_count(kind):
         raise PlanError(f"{devices} devices asked for, but this machine has {device_count(kind)}; use that many.")
     if devices == 1:
+        if kind == "cpu":
+            keep_freed_memory()
         return [fn(*args)]
     config = LaunchConfig(
         min_nodes=1,
@@ -91,6 +95,7 @@ def _work(fn: Callable[..., Result], args: Sequence[Any], timeout: timedelta) ->
         backend = "cpu:gloo,cuda:nccl"
     else:
         torch.set_num_threads(worker_threads(workers))
+        keep_freed_memory()
         backend = "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timeout)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from lamp3d.graph import DeferredWeights, SplitConvolutions, Stage, autocast, preserved_buffers
+from lamp3d.graph import DeferredWeights, Stage, arithmetic, preserved_buffers
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class StageRunner:
 
     def infer(self, cells: StageCells, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Forward without autograd: the stage's outputs by name."""
-        with torch.no_grad(), autocast(self.device, self.precision):
+        with torch.no_grad(), arithmetic(self.device, self.precision):
             return _outputs(cells.whole, values)
 
     def forward(self, micro_batch: int, cells: StageCells, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ class StageRunner:
         leaves = {name: values[name] for name in cells.whole.inputs}
         deferred = DeferredWeights()
         made = dict(leaves)
-        with torch.enable_grad(), autocast(self.device, self.precision), self._splitting(deferred):
+        with torch.enable_grad(), self._arithmetic(deferred):
             for part, recompute in cells.parts:
                 made |= self._recomputed(part, made, deferred) if recompute else _outputs(part, made)
         outputs = {name: made[name] for name in cells.whole.outputs}
@@ -103,8 +103,8 @@ class StageRunner:
         self._saved.clear()
         self._deferred.clear()
 
-    def _splitting(self, deferred: DeferredWeights) -> AbstractContextManager[object]:
-        return SplitConvolutions(deferred) if self.split else nullcontext()
+    def _arithmetic(self, deferred: DeferredWeights) -> AbstractContextManager[None]:
+        return arithmetic(self.device, self.precision, deferred if self.split else None)
 
     def _recomputed(self, part: Stage, values: Mapping[str, Tensor], deferred: DeferredWeights) -> dict[str, Tensor]:
         def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
@@ -116,7 +116,7 @@ class StageRunner:
     @contextmanager
     def _again(self, part: Stage, deferred: DeferredWeights) -> Iterator[None]:
         """What a second forward runs in; running statistics have been updated by the first."""
-        with preserved_buffers(part), autocast(self.device, self.precision), self._splitting(deferred):
+        with preserved_buffers(part), self._arithmetic(deferred):
             yield
 
 

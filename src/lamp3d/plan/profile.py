@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from lamp3d.graph import (
     CellGraph,
     DeferredWeights,
-    SplitConvolutions,
     Stage,
-    autocast,
+    arithmetic,
+    laid_out,
     module_device,
     preserved_buffers,
 )
@@ -89,7 +88,7 @@ def profile_cells(
         tuple(input_shape), device=device, dtype=torch.float32 if parameter is None else parameter.dtype
     )
     if channels_last:
-        image = image.to(memory_format=torch.channels_last_3d)
+        image = laid_out(image, True)
     last_use = {edge.value: max(edge.users) for edge in graph.edges}
     values: dict[str, Tensor] = {graph.inputs[0]: image}
     value_bytes = {graph.inputs[0]: image.nbytes}
@@ -130,8 +129,7 @@ def _profile_cell(
         begin = _now(device)
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            autocast(device, precision),
-            SplitConvolutions(later) if split else nullcontext(),
+            arithmetic(device, precision, later if split else None),
         ):
             outputs = stage(*leaves)
         middle = _now(device)

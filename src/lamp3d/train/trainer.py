@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lamp3d.data import Batch, Batches
 from lamp3d.errors import ConfigError, TrainingError
+from lamp3d.graph import lay_out_weights
 from lamp3d.parallel import Engine
 from lamp3d.plan import Plan
 from lamp3d.train.checkpoint import Checkpoint, copy_tensors, network_tensors, save_checkpoint, wait_for_all
@@ -159,7 +160,7 @@ class Trainer:
         """A new engine and optimizer, filled from the last checkpoint (without an optimizer where a stage begins)."""
         # As it came: not in evaluation mode, which hides a training BatchNorm from the engine; without the cells of the
         # last stage on the device; and in no memory format that a resumed run would not find it in.
-        self.network.train().to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        lay_out_weights(self.network.train().cpu(), channels_last=False)
         torch.cuda.empty_cache()
         engine = Engine(self.network, self.plans[self.state.stage])
         names = network_tensors(self.network)

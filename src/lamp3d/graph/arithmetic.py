@@ -1,0 +1,131 @@
+"""What a network's cells are computed in: a precision, and convolutions done as lamp3d wants them.
+
+Nothing in the network is changed: while the cells' forward runs, a ``TorchFunctionMode`` takes the calls of
+convolutions that torch would do too slowly or wrongly (:mod:`lamp3d.graph.convolution`), or whose backward is to be
+split, and runs them through an autograd function of their own. All others are left to torch.
+
+*Split*: the rest of the network waits for a gradient with respect to activations only. A schedule that splits the
+backward (zero bubble) lets a stage compute and send that first, and its weight gradients when it would idle.
+Convolutions hold nearly all of a network's arithmetic, so only they are split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lamp3d.graph.convolution import Convolution, Kernel, bind
+from lamp3d.graph.normalisation import instance_norm
+
+
+@contextmanager
+def arithmetic(device: torch.device, precision: str, deferred: DeferredWeights | None = None) -> Iterator[None]:
+    """The context in which cells are computed.
+
+    Args:
+        device: where the network runs.
+        precision: ``"fp32"`` (the parameters' own dtype) or ``"bf16"`` (torch's autocast).
+        deferred: where convolutions leave their weights' gradients to be computed; None: nowhere, they are not split.
+    """
+    lowered = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    with lowered, _Arithmetic(deferred):
+        yield
+
+
+class DeferredWeights:
+    """The weight gradients that one micro-batch's backward has left to be computed."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Convolution, Tensor, Tensor, Tensor, Tensor | None]] = []
+
+    def add(
+        self, convolution: Convolution, gradient: Tensor, image: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> None:
+        """Remember what the weight gradient of one convolution is made of."""
+        self._waiting.append((convolution, gradient, image, weight, bias))
+
+    def tensors(self) -> list[Tensor]:
+        """What is held for it."""
+        return [tensor for _, gradient, image, *_ in self._waiting for tensor in (gradient, image)]
+
+    @torch.no_grad()
+    def compute(self) -> None:
+        """Add the weight gradients to the parameters' ``grad``, letting go of what they were made of one by one."""
+        while self._waiting:
+            convolution, gradient, image, weight, bias = self._waiting.pop()
+            biased = bias is not None and bias.requires_grad
+            _, *found = convolution.backward(gradient, image, weight, (False, weight.requires_grad, biased))
+            for parameter, of_parameter in zip((weight, bias), found, strict=True):
+                if parameter is None or of_parameter is None or not parameter.requires_grad:
+                    continue
+                if parameter.grad is None:  # laid out as autograd would
+                    parameter.grad = torch.empty_like(parameter).copy_(of_parameter)
+                else:
+                    parameter.grad += of_parameter
+
+
+class _Convolve(torch.autograd.Function):
+    """A convolution that is computed, and split, as lamp3d wants it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        convolution: Convolution,
+        deferred: DeferredWeights | None,
+    ) -> Tensor:
+        # Parameters are remembered as they are: what recomputation saves is not the parameter, but its content.
+        ctx.save_for_backward(image, *([weight] if deferred is None else []))
+        ctx.parameters = None if deferred is None else (weight, bias)
+        ctx.convolution, ctx.deferred = convolution, deferred
+        return convolution.forward(image, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        image, *saved = ctx.saved_tensors
+        wanted = tuple(ctx.needs_input_grad[:3])
+        if ctx.deferred is None:
+            (weight,) = saved
+        else:
+            weight, bias = ctx.parameters
+            ctx.deferred.add(ctx.convolution, gradients[0], image, weight, bias)
+            wanted = (wanted[0], False, False)
+        found = [None, None, None]
+        if any(wanted):
+            found = ctx.convolution.backward(gradients[0], image, weight, wanted)
+        of_image, *of_parameters = found
+        return of_image, *(None if found is None else found.to(weight.dtype) for found in of_parameters), None, None
+
+
+class _Arithmetic(TorchFunctionMode):
+    """While active, convolutions and instance norms are computed as this package says."""
+
+    def __init__(self, deferred: DeferredWeights | None):
+        super().__init__()
+        self._deferred = deferred
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if (call := bind(func, args, kwargs)) is not None:
+            convolution, given = call.convolution(), call.given()
+            # Weights that are no leaves (weight standardisation) have a gradient to pass on at once.
+            is_split = call.weight.is_leaf and call.weight.requires_grad and (call.bias is None or call.bias.is_leaf)
+            deferred = self._deferred if is_split else None
+            if deferred or convolution.kernel is not Kernel.TORCHS_CHOICE or convolution.computed != given:
+                image = call.image.to(convolution.computed)
+                with torch.autocast(image.device.type, enabled=False):
+                    found: Tensor = _Convolve.apply(image, call.weight, call.bias, convolution, deferred)  # type: ignore[no-untyped-call]
+                return found.to(given)
+        elif func is F.instance_norm and (normal := instance_norm(*args, **kwargs)) is not None:
+            return normal
+        return func(*args, **kwargs)

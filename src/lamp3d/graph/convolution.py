@@ -1,0 +1,200 @@
+"""How a convolution is computed: in which precision, by which of torch's kernels, and its gradients one by one.
+
+torch chooses badly for two sorts of convolution on a CPU, and both are common in a 3D network; the figures are in
+docs/decisions/arithmetic.md.
+
+* In fp32 a small volume at batch 1 goes to an im2col kernel that is four to ten times slower than oneDNN's. Given
+  oneDNN's own kind of tensor, torch takes oneDNN for any size. A pointwise convolution of channels-last values, which
+  meets the same fate, is a matrix product.
+* In bf16 oneDNN's gradient of the weight reads and writes memory that is not its own where the volume is hardly larger
+  than the kernel. Such volumes, the deepest levels of a network on small patches, are computed in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+
+Mask = tuple[bool, bool, bool]
+"""Which gradients are wanted: the image's, the weight's, the bias's."""
+
+
+class Kernel(Enum):
+    """Whose code computes a convolution."""
+
+    TORCHS_CHOICE = auto()
+    ONEDNN = auto()
+    MATRIX_PRODUCT = auto()
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One call of a convolution, apart from its tensors.
+
+    Attributes:
+        settings: stride, padding, dilation, transposed, output padding, groups, as aten wants them.
+        computed: the dtype in which it is computed.
+        kernel: whose code does it.
+    """
+
+    settings: tuple[Any, ...]
+    computed: torch.dtype
+    kernel: Kernel
+
+    def forward(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution, laid out as the image is; ``image`` is of the dtype in which it is computed."""
+        weight, bias = weight.to(self.computed), None if bias is None else bias.to(self.computed)
+        if self.kernel is Kernel.MATRIX_PRODUCT:
+            # Into a tensor of its own: the result of an autograd function must be no view of another.
+            made = image.new_empty((image.shape[0], weight.shape[0], *image.shape[2:]))
+            made = made.to(memory_format=torch.channels_last_3d)
+            rows, products = (tensor.movedim(1, -1).flatten(0, -2) for tensor in (image, made))
+            if bias is None:
+                torch.mm(rows, weight.flatten(1).T, out=products)
+            else:
+                torch.addmm(bias, rows, weight.flatten(1).T, out=products)
+            return made
+        if self.kernel is Kernel.ONEDNN and not isinstance(image, FakeTensor):
+            stride, padding, dilation, transposed, _, groups = self.settings
+            if transposed:
+                found = torch.ops.aten.convolution(_onednn(image), weight.contiguous(), bias, *self.settings).to_dense()
+            else:
+                found = torch.ops.aten.mkldnn_convolution(image, weight, bias, padding, stride, dilation, groups)
+        else:
+            found = torch.ops.aten.convolution(image, weight, bias, *self.settings)
+        return found if self.kernel is Kernel.TORCHS_CHOICE else _laid_out_as(image, found)
+
+    def backward(self, gradient: Tensor, image: Tensor, weight: Tensor, mask: Mask) -> list[Tensor | None]:
+        """The gradients of image, weight and bias, those that are wanted, in the dtype in which it is computed."""
+        weight = weight.to(self.computed)
+        if self.kernel is Kernel.MATRIX_PRODUCT:
+            out, values = gradient.movedim(1, -1), image.movedim(1, -1)
+            rows = out.reshape(-1, out.shape[-1])
+            return [
+                (out @ weight.flatten(1)).movedim(-1, 1) if mask[0] else None,
+                (rows.T @ values.reshape(-1, values.shape[-1])).view(weight.shape) if mask[1] else None,
+                rows.sum(0) if mask[2] else None,
+            ]
+        bias_sizes = [gradient.shape[1]]
+        if self.kernel is Kernel.TORCHS_CHOICE:
+            return list(
+                torch.ops.aten.convolution_backward(gradient, image, weight, bias_sizes, *self.settings, list(mask))
+            )
+        of_image, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            _onednn(gradient), _onednn(image), weight.contiguous(), bias_sizes, *self.settings, list(mask)
+        )
+        return [
+            _laid_out_as(image, of_image.to_dense()) if mask[0] else None,
+            _laid_out_as(weight, of_weight) if mask[1] else None,
+            of_bias,
+        ]
+
+
+class Call(NamedTuple):
+    """A call of one of torch's convolutions, its arguments in order."""
+
+    image: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    settings: tuple[Any, ...]
+
+    def convolution(self) -> Convolution:
+        """How it is to be computed at present (autocast or not)."""
+        computed = self._computed()
+        return Convolution(self.settings, computed, self._kernel(computed))
+
+    def given(self) -> torch.dtype:
+        """The dtype that torch would give the result."""
+        device = self.image.device.type
+        if torch.is_autocast_enabled(device) and self.weight.dtype != torch.float64:
+            return torch.get_autocast_dtype(device)
+        return self.weight.dtype
+
+    def _computed(self) -> torch.dtype:
+        given = self.given()
+        if self.image.device.type == "cpu" and given == torch.bfloat16 and self._is_hardly_larger_than_its_kernel():
+            return torch.float32
+        return given
+
+    def _is_hardly_larger_than_its_kernel(self) -> bool:
+        axes = zip(self.image.shape[2:], self.weight.shape[2:], self.settings[0], strict=True)
+        return any(width > 1 and extent < width * step for extent, width, step in axes)
+
+    def _kernel(self, computed: torch.dtype) -> Kernel:
+        image, weight = self.image, self.weight
+        if image.device.type != "cpu" or computed != torch.float32 or not torch._C._has_mkldnn:
+            return Kernel.TORCHS_CHOICE
+        chosen = torch._C._select_conv_backend(image.to(computed), weight, self.bias, *self.settings)
+        if not chosen.name.startswith("Slow"):
+            return Kernel.TORCHS_CHOICE
+        stride, padding, _, transposed, _, groups = self.settings
+        if all(width == 1 for width in weight.shape[2:]):
+            plain = not transposed and groups == 1 and set(stride) == {1} and set(padding) == {0}
+            return Kernel.MATRIX_PRODUCT if plain and _is_channels_last(image) else Kernel.TORCHS_CHOICE
+        return Kernel.ONEDNN
+
+
+def bind(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Call | None:
+    """The call of a convolution, if it is one that can be computed here."""
+    if (binder := _BINDERS.get(func)) is None:
+        return None
+    return binder(*args, **kwargs)
+
+
+def _convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Call | None:  # fmt: skip
+    axes = weight.dim() - 2
+    dilations = _each(dilation, axes)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        both = [step * (width - 1) for step, width in zip(dilations, weight.shape[2:], strict=True)]
+        if any(width % 2 for width in both):
+            return None  # torch pads unevenly then
+        padding = [width // 2 for width in both]
+    settings = (_each(stride, axes), _each(padding, axes), dilations, False, [0] * axes, groups)
+    return Call(input, weight, bias, settings) if input.dim() == weight.dim() else None
+
+
+def _transposed_convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Call | None:  # fmt: skip
+    axes = weight.dim() - 2
+    stride, padding, dilation, output_padding = (_each(s, axes) for s in (stride, padding, dilation, output_padding))
+    settings = (stride, padding, dilation, True, output_padding, groups)
+    return Call(input, weight, bias, settings) if input.dim() == weight.dim() else None
+
+
+_BINDERS: dict[Callable[..., Any], Callable[..., Call | None]] = {
+    **dict.fromkeys((F.conv3d, F.conv2d), _convolution),
+    **dict.fromkeys((F.conv_transpose3d, F.conv_transpose2d), _transposed_convolution),
+}
+
+
+def _each(value: Any, axes: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * axes if len(values) == 1 else values
+
+
+def _onednn(tensor: Tensor) -> Tensor:
+    found: Tensor = tensor.contiguous().to_mkldnn()
+    return found
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 5 and tensor.stride(1) == 1
+
+
+def _laid_out_as(model: Tensor, found: Tensor) -> Tensor:
+    layout = torch.channels_last_3d if _is_channels_last(model) else torch.contiguous_format
+    return found.contiguous(memory_format=layout)

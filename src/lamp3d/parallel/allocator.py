@@ -1,0 +1,25 @@
+"""Memory that a CPU worker frees stays its own.
+
+glibc gives blocks beyond 32 MB back to the system when they are freed, and the top of its heap too. A training step
+frees and takes activations of that size by the hundred, and every time the system clears their pages anew: a third of
+the step of a U-Net-16 at 96³ (benchmarks/pipeline).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+"""From glibc's malloc.h."""
+
+_TOP_PAD = 64 * 2**20
+"""Bytes by which the heap grows beyond what was asked for."""
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse this process's freed memory, and never to return it; elsewhere nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+        mallopt(_M_TOP_PAD, _TOP_PAD)
