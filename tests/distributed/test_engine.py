@@ -13,7 +13,8 @@ from tests.plans import plan_at
 Results = list[dict[str, dict[str, Finding]]]
 
 FEW = ["exactness", "every_cut", "schedules", "any_placement"]
-PLANS = {1: list(CHECKS), 2: list(CHECKS), 3: [*FEW, "shapes", "batch_norm", "frozen", "dropped_engine"], 4: FEW}
+ALL = [check for check in CHECKS if check != "replicas"]
+PLANS = {1: ALL, 2: ALL, 3: [*FEW, "shapes", "batch_norm", "frozen", "dropped_engine"], 4: [*FEW, "replicas"]}
 """Which checks run on how many devices; each number of devices is launched once."""
 
 
@@ -168,3 +169,18 @@ def test_gradients_add_up_and_steps_leave_nothing_behind(results: Callable[[int]
         facts = rank["accumulation"]["two steps"].facts
         assert facts["tensors"] == 0
         assert facts["bytes"] < 40_000_000  # sixteen steps with about 4 MB of activations each
+
+
+@on("replicas")
+def test_replicas_of_a_pipeline_make_one_step(results: Callable[[int], Results], devices: int) -> None:
+    compared = assert_exact(results(devices), "replicas")
+    everything = {parameter for parameter, _ in SEUNet(1, 3, filters=2).named_parameters()}
+    for schedule in SCHEDULES:
+        assert compared[f"{schedule} never step 2"] == compared[f"{schedule} always step 1"] == everything
+    assert compared["list"] == everything
+    assert {"0.twice.weight", "0.twice.bias"} < compared["tied folded"] & compared["tied zero_bubble_v"]
+    for rank in results(devices):
+        findings = rank["replicas"]
+        assert not any(finding.facts.get("hooks") for finding in findings.values())
+        assert "a loss that is a mean over cases" in findings["refused: loss"].says
+        assert "a mini-batch of 3 cannot be shared evenly among 2 replicas" in findings["refused: uneven"].says

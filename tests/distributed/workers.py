@@ -125,7 +125,7 @@ def compare(engine: Engine, plain: Plain, loss: Tensor, output: Any = None, *, s
     if output is not None:
         errors["output"] = relative(output, plain.output)
     # A bias in front of a norm has the gradient zero, and rounding errors for it.
-    floor = 1e-5 * max(float(gradient.abs().max()) for gradient in plain.gradients.values())
+    floor = 1e-5 * steps * max(float(gradient.abs().max()) for gradient in plain.gradients.values())
     for name, parameter in engine.parameters.items():
         if name in plain.gradients:
             assert parameter.grad is not None, name
@@ -419,7 +419,7 @@ def check_refusals() -> dict[str, Finding]:
     """What the engine refuses, on all ranks alike."""
     findings = {}
     images, _ = volumes(SMALL)
-    tied = seeded(Tied)
+    tied = seeded(lambda: nn.Sequential(Tied(), conv(2, 1)))
     other = plan_at(InPlace(), SMALL, [0])
     for name, network, starts, plan in (
         ("tied", tied, [0, *range(5 - world(), 4)], None),
@@ -519,6 +519,48 @@ def _resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def check_replicas() -> dict[str, Finding]:
+    """Two pipelines of half of the workers each: every schedule, several steps, lists, shared parameters."""
+    findings = {}
+    images, targets = volumes(SHAPE)
+    network = seeded(lambda: SEUNet(1, 3, filters=2))
+    names = cell_names(network, SHAPE)
+    plain = run_plain(network, images, targets, by_case)
+    pipe = world() // 2
+    for seed, (schedule, recompute) in enumerate(itertools.product(SCHEDULES, ("never", "always"))):
+        ranks = PLACEMENTS[schedule](pipe)
+        starts = random_starts(len(names), len(ranks), seed)
+        plan = plan_at(network, SHAPE, starts, 1 + seed % 2, names, schedule=schedule, ranks=ranks,
+                       recompute=recompute, devices=world(), data=2)  # fmt: skip
+        engine = Engine(copy.deepcopy(network), plan)
+        for step in (1, 2):  # the second one's gradients are added to the first one's
+            loss = engine.step(images, targets, by_case)
+            findings[f"{schedule} {recompute} step {step}"] = compare(engine, plain, loss, steps=step)
+        findings[f"{schedule} {recompute} step 2"].facts["hooks"] = sum(
+            len(p._post_accumulate_grad_hooks or ()) for p in engine.parameters.values()
+        )
+        output = engine.forward(images)
+        if output is not None:
+            findings[f"{schedule} {recompute} output"] = Finding({"output": relative(output, plain.output)})
+    several = [volumes((1, 1, 16, 16, 32 * (1 + i % 2)), seed=i) for i in range(4)]
+    listed = [image for image, _ in several], [target for _, target in several]
+    plain_list = run_plain(network, *listed)
+    findings["list"] = one_step(network, plan, *listed, plain_list)
+    tied = seeded(Tied)
+    tied_names = cell_names(tied, SMALL)
+    for schedule in ("folded", "zero_bubble_v"):  # two stages of the first rank use it
+        shared = plan_at(tied, SMALL, [0, 2, 3], 2, tied_names, schedule=schedule, ranks=[0, 1, 0],
+                         devices=world(), data=2)  # fmt: skip
+        findings[f"tied {schedule}"] = one_step(tied, shared, *volumes(SMALL), loss_fn=by_case)
+    for name, batch, loss_fn in (("loss", 4, squared), ("uneven", 3, by_case)):
+        try:
+            engine.step(images[:batch], targets[:batch], loss_fn)
+        except PlanError as error:
+            findings[f"refused: {name}"] = Finding(says=str(error))
+    findings["after refusals"] = compare(engine, plain, engine.step(images, targets, by_case), steps=3)
+    return findings
+
+
 CHECKS: dict[str, Callable[[], dict[str, Finding]]] = {
     check.__name__.removeprefix("check_"): check
     for check in (
@@ -535,6 +577,7 @@ CHECKS: dict[str, Callable[[], dict[str, Finding]]] = {
         check_reduced_precision,
         check_mixed_layouts,
         check_accumulation,
+        check_replicas,
     )
 }
 

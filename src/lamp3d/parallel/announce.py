@@ -1,4 +1,4 @@
-"""The first rank tells the others the shapes of the micro-batches to come, without waiting for them."""
+"""A pipeline's first worker tells the others the shapes of the micro-batches to come, without waiting for them."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ _PENDING = 64
 
 
 class Announcer:
-    """Small messages from rank 0 to all others; they stay alive until they are read."""
+    """Small messages from a pipeline's first worker to its others; they stay alive until they are read.
 
-    def __init__(self) -> None:
+    Args:
+        workers: of the pipeline, in order.
+    """
+
+    def __init__(self, workers: Sequence[int]) -> None:
+        self._first, *self._others = workers
         self._pending: deque[tuple[dist.Work, Tensor]] = deque()
 
-    def announce(self, micro_batches: Sequence[MicroBatchSpec], whole: bool, world_size: int) -> None:
+    def announce(self, micro_batches: Sequence[MicroBatchSpec], whole: bool) -> None:
         """Tell the other ranks the shape and dtype of every micro-batch to come; returns at once.
 
         Args:
             micro_batches: shape and dtype of each.
             whole: whether they are pieces of one tensor.
-            world_size: how many ranks there are.
         """
         for _, dtype in micro_batches:
             if dtype not in _DTYPES:
                 raise ConfigError(f"images of {dtype} cannot be given to the engine; convert them to float32.")
         head = torch.tensor([len(micro_batches), len(micro_batches[0][0]), int(whole)])
         body = torch.tensor([[*shape, _DTYPES.index(dtype)] for shape, dtype in micro_batches])
-        for rank in range(1, world_size):
+        for worker in self._others:
             for offset, message in enumerate((head, body)):
-                work = dist.isend(message, rank, tag=_TAG + offset)
+                work = dist.isend(message, worker, tag=_TAG + offset)
                 assert work is not None
                 self._pending.append((work, message))
         while len(self._pending) > _PENDING:
@@ -51,10 +55,10 @@ class Announcer:
             self._pending.popleft()[0].wait()
 
     def hear(self) -> tuple[list[MicroBatchSpec], bool]:
-        """What :meth:`announce` said on rank 0."""
+        """What :meth:`announce` said on the first worker."""
         head = torch.empty(3, dtype=torch.int64)
-        dist.recv(head, 0, tag=_TAG)
+        dist.recv(head, self._first, tag=_TAG)
         count, dimensions, whole = (int(number) for number in head)
         body = torch.empty((count, dimensions + 1), dtype=torch.int64)
-        dist.recv(body, 0, tag=_TAG + 1)
+        dist.recv(body, self._first, tag=_TAG + 1)
         return [(tuple(row[:-1]), _DTYPES[row[-1]]) for row in body.tolist()], bool(whole)

@@ -22,7 +22,10 @@ from lamp3d.errors import LampError, PlanError
 from lamp3d.graph import CellGraph, infer_specs, laid_out, lay_out_weights, refuse_tied_parameters, trace
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
+from lamp3d.parallel.mesh import Place
+from lamp3d.parallel.replicas import GradientSum
 from lamp3d.parallel.routes import Routes
+from lamp3d.parallel.shares import micro_batch_sizes, own_share, share_of
 from lamp3d.parallel.stage import StageCells, StageRunner
 from lamp3d.parallel.step import LossFunction, MiniBatch, MiniBatchLoss, Program, Rank, concatenate
 from lamp3d.parallel.transfer import Transfer
@@ -37,10 +40,13 @@ class Engine:
 
     Args:
         network: the whole network, as an ordinary module.
-        plan: who does what; ``plan.devices`` must be the number of worker processes.
+        plan: who does what; ``plan.devices`` must be the number of worker processes. With ``plan.data`` replicas,
+            workers 0 … K-1 are the first pipeline, K … 2K-1 the second, and so on.
 
     Attributes:
-        parameters, buffers: those of this rank's stage, by the network's own names.
+        rank, world_size: of this worker among all.
+        replica: the pipeline to which it belongs.
+        parameters, buffers: those of this rank's stages, by the network's own names.
         reads_input: whether this rank needs the images; others may pass None.
         holds_output: whether this rank needs the targets and gets the output; others may pass None and get None.
 
@@ -50,17 +56,12 @@ class Engine:
 
     def __init__(self, network: nn.Module, plan: Plan):
         self.plan = plan
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        if plan.devices != self.world_size:
-            raise PlanError(
-                f"the plan is for {plan.devices} device(s), but {self.world_size} worker(s) run; start as many workers "
-                f"as the plan has devices (devices={plan.devices}), or make a plan for {self.world_size}."
-            )
+        self._place = Place.of(plan)
+        self.rank, self.world_size, self.replica = self._place.rank, self._place.world_size, self._place.replica
         if plan.ranks[0] != 0:
             raise PlanError(f"a plan's first stage must lie on device 0, where the images are, not on {plan.ranks[0]}.")
         self.device = _own_device(plan)
-        self.graph = trace(network, plan.input_shape)
+        self.graph = trace(network, share_of(plan.input_shape, plan.data))
         _check_cells(self.graph.cells, plan)
         refuse_tied_parameters(self.graph.cut(plan.starts), plan.ranks)
         if plan.micro_batches > 1:
@@ -73,10 +74,12 @@ class Engine:
         between = {(plan.ranks[edge.maker], plan.ranks[user]) for edge in edges for user in edge.users}
         pairs = {pair for a, b in between if a != b for pair in ((a, b), (b, a))}
         runners = {index: StageRunner(self.device, plan.precision, plan.splits_backward) for index in own}
-        self._rank = Rank(self.rank, plan.ranks, edges, runners, Transfer(self.device, pairs), self.device)
+        transfer = Transfer(self.device, self._place, pairs)
+        self._rank = Rank(self._place.pipe_rank, plan.ranks, edges, runners, transfer, self.device)
         self.parameters = {n: p for cells in own.values() for n, p in cells.whole.parameters_by_name().items()}
         self.buffers = {n: b for cells in own.values() for n, b in cells.whole.buffers_by_name().items()}
-        self._announcer = Announcer()
+        self._stage_parameters = {i: list(cells.whole.parameters_by_name().values()) for i, cells in own.items()}
+        self._announcer = Announcer(self._place.pipeline)
         self._traced = {(plan.input_shape if self.graph.reads_shape else None): (self.graph, own)}
         self._programs: dict[tuple[object, ...], Program] = {}
         self._schedules: dict[tuple[object, ...], tuple[list[list[Action]], Routes]] = {}
@@ -91,7 +94,7 @@ class Engine:
         parts = list(zip(starts, graph.cut(starts), strict=True))
         stages = {}
         for index, (stage, whole) in enumerate(zip(plan.stages, graph.cut(plan.starts), strict=True)):
-            if stage.rank == self.rank:
+            if stage.rank == self._place.pipe_rank:
                 inside = [(p.to(self.device), again[i]) for i, p in parts if stage.first_cell <= i <= stage.last_cell]
                 stages[index] = StageCells(whole.to(self.device), inside)
         return stages
@@ -99,17 +102,17 @@ class Engine:
     @property
     def reads_input(self) -> bool:
         """Whether this rank needs the images."""
-        return self.rank == 0
+        return self._place.pipe_rank == 0
 
     @property
     def holds_output(self) -> bool:
         """Whether this rank needs the targets and gets the output."""
-        return self.rank == self.output_rank
+        return self._place.pipe_rank == self.plan.ranks[-1]
 
     @property
     def output_rank(self) -> int:
-        """The rank that holds the output: that of the last stage."""
-        return self.plan.ranks[-1]
+        """The worker that holds the first replica's output: that of its last stage."""
+        return self._place.pipelines[0][self.plan.ranks[-1]]
 
     @property
     def bytes_sent(self) -> int:
@@ -126,6 +129,8 @@ class Engine:
     def step(self, images: Tensor | Sequence[Tensor] | None, targets: Any, loss_fn: LossFunction) -> Tensor:
         """Forward and backward of one mini-batch; gradients are added to the parameters' ``grad`` on their ranks.
 
+        Every replica is given the whole mini-batch, and takes its share.
+
         Args:
             images: (B, C, D, H, W), cut into the plan's micro-batches (evenly, the first ones one larger where M does
                 not divide B); or a sequence of such tensors of any shapes, each of them one micro-batch.
@@ -140,40 +145,53 @@ class Engine:
             the loss, 0-dim float64 on the CPU, on every rank.
 
         Raises:
-            PlanError: the plan's schedule needs a loss that is a mean over cases.
+            PlanError: the plan's schedule, or its replicas, need a loss that is a mean over cases; or the mini-batch
+                cannot be shared evenly.
         """
-        micro_batches, whole = self._announced(images)
+        micro_batches, whole = self._announced(self._own_share(images))
         shapes = [shape for shape, _ in micro_batches]
         pieces: Sequence[Tensor | None] = [None] * len(shapes)
         if self.reads_input:
-            pieces = self._pieces(images, whole, shapes)
+            pieces = self._pieces(self._own_share(images), whole, shapes)
         with self._refusals():
             programs = [self._program(shape, dtype) for shape, dtype in micro_batches]
             actions, routes = self._schedule(programs)
             sizes = [shape[0] for shape in shapes]
-            loss = MiniBatchLoss(loss_fn, targets, sizes, listed=not whole, at_end=_loss_at_end(actions, self._rank))
+            loss = MiniBatchLoss(
+                loss_fn,
+                self._own_share(targets),
+                sizes,
+                listed=not whole,
+                at_end=_loss_at_end(actions, self._rank),
+                replicas=self.plan.data,
+            )
         step = MiniBatch(self._rank, actions, programs, pieces, routes)
+        gradients = None
+        if self.plan.data > 1:
+            gradients = GradientSum(self._place.data_group, self._stage_parameters)
         try:
-            total = step.run(loss)
+            total = step.run(loss, gradients)
             self._flush()
         except BaseException:
             for runner in self._rank.runners.values():
                 runner.discard()
+            if gradients is not None:
+                gradients.discard()
             raise
         self._times = step.times
         if self.world_size > 1:
-            dist.broadcast(total, self.output_rank)
+            dist.all_reduce(total)  # zero where there is no output
         return total
 
     def time_line(self) -> TimeLine:
-        """When every action of the last step began and ended, on every rank; to be called by all ranks.
+        """When every action of the last step began and ended, on this pipeline's ranks; to be called by all of them.
 
         Seconds since the first action began, by the machine's clock. On CUDA an action is over when its work has been
         queued, so the picture is that of the host.
         """
-        times: list[Any] = [None] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(times, self._times)
+        times: list[Any] = [None] * self.plan.pipe
+        if self.plan.pipe > 1:
+            dist.all_gather_object(times, self._times, group=self._place.pipe_group)
         else:
             times = [self._times]
         zero = min((begin for rank in times for _, begin, _ in rank), default=0.0)
@@ -181,6 +199,8 @@ class Engine:
 
     def forward(self, images: Tensor | Sequence[Tensor] | None) -> Any:
         """The network's output without gradients, on the rank that holds it; None on the others.
+
+        Replicas all compute the same.
 
         Args:
             images: as for :meth:`step`; for a sequence the output is the list of outputs.
@@ -239,7 +259,7 @@ class Engine:
         for volume in coming:
             micro_batches, _ = self._announced(volume if volume is None else [volume])
             with self._refusals():
-                conveyor.put(self._program(*micro_batches[0]), None if volume is None else self._place(volume))
+                conveyor.put(self._program(*micro_batches[0]), None if volume is None else self._on_device(volume))
             return True
         return False
 
@@ -277,19 +297,21 @@ class Engine:
         whole = isinstance(images, Tensor)
         shapes: list[MicroBatchSpec]
         if isinstance(images, Tensor):
-            sizes = _split(images.shape[0], self.plan.micro_batches)
+            sizes = micro_batch_sizes(images.shape[0], self.plan.micro_batches)
             shapes = [((size, *images.shape[1:]), images.dtype) for size in sizes]
         else:
             shapes = [(tuple(image.shape), image.dtype) for image in images]
-        if self.world_size > 1:
-            self._announcer.announce(shapes, whole, self.world_size)
+        self._announcer.announce(shapes, whole)
         return shapes, whole
+
+    def _own_share(self, of_all: Any) -> Any:
+        return own_share(of_all, self.replica, self.plan.data)
 
     def _pieces(self, images: Any, whole: bool, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         pieces = images.split([shape[0] for shape in shapes]) if whole else images
-        return [self._place(piece) for piece in pieces]
+        return [self._on_device(piece) for piece in pieces]
 
-    def _place(self, image: Tensor) -> Tensor:
+    def _on_device(self, image: Tensor) -> Tensor:
         image = image.to(self.device, non_blocking=True)
         return laid_out(image, True) if self.plan.channels_last else image
 
@@ -329,12 +351,6 @@ class Engine:
                 )
             self._traced[place] = graph, self._stages(graph)
         return self._traced[place]
-
-
-def _split(batch: int, micro_batches: int) -> list[int]:
-    """Sizes of the micro-batches: as even as can be, the larger ones first."""
-    count = min(batch, micro_batches)
-    return [batch // count + (index < batch % count) for index in range(count)]
 
 
 def _loss_at_end(actions: Sequence[Sequence[Action]], rank: Rank) -> bool:

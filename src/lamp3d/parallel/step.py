@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph, Edge, ValueSpec
+from lamp3d.parallel.replicas import GradientSum
 from lamp3d.parallel.routes import Message, Routes, user_ranks
 from lamp3d.parallel.stage import StageCells, StageRunner
 from lamp3d.parallel.transfer import Receipt, Transfer
@@ -122,12 +123,24 @@ class MiniBatch:
         self._of_outputs: dict[int, dict[str, Tensor]] = {}
         self.times: list[tuple[Action, float, float]] = []
 
-    def run(self, loss: MiniBatchLoss) -> Tensor:
-        """Do this rank's actions; returns the loss (zero on ranks that do not hold the output), 0-dim float64."""
+    def run(self, loss: MiniBatchLoss, gradients: GradientSum | None = None) -> Tensor:
+        """Do this rank's actions.
+
+        Args:
+            loss: of the mini-batch.
+            gradients: where there are several replicas, their sum.
+
+        Returns:
+            the loss, 0-dim float64 (zero on ranks that do not hold the output).
+        """
         total = torch.zeros((), dtype=torch.float64)
         last = self._rank.last
+        finals = {action.stage: index for index, action in enumerate(self.actions)}  # never a forward
         for index, action in enumerate(self.actions):
             self._post(index + AHEAD)
+            final = finals[action.stage] == index
+            if gradients is not None and final:
+                gradients.last_backward(action.stage)
             begin = time.perf_counter()
             if action.kind == "forward":
                 self.forward(action)
@@ -138,6 +151,10 @@ class MiniBatch:
                     total += self._loss(loss, action.micro_batch)
                 self.backward(action)
             self.times.append((action, begin, time.perf_counter()))
+            if gradients is not None and final:
+                gradients.complete(action.stage)
+        if gradients is not None:
+            gradients.finish()
         return total
 
     def forward(self, action: Action) -> None:
@@ -248,6 +265,7 @@ class MiniBatchLoss:
         loss_fn: ``loss_fn(output, targets)`` -> 0-dim.
         targets: for the whole mini-batch, or a list with one entry for each of a list of images; None elsewhere.
         sizes: cases in each micro-batch.
+        replicas: over how many equal mini-batches the loss is the mean.
         listed: whether the images came as a list; the loss is then the mean over its elements.
         at_end: whether all forwards precede the first backward.
 
@@ -256,8 +274,23 @@ class MiniBatchLoss:
             not been declared to be a mean over cases.
     """
 
-    def __init__(self, loss_fn: LossFunction, targets: Any, sizes: Sequence[int], *, listed: bool, at_end: bool):
-        self.whole = not listed and (len(sizes) == 1 or not getattr(loss_fn, "mean_over_cases", False))
+    def __init__(
+        self,
+        loss_fn: LossFunction,
+        targets: Any,
+        sizes: Sequence[int],
+        *,
+        listed: bool,
+        at_end: bool,
+        replicas: int = 1,
+    ):
+        by_case = getattr(loss_fn, "mean_over_cases", False)
+        if replicas > 1 and not (listed or by_case):
+            raise PlanError(
+                "every replica sees its share of the mini-batch, which is only right for a loss that is a mean over "
+                "cases. If yours is, say so: lamp3d.mean_over_cases(loss_fn); if not, take data=1."
+            )
+        self.whole = not listed and (len(sizes) == 1 or not by_case)
         if self.whole and len(sizes) > 1 and not at_end:
             raise PlanError(
                 "this schedule needs the loss of each micro-batch before the others' outputs are there, which is only "
@@ -265,15 +298,16 @@ class MiniBatchLoss:
                 "if not, take schedule='gpipe'."
             )
         self._loss_fn = loss_fn
+        self._replicas = replicas
         self._sizes = sizes
         self._targets = targets if listed or self.whole or targets is None else _cut(targets, sizes)
-        self._weights = [1 / len(sizes) if listed else size / sum(sizes) for size in sizes]
+        self._weights = [(1 / len(sizes) if listed else size / sum(sizes)) / replicas for size in sizes]
 
     def backward(self, micro_batches: Sequence[int], outputs: Sequence[Any]) -> Tensor:
         """The loss of some micro-batches, and its gradients in the outputs' ``grad``; 0-dim float64 on the CPU."""
         with torch.enable_grad():
             if self.whole:
-                loss = self._loss_fn(concatenate(outputs), self._targets)
+                loss = self._loss_fn(concatenate(outputs), self._targets) / self._replicas
             else:
                 (micro_batch,) = micro_batches
                 targets = None if self._targets is None else self._targets[micro_batch]

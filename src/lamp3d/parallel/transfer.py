@@ -7,6 +7,7 @@ stands in the way of a send.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lamp3d.graph import ValueSpec
+from lamp3d.parallel.mesh import Place
 
 
 class Receipt:
@@ -35,25 +37,30 @@ class Transfer:
 
     Args:
         device: where the tensors live.
-        pairs: the ordered (from, to) pairs of ranks that exchange values, the same on every rank.
+        place: of this worker; ranks are those of its pipeline.
+        pairs: the ordered (from, to) pairs of ranks that exchange values, the same in every pipeline.
         pending: how many sends may be under way before the oldest is waited for; bounds the memory they hold.
     """
 
-    def __init__(self, device: torch.device, pairs: Iterable[tuple[int, int]], pending: int = 32):
+    def __init__(self, device: torch.device, place: Place, pairs: Iterable[tuple[int, int]], pending: int = 32):
         self._pending: deque[tuple[dist.Work, Tensor]] = deque()
         self._limit = pending
         self._groups: dict[tuple[int, int], dist.ProcessGroup | None] = {}
         self.bytes_sent = 0
-        for pair in sorted(set(pairs)):
-            # new_group is collective: every rank makes every group, in the same order.
-            self._groups[pair] = dist.new_group(list(pair), backend="nccl") if device.type == "cuda" else None
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._place = place
         self._device = device
+        for pipeline, pair in itertools.product(place.pipelines, sorted(set(pairs))):
+            # new_group is collective: every worker makes every group, in the same order.
+            ends = [pipeline[rank] for rank in pair]
+            group = dist.new_group(ends, backend="nccl") if device.type == "cuda" else None
+            if pipeline == place.pipeline:
+                self._groups[pair] = group
 
     def send(self, tensor: Tensor, spec: ValueSpec, to: int, tag: int) -> None:
         """Send a tensor in the layout of ``spec``; returns at once."""
         wire = _wire(tensor.detach(), spec)
-        work = dist.isend(wire, to, group=self._groups[self._rank, to], tag=tag)
+        group = self._groups[self._place.pipe_rank, to]
+        work = dist.isend(wire, self._place.pipeline[to], group=group, tag=tag)
         assert work is not None
         self.bytes_sent += wire.nbytes
         self._pending.append((work, wire))
@@ -64,7 +71,8 @@ class Transfer:
         """Post a receive of a tensor as ``spec`` describes it; returns at once."""
         layout = torch.channels_last_3d if spec.channels_last else torch.contiguous_format
         tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self._device, memory_format=layout)
-        work = dist.irecv(_wire(tensor, spec), origin, group=self._groups[origin, self._rank], tag=tag)
+        group = self._groups[origin, self._place.pipe_rank]
+        work = dist.irecv(_wire(tensor, spec), self._place.pipeline[origin], group=group, tag=tag)
         assert work is not None
         return Receipt(tensor, work)
 

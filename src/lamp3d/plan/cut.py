@@ -14,7 +14,7 @@ from lamp3d.plan.partition import Matrix, fold, minimise_largest, minimise_sum
 from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, Actions, StageTimes, folded_placement, most_in_flight
 from lamp3d.plan.simulate import DeviceMemory, TimeLine, memory_use, simulate
 
-TOLERANCES = (1.0, 1.02, 1.05, 1.1, 1.2)
+TOLERANCES = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7)
 """How much slower than the least possible the slowest rank may be, for the sake of fewer bytes sent: all are tried."""
 
 

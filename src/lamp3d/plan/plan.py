@@ -66,9 +66,13 @@ class Plan(BaseModel):
     A plan holds for other shapes as well: its cut stays exact, only its predictions belong to ``input_shape``.
 
     Attributes:
+        input_shape: of the whole mini-batch.
+        devices: data × pipe.
+        data: replicas of the pipeline, each with an equal share of the mini-batch.
+        micro_batches: M, of a replica's share.
         recompute: "never" or "always", or the names of the cells that are computed again in backward.
         stages: in the network's order; a device may have several.
-        per_device: by rank.
+        per_device: by rank of the pipeline.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,6 +81,7 @@ class Plan(BaseModel):
     network: str
     input_shape: tuple[int, ...]
     devices: int
+    data: int = 1
     device_type: Literal["cpu", "cuda"]
     micro_batches: int
     schedule: str
@@ -94,6 +99,11 @@ class Plan(BaseModel):
     def _is_a_schedule(cls, name: str) -> str:
         check_schedule(name)
         return name
+
+    @property
+    def pipe(self) -> int:
+        """The devices of one pipeline."""
+        return self.devices // self.data
 
     @property
     def starts(self) -> list[int]:
@@ -135,7 +145,7 @@ class Plan(BaseModel):
         limit = "" if self.memory_limit_bytes is None else f" of {format_bytes(self.memory_limit_bytes)} a device"
         table = Table(
             box=SIMPLE_HEAD,
-            title=f"{self.network}, mini-batch {'×'.join(map(str, self.input_shape))}, {self.devices} × "
+            title=f"{self.network}, mini-batch {'×'.join(map(str, self.input_shape))}, {self._devices_text()} "
             f"{self.device_type}, {self.precision}{', channels-last' if self.channels_last else ''}",
             caption=f"{self.schedule}, {self.micro_batches} micro-batches, recompute {self._recompute_text()}: "
             f"{self.step_seconds:.2f} s a step, {self.bubble:.0%} bubble, peak memory "
@@ -158,6 +168,9 @@ class Plan(BaseModel):
                 format_bytes(self.per_device[stage.rank].peak_bytes) if stage.rank not in self.ranks[:index] else "",
             )
         return table
+
+    def _devices_text(self) -> str:
+        return f"{self.devices} ×" if self.data == 1 else f"{self.data} replicas × {self.pipe}"
 
     def _recompute_text(self) -> str:
         return self.recompute if isinstance(self.recompute, str) else f"{len(self.recompute)} cells"

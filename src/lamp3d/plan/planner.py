@@ -42,8 +42,10 @@ def make_plan(
     precision: Precision | Literal["auto"] = "fp32",
     channels_last: bool | None = None,
     memory: str | int | None = None,
+    data: int = 1,
     pipe: int | None = None,
     space: int = 1,
+    link: str | int | None = None,
     repeats: int = 3,
 ) -> Plan:
     """Profile ``network`` on this machine and find the fastest cut into ``devices`` stages that fits.
@@ -51,8 +53,8 @@ def make_plan(
     Args:
         network: any traceable module that takes one (B, C, D, H, W) tensor; left as it is.
         input_shape: the mini-batch's shape.
-        devices: K, the number of devices.
-        micro_batches: M; by default the batch size, which fills the pipeline best.
+        devices: how many there are.
+        micro_batches: M, of a replica's share; by default one a case, which fills the pipeline best.
         schedule: the order of the micro-batches' forwards and backwards, and with it where stages lie: "gpipe" (any
             loss function), "1f1b" (least memory), "interleaved", "folded" (fewest bytes sent), "zero_bubble_v"
             (fastest); all but the first want a loss that is a mean over cases.
@@ -61,30 +63,41 @@ def make_plan(
         precision: ``"fp32"``, ``"bf16"`` (autocast), or ``"auto"``: bf16 where the hardware is fast at it.
         channels_last: memory layout of volumes; by default both are profiled and the faster one is taken.
         memory: limit per device, such as ``"16GB"``.
-        pipe: fixed by hand it must equal ``devices``.
+        data: replicas of the pipeline, each with an equal share of the mini-batch; their gradients are averaged.
+        pipe: K, the devices of one pipeline; by default ``devices / data``.
         space: slabs that a volume is cut into; 1 is what this version plans.
+        link: bytes that pass between two devices in a second, such as ``"10GB"``; by default a guess for this machine.
         repeats: timed repetitions of each cell.
 
     Raises:
         PlanError: no cut fits; the message says how many devices or how much memory would do.
         ConfigError: the network cannot be traced or does not accept ``input_shape``.
     """
-    if space != 1 or (pipe is not None and pipe != devices):
-        raise PlanError(f"pipe × space must be devices × 1 here; pipe={pipe}, space={space}, devices={devices} is not.")
     if devices < 1:
         raise PlanError(f"a plan needs at least one device, not {devices}.")
+    if data < 1 or space != 1 or data * (devices // data if pipe is None else pipe) != devices:
+        raise PlanError(
+            f"data × pipe must be devices, and space 1 here; data={data}, pipe={pipe}, space={space}, "
+            f"devices={devices} is not."
+        )
+    if input_shape[0] % data:
+        raise PlanError(
+            f"a mini-batch of {input_shape[0]} cannot be shared evenly among {data} replicas; take a multiple of "
+            f"{data}."
+        )
+    replicas, devices = data, devices // data
     check_schedule(schedule)
     kind = device_type()
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(kind) else "fp32"
-    batch = input_shape[0]
+    batch = input_shape[0] // replicas
     if micro_batches is not None and micro_batches < 1:
         raise PlanError(f"a mini-batch is cut into at least one micro-batch; micro_batches={micro_batches} is not.")
     micro_batches = min(batch, micro_batches or batch)
     shape = (math.ceil(batch / micro_batches), *input_shape[1:])
     profiles = {}
     for layout in (False, True) if channels_last is None else (channels_last,):
-        with _worker_conditions(network, devices, kind, layout) as twin:
+        with _worker_conditions(network, devices * replicas, kind, layout) as twin:
             graph = trace(twin, shape)
             if (stages := len(PLACEMENTS[schedule](devices))) > len(graph.cells):
                 raise PlanError(f"the network has {len(graph.cells)} cells and cannot be cut into {stages} stages.")
@@ -99,11 +112,12 @@ def make_plan(
     channels_last = min(profiles, key=lambda layout: profiles[layout].seconds)
     profile = profiles[channels_last]
     limit = None if memory is None else parse_bytes(memory)
+    speed = link_bytes_per_second(kind) if link is None else float(parse_bytes(link))
     choices: list[Recompute] = ["never", "always"] if recompute is None else [recompute]
     for choice in choices:
         _check_cells(graph, choice)
         costs = StageCosts(graph, profile, micro_batches, choice)
-        if cut := best_cut(costs, schedule, devices, limit, link_bytes_per_second(kind)):
+        if cut := best_cut(costs, schedule, devices, limit, speed):
             settings = {
                 "network": type(network).__name__,
                 "input_shape": tuple(input_shape),
@@ -111,6 +125,8 @@ def make_plan(
                 "precision": precision,
                 "channels_last": channels_last,
                 "memory_limit_bytes": limit,
+                "devices": devices * replicas,
+                "data": replicas,
             }
             return _plan(cut, settings)
     raise PlanError(_does_not_fit(costs, schedule, devices, limit or 0, shape[0]))
@@ -141,7 +157,6 @@ def _plan(cut: Cut, settings: dict[str, Any]) -> Plan:
         for rank, sent, (begin, end) in zip(cut.ranks, cut.sent_bytes, cut.bounds, strict=True)
     )
     return Plan(
-        devices=cut.devices,
         schedule=cut.schedule,
         micro_batches=costs.micro_batches,
         recompute=costs.recompute,

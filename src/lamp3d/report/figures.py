@@ -97,7 +97,7 @@ def scores_per_organ(results: Results) -> Figure:
 
 def plan_bars(plan: Plan) -> Figure:
     """Seconds and memory of each device, as the plan predicts them."""
-    ranks = range(plan.devices)
+    ranks = range(plan.pipe)
     devices = [f"device {rank}" for rank in ranks]
     rows = np.arange(len(devices))
 
