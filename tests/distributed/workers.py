@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from lamp3d import Engine, SEUNet, UNet, mean_over_cases
 from lamp3d.errors import ConfigError, PlanError
 from lamp3d.graph import arithmetic
+from lamp3d.parallel.footprint import LiveBytes
 from lamp3d.parallel.step import LossFunction
 from lamp3d.plan import SCHEDULES, Plan
 from lamp3d.plan.schedule import PLACEMENTS
@@ -639,6 +640,24 @@ def run_monai(full: bool) -> dict[str, Finding]:
             findings[case] = one_step(network, plan, images, targets, plain, loss_fn=by_case_of_any, forward=True)
             findings[case].facts["expected"] = set(plain.gradients)
     return findings
+
+
+def measure_memory(plans: dict[str, Plan]) -> dict[str, int]:
+    """The most that this rank held between two actions of a step, in bytes, by plan."""
+    torch.set_num_threads(1)
+    peaks = {}
+    for name, plan in plans.items():
+        torch.manual_seed(0)
+        engine = Engine(UNet(1, 3, filters=4), plan)
+        images = torch.randn(plan.input_shape)
+        for _ in range(2):  # parameters' gradients are made by the first step, and belong to no action
+            live = LiveBytes()
+            engine.on_action = live.note
+            with live:
+                engine.step(images, images, by_case)
+        peaks[name] = live.peak
+        assert live.now == 0, name
+    return peaks
 
 
 # Workers that fail.

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lamp3d.errors import ConfigError, PlanError
-from lamp3d.graph import arithmetic, trace
+from lamp3d.graph import Stage, arithmetic, trace
 from lamp3d.nets import UNet
 from lamp3d.plan import Plan, format_bytes, make_plan, parse_bytes
 from lamp3d.plan.costs import StageCosts
@@ -227,8 +227,9 @@ def test_there_are_no_more_micro_batches_than_images(batch: int, asked: int | No
     assert plan(InPlace(), (batch, *SMALL[1:]), micro_batches=asked).micro_batches == given
 
 
-def saved_bytes(module: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], parameters: list[Tensor]) -> int:
-    """Bytes that a forward keeps for backward, each storage once, parameters not counted, inputs always counted."""
+def saved_bytes(stage: Stage, inputs: list[Tensor], also: Collection[str]) -> int:
+    """Bytes that a forward keeps for backward, each storage once, parameters not counted; inputs and ``also`` are."""
+    parameters = [*stage.parameters_by_name().values(), *stage.buffers_by_name().values()]
     own = {p.untyped_storage().data_ptr() for p in parameters}
     kept = {x.untyped_storage().data_ptr(): x for x in inputs}
 
@@ -238,7 +239,10 @@ def saved_bytes(module: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor],
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, arithmetic(torch.device("cpu"), "fp32"):
-        outputs = module(*inputs)
+        outputs = dict(zip(stage.outputs, stage(*inputs), strict=True))
+    for name in also:
+        if name in outputs:
+            pack(outputs[name])
     size = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
     assert outputs
     return size
@@ -260,19 +264,18 @@ def test_counted_bytes_are_those_that_a_stage_keeps(network: nn.Module, parts: i
     values = {graph.inputs[0]: torch.randn(shape)}  # as received: each a tensor of its own
     for stage, (begin, end) in zip(graph.cut(starts), itertools.pairwise([*starts, n]), strict=True):
         inputs = [values[name].detach().clone().requires_grad_(values[name].requires_grad) for name in stage.inputs]
-        parameters = [*stage.parameters_by_name().values(), *stage.buffers_by_name().values()]
-        measured = saved_bytes(stage, inputs, parameters)
+        measured = saved_bytes(stage, inputs, graph.outputs if end == n else ())  # outputs wait for the loss
         static = costs.parameter_bytes(begin, end) * 4  # parameters, gradients, two moments
         loss = costs.loss_bytes() if end == n else 0
-        assert costs.peak_bytes(begin, end, 3) == static + 3 * measured + loss, stage.cells
         values |= dict(zip(stage.outputs, stage(*inputs), strict=True))
+        assert costs.peak_bytes(begin, end, 3) == static + 3 * measured + loss, stage.cells
 
 
 def test_the_loss_holds_the_mini_batchs_outputs_joined_and_their_gradient() -> None:
     costs = costs_of(UNet(1, 3, filters=2), (1, *SHAPE[1:]))
     logits = 4 * 3 * math.prod(SHAPE[2:])  # fp32, three classes
-    assert costs.loss_bytes() == 3 * 3 * logits  # three micro-batches
-    assert replace(costs, micro_batches=1).loss_bytes() == 2 * logits  # nothing to join
+    assert costs.loss_bytes() == 2 * 3 * logits  # three micro-batches; the outputs themselves are held by the stage
+    assert replace(costs, micro_batches=1).loss_bytes() == logits  # nothing to join
 
 
 def test_recomputation_keeps_what_was_received_and_one_micro_batch() -> None:
@@ -284,7 +287,8 @@ def test_recomputation_keeps_what_was_received_and_one_micro_batch() -> None:
     received = sum(never.profile.value_bytes[value] for value in never.received(begin, end))
     static = never.parameter_bytes(begin, end) * 4 + never.loss_bytes()
     one = (never.peak_bytes(begin, end, 3) - static) // 3
-    assert always.peak_bytes(begin, end, 3) == static + 3 * received + (one - received)
+    outputs = sum(never.profile.value_bytes[value] for value in never.graph.outputs)
+    assert always.peak_bytes(begin, end, 3) == static + 3 * (received + outputs) + (one - received - outputs)
     assert always.forward_seconds(begin, end) < always.backward_seconds(begin, end)
 
 

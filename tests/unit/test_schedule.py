@@ -2,13 +2,16 @@
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 
 from lamp3d.errors import PlanError
+from lamp3d.graph import Edge
+from lamp3d.plan.memory import StageBytes, memory_use
+from lamp3d.plan.routes import Routes
 from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, Actions, StageTimes, interleaved, most_in_flight, needs
-from lamp3d.plan.simulate import memory_use, simulate
+from lamp3d.plan.simulate import simulate
 
 EVEN = 1.0, 2.0, 1.0
 
@@ -106,10 +109,19 @@ def test_a_dead_lock_is_named() -> None:
         simulate(schedule, [StageTimes(0)])
 
 
-def memory(schedule: str, devices: int, held: Sequence[dict[str, int]], deferred: dict[str, int]) -> list[int]:
-    times = stages(schedule, devices)
-    flat = [0] * len(times)
-    found = memory_use(make(schedule, devices, 4), held, [deferred] * len(times), flat, flat)
+def memory(
+    schedule: str,
+    devices: int,
+    held: Sequence[dict[str, int]],
+    deferred: dict[str, int],
+    edges: Sequence[Edge] = (),
+    value_bytes: Mapping[str, int] | None = None,
+) -> list[int]:
+    times, actions = stages(schedule, devices), make(schedule, devices, 4)
+    ranks, sizes = [stage.rank for stage in times], value_bytes or {}
+    routes = Routes(edges, ranks, actions, [sizes.keys()] * 4)
+    line = simulate(actions, times)
+    found = memory_use(line, routes, edges, ranks, sizes, [StageBytes(one, deferred, 0, 0) for one in held])
     return [device.saved_bytes for device in found]
 
 
@@ -121,3 +133,17 @@ def test_memory_counts_what_is_in_flight_and_what_two_stages_hold_once() -> None
     together = memory("folded", 2, [{"skip": 10}, {}, {"skip": 10}], {})
     assert together[0] < apart[0]
     assert memory("zero_bubble_v", 2, [{}, {}, {}], {"gradients": 3})[1] >= 3
+
+
+def test_memory_counts_what_is_on_its_way() -> None:
+    edge, sizes = Edge("x", 0, (1,)), {"x": 100}
+    # GPipe: the sender has run ahead of the receiver, which asks for two values beside the one that it works with.
+    sender, receiver = memory("gpipe", 2, [{}, {}], {}, [edge], sizes)
+    assert sender == 200
+    assert receiver == 300
+    # The user keeps what it has received until its backward, and is asked for no more of it.
+    assert memory("gpipe", 2, [{}, {"x": 100}], {}, [edge], sizes)[1] == 400
+    # A skip that stays on its rank waits there for its user, under the same name as what its maker saves of it.
+    skip = Edge("x", 0, (2,))
+    apart = memory("folded", 2, [{"y": 100}, {}, {}], {}, [skip], sizes)
+    assert memory("folded", 2, [{"x": 100}, {}, {}], {}, [skip], sizes)[0] < apart[0]

@@ -48,7 +48,10 @@ class DeferredWeights:
         self, convolution: Convolution, gradient: Tensor, image: Tensor, weight: Tensor, bias: Tensor | None
     ) -> None:
         """Remember what the weight gradient of one convolution is made of."""
-        self._waiting.append((convolution, gradient, image, weight, bias))
+        if gradient.untyped_storage().nbytes() > gradient.nbytes:
+            gradient = gradient.clone()  # a part of a concatenation's gradient; the rest is not to live as long
+        # Detached: the image's history would keep all leaves that it came from, and their gradients.
+        self._waiting.append((convolution, gradient, image.detach(), weight, bias))
 
     def tensors(self) -> list[Tensor]:
         """What is held for it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,12 +24,12 @@ from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
 from lamp3d.parallel.mesh import Place
 from lamp3d.parallel.replicas import GradientSum
-from lamp3d.parallel.routes import Routes
 from lamp3d.parallel.shares import micro_batch_sizes, own_share, share_of
 from lamp3d.parallel.stage import StageCells, StageRunner
 from lamp3d.parallel.step import LossFunction, MiniBatch, MiniBatchLoss, Program, Rank, concatenate
 from lamp3d.parallel.transfer import Transfer
 from lamp3d.plan import Action, Plan, TimeLine
+from lamp3d.plan.routes import Routes
 
 
 class Engine:
@@ -49,6 +49,7 @@ class Engine:
         parameters, buffers: those of this rank's stages, by the network's own names.
         reads_input: whether this rank needs the images; others may pass None.
         holds_output: whether this rank needs the targets and gets the output; others may pass None and get None.
+        on_action: called after every action of a step, for measurements.
 
     Raises:
         PlanError: the plan was made for another network or another number of devices.
@@ -66,6 +67,7 @@ class Engine:
         refuse_tied_parameters(self.graph.cut(plan.starts), plan.ranks)
         if plan.micro_batches > 1:
             _refuse_batch_norm(network)
+        self.on_action: Callable[[Action], None] | None = None
         self._network = network
         own = self._stages(self.graph)
         # All of the network's: every rank derives from the weights' layout in which layout a value travels.
@@ -170,7 +172,7 @@ class Engine:
         if self.plan.data > 1:
             gradients = GradientSum(self._place.data_group, self._stage_parameters)
         try:
-            total = step.run(loss, gradients)
+            total = step.run(loss, gradients, self.on_action)
             self._flush()
         except BaseException:
             for runner in self._rank.runners.values():

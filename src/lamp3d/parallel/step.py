@@ -14,15 +14,12 @@ from torch.utils import _pytree as pytree
 from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph, Edge, ValueSpec
 from lamp3d.parallel.replicas import GradientSum
-from lamp3d.parallel.routes import Message, Routes, user_ranks
 from lamp3d.parallel.stage import StageCells, StageRunner
 from lamp3d.parallel.transfer import Receipt, Transfer
 from lamp3d.plan import Action
+from lamp3d.plan.routes import AHEAD, Message, Routes, user_ranks
 
 LossFunction = Callable[[Any, Any], Tensor]
-
-AHEAD = 2
-"""How many actions ahead of the present one receives are posted."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +120,18 @@ class MiniBatch:
         self._of_outputs: dict[int, dict[str, Tensor]] = {}
         self.times: list[tuple[Action, float, float]] = []
 
-    def run(self, loss: MiniBatchLoss, gradients: GradientSum | None = None) -> Tensor:
+    def run(
+        self,
+        loss: MiniBatchLoss,
+        gradients: GradientSum | None = None,
+        on_action: Callable[[Action], None] | None = None,
+    ) -> Tensor:
         """Do this rank's actions.
 
         Args:
             loss: of the mini-batch.
             gradients: where there are several replicas, their sum.
+            on_action: called after each.
 
         Returns:
             the loss, 0-dim float64 (zero on ranks that do not hold the output).
@@ -153,6 +156,8 @@ class MiniBatch:
             self.times.append((action, begin, time.perf_counter()))
             if gradients is not None and final:
                 gradients.complete(action.stage)
+            if on_action is not None:
+                on_action(action)
         if gradients is not None:
             gradients.finish()
         return total

@@ -2,13 +2,13 @@
 
 A transfer is named by a tag that both ends compute alike. Gloo matches messages by tag, so one group serves all. NCCL
 matches them by order, so every ordered pair of ranks has a communicator of its own: a receive that waits then never
-stands in the way of a send.
+stands in the way of a send. On CUDA each of them works on a stream of its own, beside the one that computes: a send
+starts when what was queued before it is done, and only ``Receipt.wait`` makes the computing stream wait.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Iterable
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lamp3d.graph import ValueSpec
 from lamp3d.parallel.mesh import Place
+from lamp3d.parallel.outbox import PolledOutbox, ThreadedOutbox
 
 
 class Receipt:
@@ -39,12 +40,10 @@ class Transfer:
         device: where the tensors live.
         place: of this worker; ranks are those of its pipeline.
         pairs: the ordered (from, to) pairs of ranks that exchange values, the same in every pipeline.
-        pending: how many sends may be under way before the oldest is waited for; bounds the memory they hold.
     """
 
-    def __init__(self, device: torch.device, place: Place, pairs: Iterable[tuple[int, int]], pending: int = 32):
-        self._pending: deque[tuple[dist.Work, Tensor]] = deque()
-        self._limit = pending
+    def __init__(self, device: torch.device, place: Place, pairs: Iterable[tuple[int, int]]):
+        self._outboxes: dict[int, ThreadedOutbox | PolledOutbox] = {}
         self._groups: dict[tuple[int, int], dist.ProcessGroup | None] = {}
         self.bytes_sent = 0
         self._place = place
@@ -55,6 +54,8 @@ class Transfer:
             group = dist.new_group(ends, backend="nccl") if device.type == "cuda" else None
             if pipeline == place.pipeline:
                 self._groups[pair] = group
+                if pair[0] == place.pipe_rank:
+                    self._outboxes[pair[1]] = PolledOutbox() if device.type == "cuda" else ThreadedOutbox()
 
     def send(self, tensor: Tensor, spec: ValueSpec, to: int, tag: int) -> None:
         """Send a tensor in the layout of ``spec``; returns at once."""
@@ -63,9 +64,7 @@ class Transfer:
         work = dist.isend(wire, self._place.pipeline[to], group=group, tag=tag)
         assert work is not None
         self.bytes_sent += wire.nbytes
-        self._pending.append((work, wire))
-        while self._pending and (self._pending[0][0].is_completed() or len(self._pending) > self._limit):
-            self._pending.popleft()[0].wait()
+        self._outboxes[to].put(work, wire)
 
     def receive(self, spec: ValueSpec, origin: int, tag: int) -> Receipt:
         """Post a receive of a tensor as ``spec`` describes it; returns at once."""
@@ -78,8 +77,8 @@ class Transfer:
 
     def flush(self) -> None:
         """Wait until all sends are done and let go of their tensors."""
-        while self._pending:
-            self._pending.popleft()[0].wait()
+        for outbox in self._outboxes.values():
+            outbox.flush()
 
 
 def _wire(tensor: Tensor, spec: ValueSpec) -> Tensor:

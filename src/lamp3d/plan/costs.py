@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from lamp3d.graph import CellGraph
@@ -74,15 +74,17 @@ class StageCosts:
         return self.parameter_bytes(begin, end) * (2 + OPTIMIZER_COPIES) + loss
 
     def loss_bytes(self) -> int:
-        """What the loss holds on the last stage: the whole mini-batch's outputs, joined, and their gradient."""
+        """What the loss holds beside the outputs: the whole mini-batch's, joined, and their gradient."""
         outputs = self.micro_batches * sum(self.profile.value_bytes[value] for value in self.graph.outputs)
-        return outputs * (3 if self.micro_batches > 1 else 2)
+        return outputs * (2 if self.micro_batches > 1 else 1)
 
     def _held(self, begin: int, end: int) -> Held:
         """What one micro-batch holds between its forward and its backward."""
         held: Held = {}
         for first, last, again in self._parts(begin, end):
             held |= self._values([*self.received(first, last)]) if again else self._saved(first, last)
+        if end == len(self.profile.cells):
+            held |= self._values(self.graph.outputs)  # until the loss has seen them
         return held | self._values(self.received(begin, end))
 
     def again_bytes(self, begin: int, end: int) -> int:
@@ -109,7 +111,7 @@ class StageCosts:
         held = self._values([value for cell in cells for value in cell.saved_values])
         return held | {f"{cell.name}, saved": cell.internal_bytes for cell in cells}
 
-    def _values(self, values: Sequence[str] | frozenset[str]) -> Held:
+    def _values(self, values: Collection[str]) -> Held:
         return {value: self.profile.value_bytes[value] for value in values}
 
     def _parts(self, begin: int, end: int) -> Iterator[tuple[int, int, bool]]:

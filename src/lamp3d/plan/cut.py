@@ -10,9 +10,11 @@ from functools import cached_property
 import numpy as np
 
 from lamp3d.plan.costs import StageCosts, runs
+from lamp3d.plan.memory import DeviceMemory, StageBytes, memory_use
 from lamp3d.plan.partition import Matrix, fold, minimise_largest, minimise_sum
+from lamp3d.plan.routes import Routes
 from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, Actions, StageTimes, folded_placement, most_in_flight
-from lamp3d.plan.simulate import DeviceMemory, TimeLine, memory_use, simulate
+from lamp3d.plan.simulate import TimeLine, simulate
 
 TOLERANCES = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7)
 """How much slower than the least possible the slowest rank may be, for the sake of fewer bytes sent: all are tried."""
@@ -53,12 +55,18 @@ class Cut:
     def memory(self) -> list[DeviceMemory]:
         """What every rank holds."""
         costs = self.costs
+        edges = costs.graph.stage_edges(self.starts)
+        values = set(costs.profile.value_bytes) - set(costs.graph.inputs)
         return memory_use(
-            self._actions,
-            held=[costs.held(*run) for run in self.bounds],
-            deferred=[costs.deferred(*run) for run in self.bounds],
-            static=[costs.static_bytes(*run) for run in self.bounds],
-            again=[costs.again_bytes(*run) for run in self.bounds],
+            self.line,
+            Routes(edges, self.ranks, self._actions, [values] * costs.micro_batches),
+            edges,
+            self.ranks,
+            costs.profile.value_bytes,
+            [
+                StageBytes(costs.held(*run), costs.deferred(*run), costs.static_bytes(*run), costs.again_bytes(*run))
+                for run in self.bounds
+            ],
         )
 
     @property

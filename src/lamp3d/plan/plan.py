@@ -50,7 +50,7 @@ class DevicePlan(BaseModel):
     """What one device is expected to hold in a training step.
 
     Attributes:
-        saved_bytes: at most, for backward passes to come.
+        saved_bytes: at most, between actions: for backward passes to come, outputs for the loss, what is on its way.
         peak_bytes: with parameters, gradients, optimizer state and the loss.
     """
 

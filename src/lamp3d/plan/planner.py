@@ -30,6 +30,10 @@ from lamp3d.plan.plan import (
 from lamp3d.plan.profile import profile_cells
 from lamp3d.plan.schedule import PLACEMENTS, splits_backward
 
+SPARE = 1.1
+"""Where a plan does not fit, what would is named with so much to spare: the next profile has other seconds, and what is
+on its way between two devices depends on them."""
+
 
 def make_plan(
     network: nn.Module,
@@ -171,14 +175,14 @@ def _plan(cut: Cut, settings: dict[str, Any]) -> Plan:
 
 
 def _does_not_fit(costs: StageCosts, schedule: str, devices: int, limit: int, micro_batch: int) -> str:
-    """What would fit instead; everything that the message names has been tried."""
+    """What would fit instead; everything that the message names has been tried, and with something to spare."""
 
     def fits(costs: StageCosts, devices: int) -> bool:
-        return fitting_cut(costs, schedule, devices, limit) is not None
+        return fitting_cut(costs, schedule, devices, round(limit / SPARE)) is not None
 
     ways = []
     if (memory := least_memory(costs, schedule, devices)) is not None:
-        ways.append(f"{format_bytes(memory, up=True)} a device on {devices} device{'s' if devices > 1 else ''}")
+        ways.append(f"{format_bytes(memory * SPARE, up=True)} a device on {devices} device{'s' if devices > 1 else ''}")
     more = range(devices + 1, min(len(costs.profile.cells), 64) + 1)
     if (count := next((k for k in more if fits(costs, k)), None)) is not None:
         ways.append(f"{count} devices of {format_bytes(limit)}")

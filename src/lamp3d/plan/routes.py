@@ -11,7 +11,10 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from lamp3d.graph import Edge
-from lamp3d.plan import Action
+from lamp3d.plan.schedule import Action
+
+AHEAD = 2
+"""How many actions ahead of the present one receives are posted."""
 
 
 class Message(NamedTuple):
