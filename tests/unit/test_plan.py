@@ -265,6 +265,9 @@ def test_counted_bytes_are_those_that_a_stage_keeps(network: nn.Module, parts: i
     for stage, (begin, end) in zip(graph.cut(starts), itertools.pairwise([*starts, n]), strict=True):
         inputs = [values[name].detach().clone().requires_grad_(values[name].requires_grad) for name in stage.inputs]
         measured = saved_bytes(stage, inputs, graph.outputs if end == n else ())  # outputs wait for the loss
+        if end == n:  # also those that earlier stages have made, and that no cell here uses
+            elsewhere = {name for name in graph.outputs if name not in (*stage.inputs, *stage.outputs)}
+            measured += sum(values[name].nbytes for name in elsewhere)
         static = costs.parameter_bytes(begin, end) * 4  # parameters, gradients, two moments
         loss = costs.loss_bytes() if end == n else 0
         values |= dict(zip(stage.outputs, stage(*inputs), strict=True))

@@ -145,7 +145,7 @@ def _count_messages(
     posted = {}
     for rank, actions in enumerate(line.actions):
         for index, (action, _, end) in enumerate(actions):
-            asked = actions[max(0, index - AHEAD)][1]
+            asked = actions[index - AHEAD - 1][2] if index > AHEAD else 0.0  # when the rank comes to that action
             for message in routes.needed[action]:
                 posted[message] = asked
                 ledgers[rank].hold(
