@@ -229,6 +229,7 @@ def train_command(
     out: Annotated[Optional[Path], typer.Option(help="Run folder; default: runs/NAME of the config.")] = None,  # noqa: UP045
     devices: Devices = 1,
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    timeline: Annotated[Optional[Path], typer.Option(help="Draw a step of every stage here (.png).")] = None,  # noqa: UP045
 ) -> None:
     """Train through the curriculum; leaves a run folder that predict, evaluate and report take."""
     if config is None:
@@ -237,6 +238,9 @@ def train_command(
         config = out / "config.yaml"
     folder = out or Path("runs") / config.stem
     run = train(dataset, load_config(config, overrides or []), devices, folder, resume=resume)
+    if timeline is not None:
+        time_line_picture(run.time_lines()).savefig(timeline, dpi=150)
+        _say(f"Time lines: {timeline}; for chrome://tracing: {folder / 'timelines'}")
     _say(f"Done. Next: lamp3d evaluate {run.folder} {dataset}; lamp3d report {run.folder}")
 
 

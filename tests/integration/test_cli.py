@@ -34,6 +34,14 @@ def test_training_leaves_a_run_and_a_calm_log(trained: Path) -> None:
     assert sum(line.startswith("stage ") for line in lines) == 3
     assert "Done. Next: lamp3d evaluate" in lines[-1]
 
+    lines_by_title = run.time_lines()
+    assert list(lines_by_title) == [f"stage {stage}, {kind}" for stage in (1, 2) for kind in ("predicted", "measured")]
+    measured, predicted = lines_by_title["stage 1, measured"], lines_by_title["stage 1, predicted"]
+    assert [[a for a, _, _ in rank] for rank in measured.actions] == [
+        [a for a, _, _ in rank] for rank in predicted.actions
+    ]
+    assert (trained.parent / "steps.png").read_bytes().startswith(b"\x89PNG")
+
 
 def test_predictions_lie_on_the_scans_own_grid_and_do_not_depend_on_the_devices(
     lamp3d: CommandLine, trained: Path, dataset: Path, tmp_path: Path

@@ -13,7 +13,8 @@ from lamp3d.data import CaseStore, Dataset, read_dataset
 from lamp3d.errors import ConfigError
 from lamp3d.experiment.config import ExperimentConfig, load_config
 from lamp3d.nets import SEUNet, UNet
-from lamp3d.plan import Plan
+from lamp3d.plan import Plan, TimeLine
+from lamp3d.train import time_line_path
 from lamp3d.volume import write_atomically
 
 _VERSIONS_OF = ("lamp3d", "torch", "monai", "numpy", "nibabel", "scipy", "safetensors")
@@ -78,6 +79,16 @@ class Run:
     def plan_path(self, stage: int) -> Path:
         """Where the plan of a curriculum stage is kept."""
         return self.folder / "plans" / f"stage-{stage}.json"
+
+    def time_lines(self) -> dict[str, TimeLine]:
+        """Predicted and measured step of every curriculum stage that has begun, by title."""
+        lines = {}
+        for stage, plan in enumerate(self.plans()):
+            path = time_line_path(self.folder, stage)
+            if path.exists():
+                lines[f"stage {stage + 1}, predicted"] = plan.time_line()
+                lines[f"stage {stage + 1}, measured"] = TimeLine.from_chrome_trace(json.loads(path.read_text()))
+        return lines
 
     def plans(self) -> list[Plan]:
         """The plans of all curriculum stages."""

@@ -144,6 +144,9 @@ class MiniBatch:
             final = finals[action.stage] == index
             if gradients is not None and final:
                 gradients.last_backward(action.stage)
+            for message in self._routes.needed[action]:  # so that the time line tells waiting from work
+                if message in self._receipts:  # or another stage of this rank has taken it
+                    self._receipts[message].wait()
             begin = time.perf_counter()
             if action.kind == "forward":
                 self.forward(action)

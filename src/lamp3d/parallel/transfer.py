@@ -25,11 +25,13 @@ class Receipt:
 
     def __init__(self, tensor: Tensor, work: dist.Work):
         self._tensor = tensor
-        self._work = work
+        self._work: dist.Work | None = work
 
     def wait(self) -> Tensor:
         """The received tensor, once it is there (on CUDA: ordered on the current stream)."""
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
         return self._tensor
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,16 @@ class TimeLine:
                 for action, begin, end in actions
             ]
         }
+
+    @classmethod
+    def from_chrome_trace(cls, trace: dict[str, Any]) -> TimeLine:
+        """What :meth:`chrome_trace` made of a time line."""
+        ranks: dict[int, list[tuple[Action, float, float]]] = defaultdict(list)
+        for event in trace["traceEvents"]:
+            action = Action(event["cat"], event["args"]["stage"], event["args"]["micro_batch"])
+            begin = event["ts"] / 1e6
+            ranks[event["tid"]].append((action, begin, begin + event["dur"] / 1e6))
+        return cls(tuple(tuple(ranks[rank]) for rank in sorted(ranks)))
 
 
 def simulate(schedule: Sequence[Sequence[Action]], stages: Sequence[StageTimes]) -> TimeLine:

@@ -4,7 +4,7 @@ from lamp3d.train.checkpoint import Checkpoint, load_weights, network_tensors, s
 from lamp3d.train.curriculum import CurriculumStage, TrainConfig
 from lamp3d.train.history import EpochRecord, read_history
 from lamp3d.train.loss import HybridLoss, LossConfig
-from lamp3d.train.trainer import Trainer
+from lamp3d.train.trainer import Trainer, time_line_path
 
 __all__ = [
     "Checkpoint",
@@ -18,4 +18,5 @@ __all__ = [
     "network_tensors",
     "read_history",
     "save_checkpoint",
+    "time_line_path",
 ]

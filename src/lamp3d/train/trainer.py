@@ -7,6 +7,7 @@ whose plan cuts the network elsewhere, a resumed run, and a run resumed on anoth
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from lamp3d.train.guard import StepCheck, check_step, clip_gradients, diagnosis
 from lamp3d.train.history import EpochRecord, Recorder, RunRecorder
 from lamp3d.train.optimizer import WeightAverage, make_optimizer, optimizer_tensors, restore_optimizer
 from lamp3d.train.state import TrainingState
+from lamp3d.volume import write_atomically
 
 LossFunction = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
 
@@ -149,6 +151,7 @@ class Trainer:
         index = self.state.stage
         while self.state.stage == index:
             record = self._train_epoch(stage)
+            self._save_time_line(stage.engine)
             with nullcontext() if stage.average is None else stage.average.applied():
                 record, improved = self._validate(stage.engine, record)
                 if improved:
@@ -259,6 +262,16 @@ class Trainer:
             state.best_dice, state.best_epochs = mean, state.epochs
         return record.model_copy(update={"dice": dice, "mean_dice": mean, "best_dice": state.best_dice}), improved
 
+    def _save_time_line(self, engine: Engine) -> None:
+        """The last step of a stage's first epoch, as a trace that browsers show (and `--timeline` draws)."""
+        path = time_line_path(self.run, self.state.stage)
+        if not path.exists():
+            line = engine.time_line()
+            wait_for_all()  # all have seen that the file is not there
+            if engine.rank == 0:
+                path.parent.mkdir(exist_ok=True)
+                write_atomically(path, lambda temporary: temporary.write_text(json.dumps(line.chrome_trace())))
+
     def _save_last(self, stage: _Stage) -> None:
         state = self.state
         tensors = _within("model", stage.kept)
@@ -269,6 +282,11 @@ class Trainer:
         else:
             tensors |= _within("optimizer", optimizer_tensors(stage.optimizer, stage.engine.parameters))
         save_checkpoint(self.last, tensors, state.model_dump())
+
+
+def time_line_path(run: Path, stage: int) -> Path:
+    """Where a run keeps the time line of a stage (from 0), as a Chrome trace."""
+    return run / "timelines" / f"stage-{stage}.json"
 
 
 def _within(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
