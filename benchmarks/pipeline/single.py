@@ -82,7 +82,7 @@ def gflop(side: int) -> float:
     model, image = network().to("meta"), torch.randn(1, 1, side, side, side, device="meta")
     with FlopCounterMode(display=False) as counter:
         torch.autograd.backward(model(image).square().mean())
-    return counter.get_total_flops() / 1e9
+    return float(counter.get_total_flops()) / 1e9
 
 
 def peak_of(channels: int, side: int, dtype: torch.dtype, rounds: int) -> float:

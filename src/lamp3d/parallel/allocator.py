@@ -1,4 +1,4 @@
-"""Memory that a CPU worker frees stays its own.
+"""Memory that a CPU worker frees stays its own, for as long as an engine is at work.
 
 glibc gives blocks beyond 32 MB back to the system when they are freed, and the top of its heap too. A training step
 frees and takes activations of that size by the hundred, and every time the system clears their pages anew: a third of
@@ -17,9 +17,16 @@ _TOP_PAD = 64 * 2**20
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse this process's freed memory, and never to return it; elsewhere nothing happens."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
-        mallopt(_M_TOP_PAD, _TOP_PAD)
+    """Tell glibc to reuse this process's freed memory, and not to return it by itself; elsewhere nothing happens."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+        libc.mallopt(_M_TOP_PAD, _TOP_PAD)
+
+
+def return_freed_memory() -> None:
+    """Give back what is free at present, as when another engine takes over, whose needs are others."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

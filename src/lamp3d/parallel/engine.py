@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lamp3d.errors import LampError, PlanError
 from lamp3d.graph import CellGraph, infer_specs, laid_out, lay_out_weights, refuse_tied_parameters, trace
+from lamp3d.parallel.allocator import return_freed_memory
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
 from lamp3d.parallel.mesh import Place
@@ -58,6 +59,7 @@ class Engine:
     def __init__(self, network: nn.Module, plan: Plan):
         self.plan = plan
         self._place = Place.of(plan)
+        return_freed_memory()
         self.rank, self.world_size, self.replica = self._place.rank, self._place.world_size, self._place.replica
         if plan.ranks[0] != 0:
             raise PlanError(f"a plan's first stage must lie on device 0, where the images are, not on {plan.ranks[0]}.")
