@@ -1,11 +1,11 @@
 """Pipeline speed: lamp3d's schedules beside one process, torchgpipe 0.0.7 and torch.distributed.pipelining.
 
-    lamp3d bench pipeline [--micro-batches 1 2 4 8 16] [--rounds 5]
+    lamp3d bench pipeline [--micro-batches 1 2 4 8 16] [--rounds 5] [--only PART …]
 
 U-Net-16, M cases of 64³ in M micro-batches, fp32, two workers of one thread each. One process takes a case at a time
 and adds up gradients, which is faster on a CPU than all cases at once. The competitors run one after the other, each
 one step to warm up and then several; figures are medians. Writes results.json and time-line pictures beside this file,
-and prints the tables.
+and prints the tables. The parts beside these schedules are in single.py and engine.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lamp3d
+from benchmarks.pipeline import engine, single
 from benchmarks.pipeline.peers import PipeliningPeer, torchgpipe_unet
+from lamp3d.parallel.allocator import keep_freed_memory
 from lamp3d.plan import SCHEDULES, TimeLine
 from lamp3d.report import time_line_picture
 
@@ -83,6 +85,21 @@ def plain(job: Job, threads: int, channels_last: bool, pieces: int) -> Step:
     return step
 
 
+def one_engine(job: Job) -> Step:
+    """lamp3d's engine on one device: what its arithmetic is worth without any pipeline."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    assert job.plan is not None
+    ours, batch = lamp3d.Engine(network(), job.plan), images(job.batch)
+
+    def step() -> None:
+        for parameter in ours.parameters.values():
+            parameter.grad = None
+        ours.step(batch, None, loss_fn)
+
+    return step
+
+
 def torchgpipe(job: Job) -> Step:
     """torchgpipe with the plan's cut, a thread for each partition's forward."""
     torch.set_num_threads(1)
@@ -110,9 +127,9 @@ def serve_workers(job: Job, address: str) -> None:
     """A competitor of several workers: rank 0 talks to the parent, all take part in every step."""
     assert job.plan is not None
     model, batch = network(), images(job.batch)
-    engine = peer = None
+    ours = peer = None
     if job.how in SCHEDULES:
-        engine = lamp3d.Engine(model, job.plan)
+        ours = lamp3d.Engine(model, job.plan)
     else:
         peer = PipeliningPeer(model, job.plan, job.how, loss_fn)
     pipe = Client(address) if dist.get_rank() == 0 else None
@@ -125,13 +142,13 @@ def serve_workers(job: Job, address: str) -> None:
             return
         model.zero_grad()
         begin = time.perf_counter()
-        if engine is not None:
-            engine.step(batch if engine.reads_input else None, None, loss_fn)
+        if ours is not None:
+            ours.step(batch if ours.reads_input else None, None, loss_fn)
         elif peer is not None:
             peer.step(batch)
         dist.all_reduce(torch.zeros(1))  # a step is over when every rank is done
         seconds = time.perf_counter() - begin
-        line = None if engine is None else engine.time_line()
+        line = None if ours is None else ours.time_line()
         if pipe is not None:
             pipe.send((seconds, line))
 
@@ -152,15 +169,20 @@ def run(micro_batches: int, rounds: int, console: Console) -> dict[str, Any]:
     }  # fmt: skip
     cut = plans["gpipe"]
     console.print(cut.table())
-    alone = Job(micro_batches)
-    single: dict[str, tuple[Callable[..., Step], tuple[Any, ...]]] = {
+    job = Job(micro_batches)
+    one_process: dict[str, tuple[Callable[..., Step], tuple[Any, ...]]] = {
         f"one process, {threads} thread{'s' * (threads > 1)}": (
             plain,
-            (alone, threads, cut.channels_last, micro_batches),
+            (job, threads, cut.channels_last, micro_batches),
         )
         for threads in (1, 2)
     }
-    single["torchgpipe 0.0.7"] = (torchgpipe, (Job(micro_batches, cut),))
+    one_device = lamp3d.make_plan(
+        network(), (micro_batches, 1, SIDE, SIDE, SIDE), 1, micro_batches=micro_batches, recompute="never",
+        schedule="1f1b", channels_last=plans["1f1b"].channels_last,
+    )  # fmt: skip
+    one_process["lamp3d, one device, 1 thread"] = (one_engine, (Job(micro_batches, one_device),))
+    one_process["torchgpipe 0.0.7"] = (torchgpipe, (Job(micro_batches, cut),))
     several = {f"torch.distributed.pipelining, {how}": Job(micro_batches, cut, how) for how in ("GPipe", "1F1B")}
     several |= {f"lamp3d, {name}": Job(micro_batches, plan, name) for name, plan in plans.items()}
 
@@ -168,10 +190,10 @@ def run(micro_batches: int, rounds: int, console: Console) -> dict[str, Any]:
     context = get_context("spawn")
     seconds: dict[str, list[float]] = {}
     lines: dict[str, TimeLine] = {}
-    for name in track([*single, *several], description=f"M = {micro_batches}", console=console):
-        if name in single:
+    for name in track([*one_process, *several], description=f"M = {micro_batches}", console=console):
+        if name in one_process:
             pipe, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(*single[name], theirs))
+            process = context.Process(target=serve, args=(*one_process[name], theirs))
             process.start()
         else:
             listener = Listener()
@@ -236,26 +258,66 @@ def summarise(
     }
 
 
+def alone(measure: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns in a process of its own."""
+    context = get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_send_result, args=(theirs, measure, args))
+    process.start()
+    found = pipe.recv()
+    process.join()
+    return found
+
+
+def _send_result(pipe: Connection, measure: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    pipe.send(measure(*args))
+
+
 def main() -> None:
-    """Run all competitors, print the tables, write results.json."""
+    """Run the parts that are asked for, print what they find, keep it in results.json beside that of the others."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[8])
+    parser.add_argument("--only", nargs="+", default=["schedules"], choices=["schedules", *PARTS], metavar="PART")
     arguments = parser.parse_args()
     console = Console(width=150)
-    found = {str(m): run(m, arguments.rounds, console) for m in arguments.micro_batches}
+    path = HERE / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for part in arguments.only:
+        if part == "schedules":
+            for m in arguments.micro_batches:
+                keep(
+                    results, f"schedules, M = {m}", f"--micro-batches {m}", run(m, arguments.rounds, console), arguments
+                )
+        else:
+            found = PARTS[part](arguments.rounds)
+            console.print(part, found)
+            keep(results, part, f"--only {part}", found, arguments)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+PARTS: dict[str, Callable[[int], Any]] = {
+    "single": lambda rounds: {str(side): alone(single.measure, side, rounds) for side in (64, 96)},
+    "memory": lambda rounds: engine.measure_memory(SIDE),
+    "growth": lambda rounds: engine.measure_growth(SIDE // 2),
+    "shapes": engine.measure_shapes,
+    "ablation": lambda rounds: engine.measure_ablation(SIDE, rounds),
+    "skips": lambda rounds: engine.direct_skips(SIDE),
+}
+"""Beside the schedules: what each returns goes into results.json as it is."""
+
+
+def keep(results: dict[str, Any], part: str, options: str, found: Any, arguments: argparse.Namespace) -> None:
+    """Put what was found among the results, with the command, the commit and the machine that it comes from."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
     cpu = next((line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")), "")
-    results = {
-        "command": f"lamp3d bench pipeline --rounds {arguments.rounds} --micro-batches "
-        + " ".join(map(str, arguments.micro_batches)),
+    results[part] = {
+        "command": f"lamp3d bench pipeline {options} --rounds {arguments.rounds}",
         "commit": commit.stdout.strip(),
         "torch": torch.__version__,
-        "cpu": cpu or platform.machine(),
-        "cores": os.cpu_count(),
-        "micro_batches": found,
+        "cpu": f"{cpu or platform.machine()}, {os.cpu_count()} cores",
+        "found": found,
     }
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _cpu_lines() -> list[str]:
