@@ -8,9 +8,15 @@ the step of a U-Net-16 at 96³ (benchmarks/pipeline).
 from __future__ import annotations
 
 import ctypes
+import re
+import resource
+import sys
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 """From glibc's malloc.h."""
+
+_STATUS = Path("/proc/self/status")
 
 _TOP_PAD = 64 * 2**20
 """Bytes by which the heap grows beyond what was asked for."""
@@ -30,3 +36,12 @@ def return_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had in use."""
+    # Linux hands the peak of the process that started this one on to `getrusage`; its own status knows better.
+    if _STATUS.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text())):
+        return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

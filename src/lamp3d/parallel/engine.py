@@ -8,8 +8,6 @@ each rank derives from them what it will receive.
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from lamp3d.errors import LampError, PlanError
 from lamp3d.graph import CellGraph, infer_specs, laid_out, lay_out_weights, refuse_tied_parameters, trace
-from lamp3d.parallel.allocator import return_freed_memory
+from lamp3d.parallel.allocator import peak_resident_bytes, return_freed_memory
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
 from lamp3d.parallel.mesh import Place
@@ -127,8 +125,7 @@ class Engine:
         """Peak memory of this rank so far: allocated on CUDA, resident on CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak_resident_bytes()
 
     def step(self, images: Tensor | Sequence[Tensor] | None, targets: Any, loss_fn: LossFunction) -> Tensor:
         """Forward and backward of one mini-batch; gradients are added to the parameters' ``grad`` on their ranks.
