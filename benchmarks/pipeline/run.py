@@ -183,7 +183,9 @@ def run(micro_batches: int, rounds: int, console: Console) -> dict[str, Any]:
     )  # fmt: skip
     one_process["lamp3d, one device, 1 thread"] = (one_engine, (Job(micro_batches, one_device),))
     one_process["torchgpipe 0.0.7"] = (torchgpipe, (Job(micro_batches, cut),))
-    several = {f"torch.distributed.pipelining, {how}": Job(micro_batches, cut, how) for how in ("GPipe", "1F1B")}
+    several: dict[str, Job] = {}
+    if micro_batches >= WORKERS:  # it refuses fewer micro-batches than stages
+        several = {f"torch.distributed.pipelining, {how}": Job(micro_batches, cut, how) for how in ("GPipe", "1F1B")}
     several |= {f"lamp3d, {name}": Job(micro_batches, plan, name) for name, plan in plans.items()}
 
     # One after the other, each in processes of its own: a process that waits would keep the memory of its last step.
@@ -286,14 +288,19 @@ def main() -> None:
     for part in arguments.only:
         if part == "schedules":
             for m in arguments.micro_batches:
-                keep(
-                    results, f"schedules, M = {m}", f"--micro-batches {m}", run(m, arguments.rounds, console), arguments
-                )
+                found = run(m, arguments.rounds, console)
+                keep(results, f"schedules, M = {m}", f"--micro-batches {m}", found, arguments)
+                write(path, results)
         else:
             found = PARTS[part](arguments.rounds)
             console.print(part, found)
             keep(results, part, f"--only {part}", found, arguments)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+            write(path, results)
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Write the results, so that a part that fails loses none of those before it."""
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 PARTS: dict[str, Callable[[int], Any]] = {

@@ -26,7 +26,7 @@ def schedules(results: dict[str, Any]) -> str:
     head = ["× one thread of plain PyTorch", *(f"M = {m}" for m in counts), "seconds at M = 8", "sent at M = 8"]
     rows = []
     for name in names:
-        ratios = [f"{found[m]['over_one_thread'][name]:.2f}" for m in counts]
+        ratios = [f"{ratio:.2f}" if (ratio := found[m]["over_one_thread"].get(name)) else "" for m in counts]
         sent = found[8]["bytes_sent"].get(name.removeprefix("lamp3d, ")) if 8 in found else None
         rows.append([name, *ratios, f"{last[name]:.2f}", "" if sent is None else f"{sent / 1e6:.0f} MB"])
     return table(head, rows)
@@ -75,5 +75,7 @@ def ablation(results: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     loaded = json.loads(RESULTS.read_text())
-    for make in (schedules, single, memory, ablation):
+    if any(part.startswith(PREFIX) for part in loaded):
+        print(schedules(loaded))
+    for make in (single, memory, ablation):
         print(make(loaded))
