@@ -191,7 +191,7 @@ def test_memory_is_as_predicted() -> None:
     for rank, found in enumerate(peaks):
         for schedule, peak in found.items():
             # What is on its way depends on how the ranks keep pace, and following every tensor slows them unequally.
-            tolerance = 0.1 if schedule in ("gpipe", "1f1b") else 0.3
+            tolerance = 0.15 if schedule in ("gpipe", "1f1b") else 0.5
             assert peak == pytest.approx(plans[schedule].per_device[rank].saved_bytes, rel=tolerance), (schedule, rank)
         assert found["1f1b"] < 0.4 * found["gpipe"]
 
