@@ -149,11 +149,11 @@ class Engine:
             PlanError: the plan's schedule, or its replicas, need a loss that is a mean over cases; or the mini-batch
                 cannot be shared evenly.
         """
-        micro_batches, whole = self._announced(self._own_share(images))
+        micro_batches, whole = self._announced(images := self._own_share(images))
         shapes = [shape for shape, _ in micro_batches]
         pieces: Sequence[Tensor | None] = [None] * len(shapes)
         if self.reads_input:
-            pieces = self._pieces(self._own_share(images), whole, shapes)
+            pieces = self._pieces(images, whole, shapes)
         with self._refusals():
             programs = [self._program(shape, dtype) for shape, dtype in micro_batches]
             actions, routes = self._schedule(programs)

@@ -16,12 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lamp3d.graph import Edge
+from lamp3d.plan.costs import Held
 from lamp3d.plan.routes import AHEAD, Routes
 from lamp3d.plan.schedule import Action
 from lamp3d.plan.simulate import TimeLine
-
-Held = Mapping[str, int]
-"""Bytes by name. A value has the same name wherever it is held, so that a rank that holds it twice pays once."""
 
 
 @dataclass(frozen=True)
