@@ -56,6 +56,32 @@ class Branches(nn.Module):
         return {"late": late, "aside": [early, middle]}
 
 
+class Conditioned(nn.Module):
+    """Several inputs, by keyword: a second volume that is used late, a vector that is used twice, others left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = conv(1, 4), conv(4, 4), conv(6, 4), conv(4, 2)
+        self.shift, self.scale, self.act = nn.Linear(3, 4), nn.Linear(3, 4), nn.Tanh()
+
+    def forward(
+        self,
+        input: Tensor,
+        prior: Tensor | None = None,
+        *,
+        code: Tensor,
+        gain: float = 0.5,
+        twist: Tensor | None = None,
+    ) -> Tensor:
+        x = self.act(self.a(input) + self.shift(code)[:, :, None, None, None])
+        x = self.act(self.b(x)) * gain
+        if prior is not None:
+            x = self.c(torch.cat([x, prior], 1))
+        if twist is not None:
+            x = x * twist
+        return self.d(x * self.scale(code)[:, :, None, None, None] + x)  # type: ignore[no-any-return]
+
+
 class Chancy(nn.Module):
     """Dropout everywhere."""
 

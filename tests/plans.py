@@ -49,7 +49,7 @@ def plan_at(
     )
     plan = Plan(
         network=type(network).__name__,
-        input_shape=tuple(input_shape),
+        input_shape=input_shape if isinstance(input_shape, dict) else tuple(input_shape),
         devices=1 + max(stage.rank for stage in stages),
         device_type="cpu",
         micro_batches=micro_batches,

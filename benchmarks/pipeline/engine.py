@@ -73,7 +73,7 @@ def measure_memory(side: int) -> dict[str, Any]:
 def _memory(plans: dict[str, Plan]) -> dict[str, int]:
     peaks = {}
     for schedule, plan in plans.items():
-        engine, images = lamp3d.Engine(network(), plan), torch.randn(plan.input_shape)
+        engine, images = lamp3d.Engine(network(), plan), torch.randn(plan.image_shape)
         for _ in range(2):  # parameters' gradients are made by the first step, and belong to no action
             live = LiveBytes()
             engine.on_action = live.note
@@ -92,7 +92,7 @@ def measure_growth(side: int, steps: int = 200) -> dict[str, Any]:
 
 
 def _growth(plan: Plan, steps: int) -> tuple[int, int]:
-    engine, images = lamp3d.Engine(network(), plan), torch.randn(plan.input_shape)
+    engine, images = lamp3d.Engine(network(), plan), torch.randn(plan.image_shape)
     for _ in range(20):
         step_of(engine, images)
     before = _resident()
@@ -182,7 +182,7 @@ def measure_ablation(side: int, rounds: int) -> list[dict[str, Any]]:
 
 def _ablation(row: Row, plan: Plan, rounds: int) -> tuple[float, float, list[int]]:
     with _arithmetic(row.torchs_arithmetic), _transfers(row.blocking):
-        engine, images = lamp3d.Engine(network(), plan), torch.randn(plan.input_shape)
+        engine, images = lamp3d.Engine(network(), plan), torch.randn(plan.image_shape)
         step_of(engine, images)
         took, busy = [], []
         for _ in range(rounds):
@@ -227,7 +227,7 @@ def direct_skips(side: int, devices: Sequence[int] = (2, 3, 4, 8)) -> dict[str, 
     for count in devices:
         plan = make_plan(network(), (CASES, *shape[1:]), count, schedule="gpipe", recompute="never", repeats=1)
         straight = sum(stage.sent_bytes for stage in plan.stages)
-        specs = lamp3d.graph.infer_specs(graph, shape, torch.float32, "fp32", False, torch.device("cpu"))
+        specs = lamp3d.graph.infer_specs(graph, [(shape, torch.float32)], "fp32", False, torch.device("cpu"))
         relayed = 0
         for edge in graph.stage_edges(plan.starts):
             both_ways = 1 if edge.value in graph.inputs else 2

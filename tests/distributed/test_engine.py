@@ -17,14 +17,14 @@ from tests.distributed.workers import (
     seeded,
     volumes,
 )
-from tests.networks import Branches, Counting, InPlace
+from tests.networks import Branches, Conditioned, Counting, InPlace
 from tests.plans import plan_at
 
 Results = list[dict[str, dict[str, Finding]]]
 
 FEW = ["exactness", "every_cut", "schedules", "any_placement"]
 ALL = [check for check in CHECKS if check != "replicas"]
-PLANS = {1: ALL, 2: ALL, 3: [*FEW, "shapes", "batch_norm", "frozen", "dropped_engine"], 4: [*FEW, "replicas"]}
+PLANS = {1: ALL, 2: ALL, 3: [*FEW, "shapes", "batch_norm", "frozen", "inputs", "dropped_engine"], 4: [*FEW, "replicas"]}
 """Which checks run on how many devices; each number of devices is launched once."""
 
 
@@ -143,6 +143,18 @@ def test_an_engine_may_be_dropped_after_any_call(results: Callable[[int], Result
     assert_exact(results(devices), "dropped_engine")
 
 
+@on("inputs")
+def test_several_inputs_by_name(results: Callable[[int], Results], devices: int) -> None:
+    compared = assert_exact(results(devices), "inputs")
+    every = {name for name, _ in Conditioned().named_parameters()}
+    assert compared["three gpipe"] == compared["list"] == compared["after refusals"] == every
+    assert compared["two, in another order 1f1b"] == every - {"c.weight", "c.bias"}
+    for rank, checks in enumerate(results(devices)):
+        for name, says in (("names", "given code, input; pass those"), ("batch", "have batches of [3, 4]")):
+            refusal = checks["inputs"][f"refused: {name}"].says
+            assert says in refusal if rank == 0 else "worker 0 has refused the mini-batch" in refusal
+
+
 @on("refusals")
 def test_what_cannot_be_run_is_refused(results: Callable[[int], Results], devices: int) -> None:
     for rank in results(devices):
@@ -204,8 +216,10 @@ def test_replicas_of_a_pipeline_make_one_step(results: Callable[[int], Results],
         assert compared[f"{schedule} never step 2"] == compared[f"{schedule} always step 1"] == everything
     assert compared["list"] == everything
     assert {"0.twice.weight", "0.twice.bias"} < compared["tied folded"] & compared["tied zero_bubble_v"]
-    for rank in results(devices):
+    for index, rank in enumerate(results(devices)):
         findings = rank["replicas"]
         assert not any(finding.facts.get("hooks") for finding in findings.values())
         assert "a loss that is a mean over cases" in findings["refused: loss"].says
-        assert "a mini-batch of 3 cannot be shared evenly among 2 replicas" in findings["refused: uneven"].says
+        refused = findings["refused: uneven"].says
+        first = index % 2 == 0  # of its pipeline
+        assert ("a mini-batch of 3 cannot be shared evenly among 2 replicas" if first else "has refused") in refused

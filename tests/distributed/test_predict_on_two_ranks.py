@@ -41,7 +41,8 @@ def predict(plan: Plan) -> list[tuple[Volume | None, list[torch.Tensor | None]]]
 
 def test_two_ranks_predict_what_one_does():
     net = network()
-    plans = [make_plan(net, (2, 1, 32, 16, 16), devices=k, micro_batches=2, repeats=1) for k in (1, 2)]
+    shape = (2, 1, 32, 16, 16)
+    plans = [make_plan(net, shape, devices=k, micro_batches=2, channels_last=False, repeats=1) for k in (1, 2)]
     alone = predict(plans[0])
     first, last = launch(predict, devices=2, args=(plans[1],))
     assert first == [(None, [None, None])] * len(WINDOWS)

@@ -28,7 +28,7 @@ from lamp3d.parallel.footprint import LiveBytes
 from lamp3d.parallel.step import LossFunction
 from lamp3d.plan import SCHEDULES, Plan
 from lamp3d.plan.schedule import PLACEMENTS
-from tests.networks import Branches, Chancy, Counting, InPlace, RandomDag, Shaped, Sided, Tied, conv
+from tests.networks import Branches, Chancy, Conditioned, Counting, InPlace, RandomDag, Shaped, Sided, Tied, conv
 from tests.plans import cell_names, plan_at, random_starts
 
 SHAPE = (4, 1, 16, 16, 32)
@@ -105,11 +105,11 @@ class Plain:
 def run_plain(network: nn.Module, images: Any, targets: Any, loss_of: LossFunction = squared) -> Plain:
     """One step of a copy of the network, on this process alone."""
     network = copy.deepcopy(network)
-    if isinstance(images, Tensor):
-        output = network(images)
+    if isinstance(images, Tensor | dict):
+        output = network(**images) if isinstance(images, dict) else network(images)
         loss = loss_of(output, targets)
     else:
-        output = [network(image) for image in images]
+        output = [network(**image) if isinstance(image, dict) else network(image) for image in images]
         loss = torch.stack([squared(o, t) for o, t in zip(output, targets, strict=True)]).mean()
     loss.backward()
     return Plain(
@@ -393,6 +393,40 @@ def check_frozen() -> dict[str, Finding]:
     return findings
 
 
+def check_inputs() -> dict[str, Finding]:
+    """Several inputs by name, some left at their defaults: mini-batches, lists, forward, stream, refusals."""
+    findings = {}
+    network = seeded(Conditioned)
+    images, targets = volumes((4, 1, 16, 16, 16))
+    prior = volumes((4, 2, 16, 16, 16), seed=2)[0]
+    code = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
+    given = {"input": images, "prior": prior, "code": code}
+    some = {"code": code, "input": images}
+    for name, inputs in (("three", given), ("two, in another order", some)):
+        shapes = {key: tuple(tensor.shape) for key, tensor in inputs.items()}
+        for seed, schedule in enumerate(("gpipe", "1f1b")):
+            starts = random_starts(len(cell_names(network, shapes)), world(), seed)
+            plan = plan_at(network, shapes, starts, 2 + seed, schedule=schedule)
+            findings[f"{name} {schedule}"] = one_step(network, plan, inputs, targets, loss_fn=by_case, forward=True)
+    plan = plan_at(network, {key: tuple(tensor.shape) for key, tensor in given.items()}, starts, 2)
+    listed = [{key: tensor[i : i + 1, ..., : 8 + i] if tensor.dim() == 5 else tensor[i : i + 1]
+               for key, tensor in given.items()} for i in range(3)]  # fmt: skip
+    findings["list"] = one_step(network, plan, listed, [targets[i : i + 1, ..., : 8 + i] for i in range(3)])
+    engine = Engine(copy.deepcopy(network), plan)
+    plain = run_plain(network, listed, [targets[i : i + 1, ..., : 8 + i] for i in range(3)])
+    outputs = list(engine.stream(listed if engine.reads_input else [None] * 3))
+    if engine.holds_output:
+        findings["stream"] = Finding({"output": relative(outputs, plain.output)})
+    for name, wrong in (("names", some), ("batch", {**given, "code": code[:3]})):
+        try:
+            engine.forward(wrong)
+        except (PlanError, ConfigError) as error:
+            findings[f"refused: {name}"] = Finding(says=str(error))
+    loss = engine.step(given, targets, squared)
+    findings["after refusals"] = compare(engine, run_plain(network, given, targets), loss)
+    return findings
+
+
 def check_dropped_engine() -> dict[str, Finding]:
     """An engine may be dropped as soon as its call returns, also while the last rank has yet to begin that call."""
     network = seeded(lambda: nn.Sequential(conv(1, 2), conv(2, 2), conv(2, 2)))
@@ -573,6 +607,7 @@ CHECKS: dict[str, Callable[[], dict[str, Finding]]] = {
         check_dropout,
         check_batch_norm,
         check_frozen,
+        check_inputs,
         check_dropped_engine,
         check_refusals,
         check_reduced_precision,

@@ -149,7 +149,7 @@ def test_layouts_are_predicted(precision: str, channels_last: bool) -> None:
     network = SEUNet(1, 2, filters=4)
     lay_out_weights(network, channels_last)
     graph = trace(network, (1, 1, 32, 32, 32))
-    specs = infer_specs(graph, (1, 1, 32, 32, 32), torch.float32, precision, channels_last, CPU)
+    specs = infer_specs(graph, [((1, 1, 32, 32, 32), torch.float32)], precision, channels_last, CPU)
     image = torch.randn(1, 1, 32, 32, 32)
     seen = {}
 

@@ -108,7 +108,7 @@ def test_what_is_no_tensor_does_not_cross_a_cut() -> None:
             return nn.functional.interpolate(self.b(y), size=size)
 
     graph = trace(Sizes(), SMALL)
-    specs = infer_specs(graph, SMALL, torch.float32, "fp32", False, torch.device("cpu"))
+    specs = infer_specs(graph, [(SMALL, torch.float32)], "fp32", False, torch.device("cpu"))
     assert all(edge.value in specs for edge in graph.edges)
     torch.testing.assert_close(
         run_stages(graph, list(range(len(graph.cells))), torch.ones(SMALL)), graph.root(torch.ones(SMALL))
@@ -123,7 +123,7 @@ def test_predicted_values_are_the_real_ones(kind: type[nn.Module], precision: st
     network = kind(1, 2, filters=2).to(memory_format=layout)
     next(network.parameters()).requires_grad_(False)
     graph = trace(network, SHAPE)
-    specs = infer_specs(graph, (2, *SHAPE[1:]), torch.float32, precision, channels_last, torch.device("cpu"))
+    specs = infer_specs(graph, [((2, *SHAPE[1:]), torch.float32)], precision, channels_last, torch.device("cpu"))
     values = {graph.inputs[0]: torch.randn(2, *SHAPE[1:]).contiguous(memory_format=layout)}
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
         for stage in graph.cut(range(len(graph.cells))):
@@ -144,7 +144,7 @@ def test_tracing_changes_nothing() -> None:
     modes = [module.training for module in network.modules()]
     state = torch.get_rng_state()
     graph = trace(network, SMALL)
-    infer_specs(graph, SMALL, torch.float32, "fp32", False, torch.device("cpu"))
+    infer_specs(graph, [(SMALL, torch.float32)], "fp32", False, torch.device("cpu"))
     for (name, new), old in zip(network.state_dict().items(), before.state_dict().values(), strict=True):
         assert torch.equal(new, old), name
     assert [module.training for module in network.modules()] == modes
@@ -255,9 +255,10 @@ class TwoInputs(nn.Module):
         (Branching(), SMALL, r"^Branching cannot be traced by torch\.fx: .* must not branch on the values"),
         (Overwriting(), SMALL, r"'mul_' changes the network's input in place; .*x\.clone\(\)"),
         (nn.Sequential(nn.ReLU(inplace=True)), SMALL, "changes the network's input in place"),
-        (TwoInputs(), SMALL, r"takes 2 inputs \(x, y\)"),
-        (UNet(1, 2, filters=1), (1, 1, 16, 16, 20), r"^UNet does not accept an input of shape \(1, 1, 16, 16, 20\)"),
-        (UNet(1, 2, filters=1), (1, 3, 16, 16, 32), r"^UNet does not accept an input of shape \(1, 3, 16, 16, 32\)"),
+        (TwoInputs(), SMALL, r"^TwoInputs cannot be called with the inputs x: .*'y'"),
+        (TwoInputs(), {"x": SMALL, "z": SMALL}, r"^TwoInputs cannot be called with the inputs x, z: .*'z'"),
+        (UNet(1, 2, filters=1), (1, 1, 16, 16, 20), r"^UNet does not accept an input of 1×1×16×16×20"),
+        (UNet(1, 2, filters=1), (1, 3, 16, 16, 32), r"^UNet does not accept an input of 1×3×16×16×32"),
     ],
 )
 def test_what_cannot_be_split_is_refused(network: nn.Module, shape: tuple[int, ...], says: str) -> None:

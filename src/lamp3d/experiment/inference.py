@@ -143,9 +143,9 @@ def _inference_plan(run: Run, devices: int, window: Window) -> Plan:
     if last.devices != devices or last.device_type != device_type():
         network = run.network()
         # There is one way to cut a network into one stage, so that a small volume shows it as well as a large one.
-        sides = last.input_shape[2:] if devices > 1 else (2 * network.divisor,) * 3
+        sides = last.image_shape[2:] if devices > 1 else (2 * network.divisor,) * 3
         same_layout = last.channels_last if last.device_type == device_type() else None
-        shape = (1, last.input_shape[1], *sides)
+        shape = (1, last.image_shape[1], *sides)
         last = make_plan(network, shape, devices, precision=last.precision, channels_last=same_layout, repeats=1)
     in_flight = 1 if window is None else 2 * devices
     return last.model_copy(update={"micro_batches": in_flight, "recompute": "never"})

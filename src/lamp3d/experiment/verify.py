@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lamp3d.errors import ConfigError
+from lamp3d.graph.inputs import arguments, batch_of, shapes_by_name
 from lamp3d.parallel import Engine, launch, mean_over_cases
 from lamp3d.plan import Plan, TimeLine
 
@@ -84,20 +86,22 @@ def _work(make_network: Callable[[], nn.Module], plan: Plan, dtype: str) -> Rank
     torch.manual_seed(0)
     network = make_network().to(getattr(torch, dtype)).train()
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(plan.input_shape, generator=generator, dtype=getattr(torch, dtype))
-    targets = torch.randn(images.shape[0], generator=generator, dtype=images.dtype)
+    make = partial(torch.randn, generator=generator, dtype=getattr(torch, dtype))
+    inputs = {name: make(shape) for name, shape in shapes_by_name(plan.input_shape, network).items()}
+    targets = make(batch_of(plan.input_shape))
     engine = Engine(copy.deepcopy(network), plan)
-    given = images if engine.reads_input else None, targets if engine.holds_output else None
+    given = inputs if engine.reads_input else None, targets if engine.holds_output else None
     engine.step(*given, _loss)
     bytes_sent, peak_bytes = engine.bytes_sent, engine.peak_bytes()
     for parameter in engine.parameters.values():
         parameter.grad = None
     loss = engine.step(*given, _loss)
     line = engine.time_line()
-    output = engine.forward(images if engine.reads_input else None)
+    output = engine.forward(inputs if engine.reads_input else None)
 
-    network, images, targets = network.to(engine.device), images.to(engine.device), targets.to(engine.device)
-    plain_output = network(images)
+    network, targets = network.to(engine.device), targets.to(engine.device)
+    args, kwargs = arguments(network, {name: tensor.to(engine.device) for name, tensor in inputs.items()})
+    plain_output = network(*args, **kwargs)
     plain_loss = _loss(plain_output, targets)
     torch.autograd.backward(plain_loss)
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}

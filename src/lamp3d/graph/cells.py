@@ -97,6 +97,7 @@ class CellGraph:
         placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
         output = next(node for node in root.graph.nodes if node.op == "output")
         self.inputs: tuple[str, ...] = tuple(node.name for node in placeholders)
+        self.input_names: tuple[str, ...] = tuple(node.target for node in placeholders)
         self._output_structure: Any = output.args[0]
         self.outputs: tuple[str, ...] = tuple(dict.fromkeys(node.name for node in output.all_input_nodes))
         self.edges: tuple[Edge, ...] = self._cell_edges()

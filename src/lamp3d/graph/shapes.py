@@ -13,6 +13,10 @@ from torch.func import functional_call
 
 from lamp3d.graph.arithmetic import arithmetic
 from lamp3d.graph.cells import CellGraph
+from lamp3d.graph.inputs import Shape
+
+InputSpec = tuple[Shape, torch.dtype]
+"""Shape and dtype of an input."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,14 @@ class _Runner(nn.Module):
         self.root = interpreter.module
         self.interpreter = interpreter
 
-    def forward(self, image: Tensor) -> Any:
-        return self.interpreter.run(image)
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.interpreter.run(*inputs)
 
 
 def dry_run(
     interpreter: fx.Interpreter,
-    input_shape: Sequence[int],
+    inputs: Sequence[InputSpec],
     *,
-    dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     channels_last: bool = False,
 ) -> None:
@@ -63,10 +66,9 @@ def dry_run(
 
     Args:
         interpreter: of the graph, noting what it wants to know.
-        input_shape: (B, C, D, H, W).
-        dtype: of the input; by default the parameters'.
+        inputs: shape and dtype of each of the network's inputs.
         device: on which everything is supposed to lie; by default that of the parameters.
-        channels_last: layout of the input.
+        channels_last: layout of the inputs that are volumes.
     """
     root = interpreter.module
     assert isinstance(root, nn.Module)
@@ -76,23 +78,20 @@ def dry_run(
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             stand_ins[f"root.{name}"] = fake.requires_grad_(tensor.requires_grad)
-        if dtype is None:
-            dtype = next((parameter.dtype for parameter in root.parameters()), torch.float32)
-        image = torch.empty(tuple(input_shape), dtype=dtype, device=device)
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs]
         if channels_last:
-            image = laid_out(image, True)
-        functional_call(_Runner(interpreter), stand_ins, (image,))
+            tensors = [laid_out(tensor, True) for tensor in tensors]
+        functional_call(_Runner(interpreter), stand_ins, tuple(tensors))
 
 
 def infer_specs(
     graph: CellGraph,
-    input_shape: Sequence[int],
-    dtype: torch.dtype,
+    inputs: Sequence[InputSpec],
     precision: str,
     channels_last: bool,
     device: torch.device,
 ) -> dict[str, ValueSpec]:
-    """The :class:`ValueSpec` of every tensor in the graph for an input of this shape and dtype on such a device.
+    """The :class:`ValueSpec` of every tensor in the graph for inputs of these shapes and dtypes on such a device.
 
     The layout is a prediction that both ends of a transfer share; a sender brings its tensor into that layout.
     """
@@ -108,7 +107,7 @@ def infer_specs(
             return result
 
     with torch.enable_grad(), arithmetic(device, precision):
-        dry_run(Recorder(graph.root), input_shape, dtype=dtype, device=device, channels_last=channels_last)
+        dry_run(Recorder(graph.root), inputs, device=device, channels_last=channels_last)
     return specs
 
 

@@ -21,28 +21,26 @@ from torch.utils import _pytree as pytree
 
 from lamp3d.errors import ConfigError
 from lamp3d.graph.cells import Cell, CellGraph
+from lamp3d.graph.inputs import InputShape, Shape, input_text, shapes_by_name
 from lamp3d.graph.shapes import dry_run, module_device
 from lamp3d.graph.tracer import ShapedTracer, attribute
 
 
-def trace(network: nn.Module, input_shape: Sequence[int]) -> CellGraph:
+def trace(network: nn.Module, input_shape: InputShape) -> CellGraph:
     """Trace ``network`` into cells, in the mode (training or evaluation) that it is in.
 
     Args:
-        network: any module that takes one tensor and does not branch on values; it is not changed.
-        input_shape: (B, C, D, H, W) of an input that the network accepts.
+        network: any module that takes tensors and does not branch on values; it is not changed.
+        input_shape: (B, C, D, H, W) of an input that the network accepts; or of several, by name.
 
     Raises:
         ConfigError: the network cannot be traced, does not accept such an input, or changes it in place.
     """
-    root, reads_shape, changes_with_mode = _traced(network, input_shape)
-    placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]
-    if len(placeholders) != 1:
-        names = ", ".join(node.name for node in placeholders)
-        raise ConfigError(f"the network takes {len(placeholders)} inputs ({names}); lamp3d can split those with one.")
+    input_shapes = shapes_by_name(input_shape, network)
+    root, reads_shape, changes_with_mode = _traced(network, input_shapes)
     nodes = _sink_attributes(root)
     recorder = _Recorder(root)
-    recorder.dry_run(network, input_shape)
+    recorder.dry_run(network, input_shapes)
     cells: list[Cell] = []
     begin = 0
     may_cut = recorder.cuts(nodes)
@@ -53,7 +51,7 @@ def trace(network: nn.Module, input_shape: Sequence[int]) -> CellGraph:
     return CellGraph(root, cells, reads_shape=reads_shape, changes_with_mode=changes_with_mode)
 
 
-def _traced(network: nn.Module, input_shape: Sequence[int]) -> tuple[fx.GraphModule, bool, bool]:
+def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.GraphModule, bool, bool]:
     """The traced network, whether it has looked at the input's shape, and whether the other mode is another graph."""
     twin = _twin(network)
     dtype = next((parameter.dtype for parameter in twin.parameters()), torch.float32)
@@ -63,7 +61,7 @@ def _traced(network: nn.Module, input_shape: Sequence[int]) -> tuple[fx.GraphMod
         for other_mode in (True, False):
             for module, original in zip(twin.modules(), network.modules(), strict=True):
                 module.training = original.training != other_mode
-            tracer = ShapedTracer(input_shape, dtype, module_device(twin))
+            tracer = ShapedTracer(input_shapes, dtype, module_device(twin))
             graphs.append((tracer.trace(twin), tracer.constants))
             reads_shape |= tracer.reads_shape
     except (fx.proxy.TraceError, DataDependentOutputException) as error:
@@ -71,12 +69,12 @@ def _traced(network: nn.Module, input_shape: Sequence[int]) -> tuple[fx.GraphMod
             f"{type(network).__name__} cannot be traced by torch.fx: {error}. Its forward must not branch on the "
             "values of a tensor."
         ) from error
-    except TypeError as error:  # it takes something else than one tensor
-        raise ConfigError(f"{type(network).__name__} cannot be called with one tensor: {error}") from error
-    except Exception as error:
+    except TypeError as error:  # it takes something else
         raise ConfigError(
-            f"{type(network).__name__} does not accept an input of shape {tuple(input_shape)}: {error}"
+            f"{type(network).__name__} cannot be called with the inputs {', '.join(input_shapes)}: {error}"
         ) from error
+    except Exception as error:
+        raise _does_not_accept(network, input_shapes, error) from error
     other, graph = (fx.GraphModule(_targets(network, graph, constants), graph) for graph, constants in graphs)
     graph.training = network.training
     return graph, reads_shape, other.code != graph.code
@@ -130,15 +128,14 @@ class _Recorder(fx.Interpreter):
         self.n_inputs = sum(node.op == "placeholder" for node in root.graph.nodes)
         self.keep: list[Any] = []  # every result: a freed storage's address may be used again
 
-    def dry_run(self, network: nn.Module, input_shape: Sequence[int]) -> None:
+    def dry_run(self, network: nn.Module, input_shapes: dict[str, Shape]) -> None:
+        dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
         try:
-            dry_run(self, input_shape)
+            dry_run(self, [(shape, dtype) for shape in input_shapes.values()])
         except ConfigError:
             raise
         except Exception as error:
-            raise ConfigError(
-                f"{type(network).__name__} does not accept an input of shape {tuple(input_shape)}: {error}"
-            ) from error
+            raise _does_not_accept(network, input_shapes, error) from error
 
     def run_node(self, node: fx.Node) -> Any:
         if node.op == "output":
@@ -172,6 +169,11 @@ class _Recorder(fx.Interpreter):
             crossing = (other for other, end in last.items() if self.position[other] < here <= end)
             allowed.append(apart and all(self.is_tensor[other] and other.op != "get_attr" for other in crossing))
         return allowed
+
+
+def _does_not_accept(network: nn.Module, input_shapes: dict[str, Shape], error: Exception) -> ConfigError:
+    shown = input_text(input_shapes if len(input_shapes) > 1 else next(iter(input_shapes.values())))
+    return ConfigError(f"{type(network).__name__} does not accept an input of {shown}: {error}")
 
 
 def _tensors(value: Any) -> list[Tensor]:

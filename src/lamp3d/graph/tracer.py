@@ -8,7 +8,7 @@ What the network reads of the shape becomes part of the graph, which then holds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
+
+from lamp3d.graph.inputs import arguments
 
 VALUE = "lamp3d_value"
 """Where a node's ``meta`` keeps what it evaluates to: fake tensors, or containers of them."""
@@ -25,23 +27,23 @@ _FREE_OF_EXTENTS = {"dim", "ndim", "ndimension", "dtype", "device", "is_cuda", "
 
 
 class ShapedTracer(fx.Tracer):
-    """Traces a module that takes one tensor.
+    """Traces a module that takes tensors.
 
     Args:
-        input_shape: (B, C, D, H, W).
-        dtype: of the input.
-        device: on which parameters and input lie.
+        input_shapes: of each input, by the name of ``forward``'s parameter; the first is passed by its place.
+        dtype: of the inputs.
+        device: on which parameters and inputs lie.
 
     Attributes:
         reads_shape: whether the network's code has looked at an extent, so that the graph may hold for this shape only.
         constants: tensors that the network's code has made and used, by the names that they have in the graph.
     """
 
-    def __init__(self, input_shape: Sequence[int], dtype: torch.dtype, device: torch.device):
+    def __init__(self, input_shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.reads_shape = False
         self.constants: dict[str, Tensor] = {}
-        self._input_shape, self._dtype, self._device = tuple(input_shape), dtype, device
+        self._input_shapes, self._dtype, self._device = dict(input_shapes), dtype, device
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._evaluating = False
 
@@ -51,6 +53,14 @@ class ShapedTracer(fx.Tracer):
         for node in graph.nodes:
             node.meta.pop(VALUE, None)
         return graph
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """What to call to trace: ``forward`` with the inputs, its other parameters at their defaults."""
+        inputs = {name: self.create_proxy("placeholder", name, (), {}) for name in self._input_shapes}
+        args, kwargs = arguments(self.root, inputs)
+        return lambda root: root_fn(root, *args, **kwargs), [self.root]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """torch's own layers, and einops's, which look at the type of what they are given."""
@@ -104,7 +114,7 @@ class ShapedTracer(fx.Tracer):
         try:
             with self._fakes, torch.no_grad():
                 if kind == "placeholder":
-                    return torch.empty(self._input_shape, dtype=self._dtype, device=self._device)
+                    return torch.empty(tuple(self._input_shapes[target]), dtype=self._dtype, device=self._device)
                 if kind == "get_attr":
                     return self._fakes.from_tensor(attribute(self.root, target))
                 if kind == "call_module":

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lamp3d.errors import ConfigError
+from lamp3d.errors import ConfigError, PlanError
+from lamp3d.graph.shapes import InputSpec
 
-MicroBatchSpec = tuple[tuple[int, ...], torch.dtype]
+MicroBatchSpec = tuple[InputSpec, ...]
+"""Shape and dtype of every input of one micro-batch."""
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int16, torch.int32)
 _TAG = 2**30  # beyond the tags of values
@@ -30,24 +32,28 @@ class Announcer:
         self._pending: deque[tuple[dist.Work, Tensor]] = deque()
 
     def announce(self, micro_batches: Sequence[MicroBatchSpec], whole: bool) -> None:
-        """Tell the other ranks the shape and dtype of every micro-batch to come; returns at once.
+        """Tell the other ranks the shapes and dtypes of every micro-batch to come; returns at once.
 
         Args:
-            micro_batches: shape and dtype of each.
-            whole: whether they are pieces of one tensor.
+            micro_batches: of each.
+            whole: whether they are pieces of one mini-batch.
+
+        Raises:
+            ConfigError: a dtype that cannot be announced.
         """
-        for _, dtype in micro_batches:
-            if dtype not in _DTYPES:
-                raise ConfigError(f"images of {dtype} cannot be given to the engine; convert them to float32.")
-        head = torch.tensor([len(micro_batches), len(micro_batches[0][0]), int(whole)])
-        body = torch.tensor([[*shape, _DTYPES.index(dtype)] for shape, dtype in micro_batches])
-        for worker in self._others:
-            for offset, message in enumerate((head, body)):
-                work = dist.isend(message, worker, tag=_TAG + offset)
-                assert work is not None
-                self._pending.append((work, message))
-        while len(self._pending) > _PENDING:
-            self._pending.popleft()[0].wait()
+        body = [len(micro_batches), int(whole)]
+        for inputs in micro_batches:
+            body.append(len(inputs))
+            for shape, dtype in inputs:
+                if dtype not in _DTYPES:
+                    raise ConfigError(f"images of {dtype} cannot be given to the engine; convert them to float32.")
+                body += [_DTYPES.index(dtype), len(shape), *shape]
+        self._send([len(body)], body)
+
+    def refuse(self) -> None:
+        """Tell the other ranks that there is nothing to come, and wait until they have heard."""
+        self._send([0])
+        self.flush()
 
     def flush(self) -> None:
         """Wait until all announcements have been heard: one that is dropped earlier never arrives."""
@@ -55,10 +61,36 @@ class Announcer:
             self._pending.popleft()[0].wait()
 
     def hear(self) -> tuple[list[MicroBatchSpec], bool]:
-        """What :meth:`announce` said on the first worker."""
-        head = torch.empty(3, dtype=torch.int64)
-        dist.recv(head, self._first, tag=_TAG)
-        count, dimensions, whole = (int(number) for number in head)
-        body = torch.empty((count, dimensions + 1), dtype=torch.int64)
-        dist.recv(body, self._first, tag=_TAG + 1)
-        return [(tuple(row[:-1]), _DTYPES[row[-1]]) for row in body.tolist()], bool(whole)
+        """What :meth:`announce` said on the first worker.
+
+        Raises:
+            PlanError: it has refused what it was given.
+        """
+        (length,) = self._receive(1, 0)
+        if not length:
+            raise PlanError(f"worker {self._first} has refused the mini-batch; its own message says why.")
+        numbers = iter(self._receive(length, 1))
+        count, whole = next(numbers), bool(next(numbers))
+        micro_batches = []
+        for _ in range(count):
+            inputs = []
+            for _ in range(next(numbers)):
+                dtype, dimensions = _DTYPES[next(numbers)], next(numbers)
+                inputs.append((tuple(next(numbers) for _ in range(dimensions)), dtype))
+            micro_batches.append(tuple(inputs))
+        return micro_batches, whole
+
+    def _send(self, *messages: list[int]) -> None:
+        for worker in self._others:
+            for offset, numbers in enumerate(messages):
+                message = torch.tensor(numbers)
+                work = dist.isend(message, worker, tag=_TAG + offset)
+                assert work is not None
+                self._pending.append((work, message))
+        while len(self._pending) > _PENDING:
+            self._pending.popleft()[0].wait()
+
+    def _receive(self, length: int, offset: int) -> list[int]:
+        message = torch.empty(length, dtype=torch.int64)
+        dist.recv(message, self._first, tag=_TAG + offset)
+        return [int(number) for number in message]

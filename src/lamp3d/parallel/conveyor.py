@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -28,16 +29,16 @@ class Conveyor:
     def __init__(self, rank: Rank):
         self._rank = rank
         self._programs: list[Program] = []
-        self._images: dict[int, Tensor] = {}
+        self._inputs: dict[int, Mapping[str, Tensor]] = {}
         self._values: dict[tuple[str, int], tuple[Tensor | Receipt, int]] = {}
         # Messages of one tick, in the order in which their makers' ranks send them.
         self._edges = sorted(rank.edges, key=lambda edge: -edge.maker)
         self._tick = 0
 
-    def put(self, program: Program, image: Tensor | None) -> None:
+    def put(self, program: Program, inputs: Mapping[str, Tensor] | None) -> None:
         """One more micro-batch; a rank that does not read the input may learn of it one tick later than it begins."""
-        if image is not None:
-            self._images[len(self._programs)] = image
+        if inputs is not None:
+            self._inputs[len(self._programs)] = inputs
         self._programs.append(program)
 
     @property
@@ -75,7 +76,7 @@ class Conveyor:
         rank, program = self._rank, self._programs[micro_batch]
         values: dict[str, Tensor] = {}
         if stage == 0:
-            values[program.graph.inputs[0]] = self._images.pop(micro_batch)
+            values |= self._inputs.pop(micro_batch)
         for edge in rank.incoming(stage):
             values[edge.value] = self._take(edge.value, micro_batch)
         values |= rank.runners[stage].infer(program.stages[stage], values)

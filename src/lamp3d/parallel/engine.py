@@ -17,13 +17,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lamp3d.errors import LampError, PlanError
-from lamp3d.graph import CellGraph, infer_specs, laid_out, lay_out_weights, refuse_tied_parameters, trace
+from lamp3d.graph import CellGraph, infer_specs, lay_out_weights, refuse_tied_parameters, trace
+from lamp3d.graph.inputs import Shape, batch_of, input_text, with_batch
 from lamp3d.parallel.allocator import peak_resident_bytes, return_freed_memory
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
+from lamp3d.parallel.handout import Handout, Inputs
 from lamp3d.parallel.mesh import Place
 from lamp3d.parallel.replicas import GradientSum
-from lamp3d.parallel.shares import micro_batch_sizes, own_share, share_of
+from lamp3d.parallel.shares import own_share
 from lamp3d.parallel.stage import StageCells, StageRunner
 from lamp3d.parallel.step import LossFunction, MiniBatch, MiniBatchLoss, Program, Rank, concatenate
 from lamp3d.parallel.transfer import Transfer
@@ -62,7 +64,7 @@ class Engine:
         if plan.ranks[0] != 0:
             raise PlanError(f"a plan's first stage must lie on device 0, where the images are, not on {plan.ranks[0]}.")
         self.device = _own_device(plan)
-        self.graph = trace(network, share_of(plan.input_shape, plan.data))
+        self.graph = trace(network, with_batch(plan.input_shape, batch_of(plan.input_shape) // plan.data))
         _check_cells(self.graph.cells, plan)
         refuse_tied_parameters(self.graph.cut(plan.starts), plan.ranks)
         if plan.micro_batches > 1:
@@ -82,7 +84,10 @@ class Engine:
         self.buffers = {n: b for cells in own.values() for n, b in cells.whole.buffers_by_name().items()}
         self._stage_parameters = {i: list(cells.whole.parameters_by_name().values()) for i, cells in own.items()}
         self._announcer = Announcer(self._place.pipeline)
-        self._traced = {(plan.input_shape if self.graph.reads_shape else None): (self.graph, own)}
+        self._handout = Handout(self.graph, plan, self._place, self.device, self._announcer)
+        self._graphs: dict[tuple[Shape, ...] | None, tuple[CellGraph, dict[int, StageCells]]] = {}
+        if not self.graph.reads_shape:
+            self._graphs[None] = self.graph, own
         self._programs: dict[tuple[object, ...], Program] = {}
         self._schedules: dict[tuple[object, ...], tuple[list[list[Action]], Routes]] = {}
         self._times: list[tuple[Action, float, float]] = []
@@ -127,18 +132,18 @@ class Engine:
             return torch.cuda.max_memory_allocated(self.device)
         return peak_resident_bytes()
 
-    def step(self, images: Tensor | Sequence[Tensor] | None, targets: Any, loss_fn: LossFunction) -> Tensor:
+    def step(self, inputs: Inputs | Sequence[Inputs] | None, targets: Any, loss_fn: LossFunction) -> Tensor:
         """Forward and backward of one mini-batch; gradients are added to the parameters' ``grad`` on their ranks.
 
         Every replica is given the whole mini-batch, and takes its share.
 
         Args:
-            images: (B, C, D, H, W), cut into the plan's micro-batches (evenly, the first ones one larger where M does
-                not divide B); or a sequence of such tensors of any shapes, each of them one micro-batch.
-                Needed where ``reads_input``.
-            targets: what ``loss_fn`` takes beside the output; a sequence of the same length if ``images`` is one.
+            inputs: (B, C, D, H, W), or such tensors by the names of ``forward``'s parameters, cut into the plan's
+                micro-batches (evenly, the first ones one larger where M does not divide B); or a sequence of such
+                inputs of any shapes, each of them one micro-batch. Needed where ``reads_input``.
+            targets: what ``loss_fn`` takes beside the output; a sequence of the same length if ``inputs`` is one.
                 Needed where ``holds_output``.
-            loss_fn: ``loss_fn(output, targets)`` -> 0-dim. For one tensor it sees the whole mini-batch, so any
+            loss_fn: ``loss_fn(output, targets)`` -> 0-dim. For one mini-batch it sees the whole mini-batch, so any
                 function of it is exact, unless it is declared to be a mean over cases (``lamp3d.mean_over_cases``): it
                 is then called a micro-batch at a time. For a sequence the loss is the mean over its elements.
 
@@ -149,24 +154,19 @@ class Engine:
             PlanError: the plan's schedule, or its replicas, need a loss that is a mean over cases; or the mini-batch
                 cannot be shared evenly.
         """
-        micro_batches, whole = self._announced(images := self._own_share(images))
-        shapes = [shape for shape, _ in micro_batches]
-        pieces: Sequence[Tensor | None] = [None] * len(shapes)
-        if self.reads_input:
-            pieces = self._pieces(images, whole, shapes)
+        micro_batches = self._handout.micro_batches(inputs, shared=True)
         with self._refusals():
-            programs = [self._program(shape, dtype) for shape, dtype in micro_batches]
+            programs = [self._program(spec) for spec in micro_batches.specs]
             actions, routes = self._schedule(programs)
-            sizes = [shape[0] for shape in shapes]
             loss = MiniBatchLoss(
                 loss_fn,
-                self._own_share(targets),
-                sizes,
-                listed=not whole,
+                own_share(targets, self.replica, self.plan.data),
+                [shape[0] for (shape, _), *_ in micro_batches.specs],
+                listed=not micro_batches.whole,
                 at_end=_loss_at_end(actions, self._rank),
                 replicas=self.plan.data,
             )
-        step = MiniBatch(self._rank, actions, programs, pieces, routes)
+        step = MiniBatch(self._rank, actions, programs, micro_batches.inputs, routes)
         gradients = None
         if self.plan.data > 1:
             gradients = GradientSum(self._place.data_group, self._stage_parameters)
@@ -198,21 +198,19 @@ class Engine:
         zero = min((begin for rank in times for _, begin, _ in rank), default=0.0)
         return TimeLine(tuple(tuple((action, b - zero, e - zero) for action, b, e in rank) for rank in times))
 
-    def forward(self, images: Tensor | Sequence[Tensor] | None) -> Any:
+    def forward(self, inputs: Inputs | Sequence[Inputs] | None) -> Any:
         """The network's output without gradients, on the rank that holds it; None on the others.
 
         Replicas all compute the same.
 
         Args:
-            images: as for :meth:`step`; for a sequence the output is the list of outputs.
+            inputs: as for :meth:`step`; for a sequence the output is the list of outputs.
         """
-        micro_batches, whole = self._announced(images)
-        shapes = [shape for shape, _ in micro_batches]
-        pieces = self._pieces(images, whole, shapes) if self.reads_input else [None] * len(shapes)
+        micro_batches = self._handout.micro_batches(inputs)
         conveyor = Conveyor(self._rank)
         with self._refusals():
-            for micro_batch, piece in zip(micro_batches, pieces, strict=True):
-                conveyor.put(self._program(*micro_batch), piece)
+            for spec, piece in zip(micro_batches.specs, micro_batches.inputs, strict=True):
+                conveyor.put(self._program(spec), piece)
         outputs = []
         while conveyor.unfinished:
             done, output = conveyor.advance()
@@ -220,14 +218,14 @@ class Engine:
         self._flush()
         if not self.holds_output:
             return None
-        return concatenate(outputs) if whole else outputs
+        return concatenate(outputs) if micro_batches.whole else outputs
 
-    def stream(self, volumes: Iterable[Tensor | None]) -> Iterator[Any]:
+    def stream(self, volumes: Iterable[Inputs | None]) -> Iterator[Any]:
         """Outputs without gradients for volumes of any shapes, one after the other in flight through the stages.
 
         Args:
-            volumes: (B, C, D, H, W) tensors where ``reads_input``; as many Nones elsewhere. As many are read ahead
-                as there are stages.
+            volumes: (B, C, D, H, W) tensors, or tensors by name, where ``reads_input``; as many Nones elsewhere. As
+                many are read ahead as there are stages.
 
         Yields:
             one output for each volume, in order, on the rank that holds the output; None on the others.
@@ -255,12 +253,12 @@ class Engine:
                     raise
         self._flush()
 
-    def _put_next(self, conveyor: Conveyor, coming: Iterator[Tensor | None]) -> bool:
+    def _put_next(self, conveyor: Conveyor, coming: Iterator[Inputs | None]) -> bool:
         """Put the next volume on its way, if there is one."""
         for volume in coming:
-            micro_batches, _ = self._announced(volume if volume is None else [volume])
+            micro_batches = self._handout.micro_batches(None if volume is None else [volume])
             with self._refusals():
-                conveyor.put(self._program(*micro_batches[0]), None if volume is None else self._on_device(volume))
+                conveyor.put(self._program(micro_batches.specs[0]), micro_batches.inputs[0])
             return True
         return False
 
@@ -289,35 +287,8 @@ class Engine:
             self._schedules[key] = actions, Routes(self._rank.edges, self.plan.ranks, actions, differentiable)
         return self._schedules[key]
 
-    def _announced(self, images: Tensor | Sequence[Tensor] | None) -> tuple[list[MicroBatchSpec], bool]:
-        """The shapes and dtypes of the micro-batches, and whether they are pieces of one tensor; known to all ranks."""
-        if not self.reads_input:
-            return self._announcer.hear()
-        if images is None:
-            raise PlanError("rank 0 of the plan reads the network's input; pass it the images.")
-        whole = isinstance(images, Tensor)
-        shapes: list[MicroBatchSpec]
-        if isinstance(images, Tensor):
-            sizes = micro_batch_sizes(images.shape[0], self.plan.micro_batches)
-            shapes = [((size, *images.shape[1:]), images.dtype) for size in sizes]
-        else:
-            shapes = [(tuple(image.shape), image.dtype) for image in images]
-        self._announcer.announce(shapes, whole)
-        return shapes, whole
-
-    def _own_share(self, of_all: Any) -> Any:
-        return own_share(of_all, self.replica, self.plan.data)
-
-    def _pieces(self, images: Any, whole: bool, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        pieces = images.split([shape[0] for shape in shapes]) if whole else images
-        return [self._on_device(piece) for piece in pieces]
-
-    def _on_device(self, image: Tensor) -> Tensor:
-        image = image.to(self.device, non_blocking=True)
-        return laid_out(image, True) if self.plan.channels_last else image
-
-    def _program(self, shape: tuple[int, ...], dtype: torch.dtype) -> Program:
-        """The network for a micro-batch of this shape (worked out at a shape's first use).
+    def _program(self, spec: MicroBatchSpec) -> Program:
+        """The network for such a micro-batch (worked out at a shape's first use).
 
         Which values have a gradient depends on which parameters are frozen; these may change between steps.
 
@@ -332,26 +303,27 @@ class Engine:
                 f"and an engine for {present} as well."
             )
         trainable = tuple(parameter.requires_grad for parameter in self.graph.root.parameters())
-        key = (shape, dtype, trainable)
+        key = (spec, trainable)
         if key not in self._programs:
             plan = self.plan
-            graph, stages = self._graph_for(shape)
-            specs = infer_specs(graph, shape, dtype, plan.precision, plan.channels_last, self.device)
+            graph, stages = self._graph_for(tuple(shape for shape, _ in spec))
+            specs = infer_specs(graph, spec, plan.precision, plan.channels_last, self.device)
             self._programs[key] = Program(graph, specs, stages)
         return self._programs[key]
 
-    def _graph_for(self, shape: tuple[int, ...]) -> tuple[CellGraph, dict[int, StageCells]]:
-        """The network's graph, traced anew for a shape that it looks at, with the same cells."""
-        place = shape if self.graph.reads_shape else None
-        if place not in self._traced:
-            graph = trace(self._network, shape)
+    def _graph_for(self, shapes: tuple[Shape, ...]) -> tuple[CellGraph, dict[int, StageCells]]:
+        """The network's graph, traced anew for shapes that it looks at, with the same cells."""
+        key = shapes if self.graph.reads_shape else None
+        if key not in self._graphs:
+            by_name = dict(zip(self.graph.input_names, shapes, strict=True))
+            graph = trace(self._network, by_name)
             if [(cell.name, cell.nodes) for cell in graph.cells] != [(c.name, c.nodes) for c in self.graph.cells]:
                 raise PlanError(
-                    f"{self.plan.network} does something else with an input of shape {shape} than with "
-                    f"{self.plan.input_shape}, for which the plan was made; make a plan for this shape."
+                    f"{self.plan.network} does something else with an input of {input_text(by_name)} than with "
+                    f"{input_text(self.plan.input_shape)}, for which the plan was made; make a plan for this shape."
                 )
-            self._traced[place] = graph, self._stages(graph)
-        return self._traced[place]
+            self._graphs[key] = graph, self._stages(graph)
+        return self._graphs[key]
 
 
 def _loss_at_end(actions: Sequence[Sequence[Action]], rank: Rank) -> bool:

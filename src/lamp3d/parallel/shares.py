@@ -26,11 +26,6 @@ def own_share(of_all: Any, replica: int, replicas: int) -> Any:
     return pytree.tree_map(lambda leaf: _part(leaf, leaf.shape[0], replica, replicas), of_all)
 
 
-def share_of(shape: tuple[int, ...], replicas: int) -> tuple[int, ...]:
-    """The shape of a replica's share."""
-    return (shape[0] // replicas, *shape[1:])
-
-
 def micro_batch_sizes(batch: int, micro_batches: int) -> list[int]:
     """Sizes of the micro-batches: as even as can be, the larger ones first."""
     count = min(batch, micro_batches)

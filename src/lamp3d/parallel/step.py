@@ -89,7 +89,7 @@ class MiniBatch:
         rank: what the rank works with.
         actions: of every rank, in order.
         programs: the network for inputs of each micro-batch's shape.
-        images: the micro-batches, where the rank reads the network's input; otherwise None for each.
+        inputs: of each micro-batch, by name, where the rank reads the network's input; otherwise None for each.
         routes: the messages of these actions.
     """
 
@@ -98,13 +98,13 @@ class MiniBatch:
         rank: Rank,
         actions: Sequence[Sequence[Action]],
         programs: Sequence[Program],
-        images: Sequence[Tensor | None],
+        inputs: Sequence[Mapping[str, Tensor] | None],
         routes: Routes,
     ):
         self.actions = actions[rank.index]
         self._rank = rank
         self._programs = programs
-        self._images = list(images)
+        self._inputs = list(inputs)
         self._routes = routes
         self._expected = {
             origin: list(reversed(messages)) for (origin, to), messages in routes.between.items() if to == rank.index
@@ -170,10 +170,10 @@ class MiniBatch:
         rank, m, program = self._rank, action.micro_batch, self._programs[action.micro_batch]
         values: dict[str, Tensor] = {}
         if action.stage == 0:
-            image = self._images[m]
-            assert image is not None
-            values[program.graph.inputs[0]] = image
-            self._images[m] = None
+            inputs = self._inputs[m]
+            assert inputs is not None
+            values |= inputs
+            self._inputs[m] = None
         for edge in rank.incoming(action.stage):
             values[edge.value] = self._take(edge, m).detach().requires_grad_(program.specs[edge.value].requires_grad)
         values |= rank.runners[action.stage].forward(m, program.stages[action.stage], values)

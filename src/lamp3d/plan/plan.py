@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lamp3d.errors import ConfigError, PlanError
+from lamp3d.graph.inputs import input_text
 from lamp3d.plan.schedule import SCHEDULES, Actions, StageTimes, splits_backward
 from lamp3d.plan.simulate import TimeLine, simulate
 from lamp3d.volume import write_atomically
@@ -66,7 +67,7 @@ class Plan(BaseModel):
     A plan holds for other shapes as well: its cut stays exact, only its predictions belong to ``input_shape``.
 
     Attributes:
-        input_shape: of the whole mini-batch.
+        input_shape: of the whole mini-batch; of a network with several inputs, by name.
         devices: data × pipe.
         data: replicas of the pipeline, each with an equal share of the mini-batch.
         micro_batches: M, of a replica's share.
@@ -79,7 +80,7 @@ class Plan(BaseModel):
 
     format: Literal[2] = 2
     network: str
-    input_shape: tuple[int, ...]
+    input_shape: tuple[int, ...] | dict[str, tuple[int, ...]]
     devices: int
     data: int = 1
     device_type: Literal["cpu", "cuda"]
@@ -99,6 +100,11 @@ class Plan(BaseModel):
     def _is_a_schedule(cls, name: str) -> str:
         check_schedule(name)
         return name
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of the first input, which is the only one of most networks."""
+        return next(iter(self.input_shape.values())) if isinstance(self.input_shape, dict) else self.input_shape
 
     @property
     def pipe(self) -> int:
@@ -145,7 +151,7 @@ class Plan(BaseModel):
         limit = "" if self.memory_limit_bytes is None else f" of {format_bytes(self.memory_limit_bytes)} a device"
         table = Table(
             box=SIMPLE_HEAD,
-            title=f"{self.network}, mini-batch {'×'.join(map(str, self.input_shape))}, {self._devices_text()} "
+            title=f"{self.network}, mini-batch {input_text(self.input_shape)}, {self._devices_text()} "
             f"{self.device_type}, {self.precision}{', channels-last' if self.channels_last else ''}",
             caption=f"{self.schedule}, {self.micro_batches} micro-batches, recompute {self._recompute_text()}: "
             f"{self.step_seconds:.2f} s a step, {self.bubble:.0%} bubble, peak memory "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from torch import nn
 
 from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph, lay_out_weights, trace
+from lamp3d.graph.inputs import InputShape, batch_of, with_batch
 from lamp3d.plan.costs import StageCosts
 from lamp3d.plan.cut import Cut, best_cut, fitting_cut, least_memory
 from lamp3d.plan.hardware import device_type, has_fast_bf16, link_bytes_per_second, worker_threads
@@ -37,7 +38,7 @@ on its way between two devices depends on them."""
 
 def make_plan(
     network: nn.Module,
-    input_shape: Sequence[int],
+    input_shape: InputShape,
     devices: int = 1,
     *,
     micro_batches: int | None = None,
@@ -55,8 +56,9 @@ def make_plan(
     """Profile ``network`` on this machine and find the fastest cut into ``devices`` stages that fits.
 
     Args:
-        network: any traceable module that takes one (B, C, D, H, W) tensor; left as it is.
-        input_shape: the mini-batch's shape.
+        network: any traceable module; left as it is.
+        input_shape: the mini-batch's shape, (B, C, D, H, W); for a network with several inputs the shape of each by the
+            name of ``forward``'s parameter (parameters that are not named keep their defaults).
         devices: how many there are.
         micro_batches: M, of a replica's share; by default one a case, which fills the pipeline best.
         schedule: the order of the micro-batches' forwards and backwards, and with it where stages lie: "gpipe" (any
@@ -84,21 +86,21 @@ def make_plan(
             f"data × pipe must be devices, and space 1 here; data={data}, pipe={pipe}, space={space}, "
             f"devices={devices} is not."
         )
-    if input_shape[0] % data:
+    if (mini_batch := batch_of(input_shape)) % data:
         raise PlanError(
-            f"a mini-batch of {input_shape[0]} cannot be shared evenly among {data} replicas; take a multiple of "
-            f"{data}."
+            f"a mini-batch of {mini_batch} cannot be shared evenly among {data} replicas; take a multiple of {data}."
         )
     replicas, devices = data, devices // data
     check_schedule(schedule)
     kind = device_type()
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(kind) else "fp32"
-    batch = input_shape[0] // replicas
+    batch = mini_batch // replicas
     if micro_batches is not None and micro_batches < 1:
         raise PlanError(f"a mini-batch is cut into at least one micro-batch; micro_batches={micro_batches} is not.")
     micro_batches = min(batch, micro_batches or batch)
-    shape = (math.ceil(batch / micro_batches), *input_shape[1:])
+    micro_batch = math.ceil(batch / micro_batches)
+    shape = with_batch(input_shape, micro_batch)
     profiles = {}
     for layout in (False, True) if channels_last is None else (channels_last,):
         with _worker_conditions(network, devices * replicas, kind, layout) as twin:
@@ -124,7 +126,7 @@ def make_plan(
         if cut := best_cut(costs, schedule, devices, limit, speed):
             settings = {
                 "network": type(network).__name__,
-                "input_shape": tuple(input_shape),
+                "input_shape": with_batch(input_shape, mini_batch),
                 "device_type": kind,
                 "precision": precision,
                 "channels_last": channels_last,
@@ -133,7 +135,7 @@ def make_plan(
                 "data": replicas,
             }
             return _plan(cut, settings)
-    raise PlanError(_does_not_fit(costs, schedule, devices, limit or 0, shape[0]))
+    raise PlanError(_does_not_fit(costs, schedule, devices, limit or 0, micro_batch))
 
 
 def _check_cells(graph: CellGraph, recompute: Recompute) -> None:

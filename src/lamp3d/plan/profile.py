@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from lamp3d.graph import (
     module_device,
     preserved_buffers,
 )
+from lamp3d.graph.inputs import InputShape
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Profile:
 
 def profile_cells(
     graph: CellGraph,
-    input_shape: Sequence[int],
+    input_shape: InputShape,
     *,
     precision: str,
     channels_last: bool,
@@ -76,22 +77,22 @@ def profile_cells(
 
     Args:
         graph: the network's cells; they run on the device where its parameters are.
-        input_shape: (b, C, D, H, W) of one micro-batch.
+        input_shape: (b, C, D, H, W) of one micro-batch; of several inputs, by name.
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
-        channels_last: whether the input is laid out channels-last.
+        channels_last: whether the inputs are laid out channels-last.
         repeats: timed repetitions, after one that warms up.
         split: whether the backward is done in two parts, weight gradients apart.
     """
     device = module_device(graph.root)
     parameter = next(iter(graph.root.parameters()), None)
-    image = torch.randn(
-        tuple(input_shape), device=device, dtype=torch.float32 if parameter is None else parameter.dtype
-    )
-    if channels_last:
-        image = laid_out(image, True)
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    shapes = input_shape if isinstance(input_shape, Mapping) else {graph.input_names[0]: input_shape}
+    values: dict[str, Tensor] = {}
+    for value, name in zip(graph.inputs, graph.input_names, strict=True):
+        tensor = torch.randn(tuple(shapes[name]), device=device, dtype=dtype)
+        values[value] = laid_out(tensor, True) if channels_last else tensor
     last_use = {edge.value: max(edge.users) for edge in graph.edges}
-    values: dict[str, Tensor] = {graph.inputs[0]: image}
-    value_bytes = {graph.inputs[0]: image.nbytes}
+    value_bytes = {name: value.nbytes for name, value in values.items()}
     cells = []
     gradients = [(p, p.grad) for p in graph.root.parameters()]
     for parameter, _ in gradients:

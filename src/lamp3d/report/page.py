@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from lamp3d.data.dataset import Dataset, read_dataset
 from lamp3d.errors import LampError
 from lamp3d.evaluate import CaseResult, Results
+from lamp3d.graph.inputs import input_text
 from lamp3d.plan import format_bytes
 from lamp3d.report.figures import learning_curves, plan_bars, plan_picture, scores_per_organ
 from lamp3d.report.overlay import overlay_picture
@@ -114,7 +115,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
         rows.append(
             {
                 "number": stage,
-                "input": " × ".join(str(side) for side in plan.input_shape) if plan else "",
+                "input": input_text(plan.input_shape).replace("×", " × ") if plan else "",
                 "epochs": len(epochs),
                 "loss": next((epoch.loss for epoch in reversed(epochs) if epoch.loss is not None), None),
                 "dice": max((epoch.mean_dice for epoch in epochs if epoch.mean_dice is not None), default=None),

@@ -1,0 +1,62 @@
+"""A network's inputs: one tensor, or several by the names of its ``forward``'s parameters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from lamp3d.errors import ConfigError
+
+T = TypeVar("T")
+Shape = tuple[int, ...]
+InputShape = Sequence[int] | Mapping[str, Sequence[int]]
+"""(B, C, D, H, W) of the one tensor that a network takes; or, by the name of ``forward``'s parameter, the shape of
+each: the batch comes first in all of them. Parameters without a shape keep their defaults."""
+
+
+def shapes_by_name(shape: InputShape, network: nn.Module) -> dict[str, Shape]:
+    """The shape of each input; a single one belongs to ``forward``'s first parameter."""
+    if isinstance(shape, Mapping):
+        return {name: tuple(extents) for name, extents in shape.items()}
+    return {_first_parameter(network): tuple(shape)}
+
+
+def arguments(network: nn.Module, inputs: Mapping[str, T]) -> tuple[tuple[T, ...], dict[str, T]]:
+    """Inputs by name as what ``forward`` is called with."""
+    named = dict(inputs)
+    first = _first_parameter(network)
+    # By its place: it may be a parameter that has no name for callers, such as ``*volumes``.
+    return ((named.pop(first),), named) if first in named else ((), named)
+
+
+def _first_parameter(network: nn.Module) -> str:
+    return next(iter(inspect.signature(network.forward).parameters), "input")
+
+
+def batch_of(shape: InputShape) -> int:
+    """The mini-batch's size.
+
+    Raises:
+        ConfigError: the inputs differ in it.
+    """
+    sizes = {extents[0] for extents in shape.values()} if isinstance(shape, Mapping) else {shape[0]}
+    if len(sizes) != 1:
+        raise ConfigError(f"the first axis of every input is the batch, but these have batches of {sorted(sizes)}.")
+    return sizes.pop()
+
+
+def with_batch(shape: InputShape, batch: int) -> Shape | dict[str, Shape]:
+    """The same inputs for a batch of another size."""
+    if isinstance(shape, Mapping):
+        return {name: (batch, *extents[1:]) for name, extents in shape.items()}
+    return (batch, *shape[1:])
+
+
+def input_text(shape: InputShape) -> str:
+    """The shape for people: ``2×1×64×64×64``, or ``image 2×1×64×64×64, time 2``."""
+    if isinstance(shape, Mapping):
+        return ", ".join(f"{name} {input_text(extents)}" for name, extents in shape.items())
+    return "×".join(map(str, shape))
