@@ -25,7 +25,7 @@ NETWORKS: dict[str, tuple[Make, int | tuple[int, int, int]]] = {
     "VNet": (lambda: nets.VNet(3, 1, 2), 16),
     "AttentionUnet": (lambda: nets.AttentionUnet(3, 1, 2, (2, 4, 8), (2, 2)), 16),
     "BasicUNetPlusPlus": (lambda: nets.BasicUNetPlusPlus(3, 1, 2, features=WIDTHS), 32),
-    "MedNeXt": (lambda: nets.MedNeXt(3, 4, 1, 2, encoder_expansion_ratio=2, decoder_expansion_ratio=2), 32),
+    "MedNeXt": (lambda: nets.MedNeXt(3, 4, 1, 2, 2, 2, kernel_size=5), 32),
     "UNETR": (lambda: nets.UNETR(1, 2, (32, 32, 32), feature_size=4, hidden_size=24, mlp_dim=24, num_heads=2), 32),
     "SwinUNETR": (
         lambda: nets.SwinUNETR(1, 2, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),

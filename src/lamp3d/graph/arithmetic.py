@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -34,8 +35,19 @@ def arithmetic(device: torch.device, precision: str, deferred: DeferredWeights |
         deferred: where convolutions leave their weights' gradients to be computed; None: nowhere, they are not split.
     """
     lowered = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-    with lowered, _Arithmetic(deferred):
-        yield
+    here = _Arithmetic(deferred)
+    before = _present.set(here)
+    try:
+        with lowered, here:
+            yield
+    finally:
+        _present.reset(before)
+
+
+def compute(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """One of torch's functions on ordinary tensors, done as the present context says: for tensors made of others."""
+    here = _present.get()
+    return func(*args, **kwargs) if here is None else here.run(func, args, kwargs)
 
 
 class DeferredWeights:
@@ -118,7 +130,11 @@ class _Arithmetic(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        # A tensor subclass looks inside itself first, and calls `compute`.
+        return func(*args, **(kwargs or {})) if types else self.run(func, args, kwargs or {})
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A function on ordinary tensors."""
         if (call := bind(func, args, kwargs)) is not None:
             convolution, given = call.convolution(), call.given()
             # Weights that are no leaves (weight standardisation) have a gradient to pass on at once.
@@ -132,3 +148,6 @@ class _Arithmetic(TorchFunctionMode):
         elif func is F.instance_norm and (normal := instance_norm(*args, **kwargs)) is not None:
             return normal
         return func(*args, **kwargs)
+
+
+_present: ContextVar[_Arithmetic | None] = ContextVar("arithmetic", default=None)

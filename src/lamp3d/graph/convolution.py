@@ -48,6 +48,13 @@ class Convolution:
     computed: torch.dtype
     kernel: Kernel
 
+    @classmethod
+    def of(
+        cls, image: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...], computed: torch.dtype
+    ) -> Convolution:
+        """The one that is best for such tensors."""
+        return cls(settings, computed, _kernel(image, weight, bias, settings, computed))
+
     def forward(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution, laid out as the image is; ``image`` is of the dtype in which it is computed."""
         weight, bias = weight.to(self.computed), None if bias is None else bias.to(self.computed)
@@ -107,8 +114,7 @@ class Call(NamedTuple):
 
     def convolution(self) -> Convolution:
         """How it is to be computed at present (autocast or not)."""
-        computed = self._computed()
-        return Convolution(self.settings, computed, self._kernel(computed))
+        return Convolution.of(self.image, self.weight, self.bias, self.settings, self._computed())
 
     def given(self) -> torch.dtype:
         """The dtype that torch would give the result."""
@@ -126,19 +132,6 @@ class Call(NamedTuple):
     def _is_hardly_larger_than_its_kernel(self) -> bool:
         axes = zip(self.image.shape[2:], self.weight.shape[2:], self.settings[0], strict=True)
         return any(width > 1 and extent < width * step for extent, width, step in axes)
-
-    def _kernel(self, computed: torch.dtype) -> Kernel:
-        image, weight = self.image, self.weight
-        if image.device.type != "cpu" or computed != torch.float32 or not torch._C._has_mkldnn:
-            return Kernel.TORCHS_CHOICE
-        chosen = torch._C._select_conv_backend(image.to(computed), weight, self.bias, *self.settings)
-        if not chosen.name.startswith("Slow"):
-            return Kernel.TORCHS_CHOICE
-        stride, padding, _, transposed, _, groups = self.settings
-        if all(width == 1 for width in weight.shape[2:]):
-            plain = not transposed and groups == 1 and set(stride) == {1} and set(padding) == {0}
-            return Kernel.MATRIX_PRODUCT if plain and _is_channels_last(image) else Kernel.TORCHS_CHOICE
-        return Kernel.ONEDNN
 
 
 def bind(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Call | None:
@@ -179,6 +172,21 @@ _BINDERS: dict[Callable[..., Any], Callable[..., Call | None]] = {
     **dict.fromkeys((F.conv3d, F.conv2d), _convolution),
     **dict.fromkeys((F.conv_transpose3d, F.conv_transpose2d), _transposed_convolution),
 }
+
+
+def _kernel(
+    image: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...], computed: torch.dtype
+) -> Kernel:
+    if image.device.type != "cpu" or computed != torch.float32 or not torch._C._has_mkldnn:
+        return Kernel.TORCHS_CHOICE
+    chosen = torch._C._select_conv_backend(image.to(computed), weight, bias, *settings)
+    if not chosen.name.startswith("Slow"):
+        return Kernel.TORCHS_CHOICE
+    stride, padding, _, transposed, _, groups = settings
+    if all(width == 1 for width in weight.shape[2:]):
+        plain = not transposed and groups == 1 and set(stride) == {1} and set(padding) == {0}
+        return Kernel.MATRIX_PRODUCT if plain and _is_channels_last(image) else Kernel.TORCHS_CHOICE
+    return Kernel.ONEDNN
 
 
 def _each(value: Any, axes: int) -> list[int]:

@@ -1,0 +1,1 @@
+"""What torch's functions do to a volume that several ranks share: a file for each sort of operation."""

@@ -1,0 +1,121 @@
+"""Moving planes between the ranks that share a volume, with gradients: the transpose of every movement goes back.
+
+What is computed on all ranks alike (a global mean, a gathered level) has on each of them a *part* of its gradient: the
+true one is the sum over the ranks. So is a parameter's. With this convention every function here is the exact
+derivative of the whole, and nothing need be known of who uses what.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamp3d.parallel.space.layout import Cut, Range, pieces
+from lamp3d.parallel.space.ranks import Space
+
+
+def collect(local: Tensor, space: Space, cut: Cut, wanted: list[Range]) -> Tensor:
+    """The planes that a rank wants along one axis, from whoever has them.
+
+    Args:
+        local: this rank's slab.
+        space: the ranks.
+        cut: how the axis is cut now.
+        wanted: by the place on the cut's axis of the mesh, what each rank wants.
+    """
+    if wanted == cut.slabs:
+        return local
+    found: Tensor = _Collect.apply(local, space, cut, wanted)  # type: ignore[no-untyped-call]
+    return found
+
+
+def all_sum(tensor: Tensor, space: Space) -> Tensor:
+    """The sum over the ranks, on every rank."""
+    found: Tensor = _AllSum.apply(tensor, space)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, space: Space, cut: Cut, wanted: list[Range]) -> Tensor:
+        ctx.space, ctx.cut, ctx.wanted, ctx.shape = space, cut, wanted, local.shape
+        me, dim = space.coordinate[cut.axis], cut.dim
+        found = pieces(cut.slabs, wanted)
+        start = cut.bounds[me]
+        sends = {
+            to: on_the_wire(_planes(local, dim, piece, start))
+            for to, of_it in enumerate(found)
+            if to != me and (piece := of_it[me]) is not None
+        }
+        parts: dict[int, Tensor] = {}
+        for origin, piece in enumerate(found[me]):
+            if piece is not None:
+                own = origin == me
+                parts[origin] = _planes(local, dim, piece, start) if own else empty(local, dim, piece[1] - piece[0])
+        receives = {origin: on_the_wire(part) for origin, part in parts.items() if origin != me}
+        space.exchange(cut.axis, sends, receives).wait()
+        return torch.cat(list(parts.values()), dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        space, cut, dim = ctx.space, ctx.cut, ctx.cut.dim
+        me = space.coordinate[cut.axis]
+        found = pieces(cut.slabs, ctx.wanted)
+        start = ctx.wanted[me][0]
+        sends = {
+            origin: on_the_wire(_planes(gradient, dim, piece, start))
+            for origin, piece in enumerate(found[me])
+            if origin != me and piece is not None
+        }
+        receives = {
+            to: empty(gradient, dim, piece[1] - piece[0])
+            for to, of_it in enumerate(found)
+            if to != me and (piece := of_it[me]) is not None
+        }
+        exchange = space.exchange(cut.axis, sends, {to: on_the_wire(tensor) for to, tensor in receives.items()})
+        of_local = gradient.new_zeros(ctx.shape)
+        if (own := found[me][me]) is not None:
+            _planes(of_local, dim, own, cut.bounds[me]).copy_(_planes(gradient, dim, own, start))
+        exchange.wait()
+        for to, received in receives.items():
+            piece = found[to][me]
+            assert piece is not None
+            _planes(of_local, dim, piece, cut.bounds[me]).add_(received)
+        return of_local, None, None, None
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, space: Space) -> Tensor:
+        ctx.space = space
+        return space.sum(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.space.sum(gradients[0]), None
+
+
+def _planes(tensor: Tensor, dim: int, piece: Range, start: int) -> Tensor:
+    """A view of some planes of a tensor whose first plane is number ``start``."""
+    return tensor.narrow(dim, piece[0] - start, piece[1] - piece[0])
+
+
+def empty(like: Tensor, dim: int, planes: int) -> Tensor:
+    """Room for so many planes, laid out like a volume."""
+    shape = list(like.shape)
+    shape[dim] = planes
+    layout = torch.channels_last_3d if is_channels_last(like) else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def on_the_wire(planes: Tensor) -> Tensor:
+    """Planes as contiguous memory, without a copy where that is possible."""
+    return (planes.movedim(1, -1) if is_channels_last(planes) else planes).contiguous()
+
+
+def is_channels_last(volume: Tensor) -> bool:
+    """Whether a volume's channels lie side by side."""
+    return volume.dim() == 5 and volume.stride(1) == 1 and volume.shape[1] > 1

@@ -1,0 +1,164 @@
+"""Interpolation, padding, cropping and slicing of volumes that are cut into slabs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamp3d.parallel.sharded import ShardedVolume, refuse, rule
+from lamp3d.parallel.space.collect import collect
+from lamp3d.parallel.space.layout import Cut, Layout, Range, even_bounds
+from lamp3d.parallel.space.windows import settled, spread_again
+
+
+@rule(F.interpolate)
+def interpolate(
+    input: ShardedVolume, size: Any = None, scale_factor: Any = None, mode: str = "nearest",
+    align_corners: bool | None = None, recompute_scale_factor: bool | None = None, antialias: bool = False,
+) -> ShardedVolume:  # fmt: skip
+    """``torch.nn.functional.interpolate``: nearest and trilinear."""
+    if mode not in ("nearest", "trilinear") or antialias:
+        raise refuse("interpolate", f"mode {mode!r} is not known; nearest and trilinear are")
+    line = "linear" if mode == "trilinear" else mode
+
+    def along(dim: int, planes: Tensor) -> Tensor:
+        """What torch makes of numbers along one axis."""
+        axis = dim - 2
+        sizes = None if size is None else [size] * 3 if isinstance(size, int) else list(size)
+        scales = [scale_factor] * 3 if isinstance(scale_factor, int | float) else scale_factor
+        made: Tensor = F.interpolate(
+            planes[None, None], None if sizes is None else [sizes[axis]], None if scales is None else [scales[axis]],
+            line, align_corners, recompute_scale_factor,
+        )  # fmt: skip
+        return made[0, 0]
+
+    # By what torch makes of the planes' own numbers: the same rounding of positions, whatever its rules.
+    places = [along(dim, torch.arange(input.shape[dim], dtype=torch.float64)) for dim in (2, 3, 4)]
+    extents = [len(place) for place in places]
+    volume = spread_again(input, extents)
+    cuts = []
+    for cut in volume.placement.cuts:
+        made = extents[cut.dim - 2]
+        inner = (bound * made // cut.extent for bound in cut.bounds[1:-1])
+        cuts.append(cut.with_bounds((0, *inner, made)))
+    if any(cut.thinnest < 1 for cut in cuts):
+        volume, cuts = volume.gathered(), []
+    local = volume.local
+    for cut, made_cut in zip(volume.placement.cuts, cuts, strict=True):
+        local = _along(local, volume, cut, made_cut, places[cut.dim - 2])
+    cut_dims = {cut.dim for cut in cuts}
+    sizes = [local.shape[dim] if dim in cut_dims else extents[dim - 2] for dim in (2, 3, 4)]
+    if len(cut_dims) < 3 and sizes != list(local.shape[2:]):
+        kept = [None if dim in cut_dims else extents[dim - 2] for dim in (2, 3, 4)]
+        local = _others(local, kept, places, line)
+    return settled(local, extents, cuts, volume)
+
+
+def _along(local: Tensor, volume: ShardedVolume, cut: Cut, made: Cut, places: Tensor) -> Tensor:
+    """Interpolate along an axis that is cut: fetch the planes, and mix them two by two."""
+    low = places.floor().long().clamp(0, cut.extent - 1)
+    share = places - low
+    high = torch.where(share > 0, low + 1, low).clamp(max=cut.extent - 1)
+    wanted: list[Range] = [(int(low[begin]), int(high[end - 1]) + 1) for begin, end in made.slabs]
+    here = volume.space.coordinate[cut.axis]
+    planes = collect(local, volume.space, cut, wanted)
+    own = slice(*made.slabs[here])
+    first = wanted[here][0]
+    return _mixed(planes, cut.dim, low[own] - first, high[own] - first, share[own])
+
+
+def _others(local: Tensor, extents: Sequence[int | None], places: Sequence[Tensor], line: str) -> Tensor:
+    """Interpolate along the axes that are not cut."""
+    for axis, extent in enumerate(extents):
+        if extent is not None and extent != local.shape[axis + 2]:
+            low = places[axis].floor().long()
+            share = places[axis] - low
+            high = torch.where(share > 0, low + 1, low)
+            local = _mixed(local, axis + 2, low, high, share)
+    return local
+
+
+def _mixed(planes: Tensor, dim: int, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
+    below = planes.index_select(dim, low.to(planes.device))
+    if not bool((share > 0).any()):
+        return below
+    above = planes.index_select(dim, high.to(planes.device))
+    weights = share.to(planes.device, planes.dtype).view([-1 if d == dim else 1 for d in range(5)])
+    return torch.lerp(below, above, weights)
+
+
+@rule(F.pad)
+def pad(input: ShardedVolume, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> ShardedVolume:
+    """``torch.nn.functional.pad`` over space; negative numbers crop."""
+    amounts = [*pad, *[0] * (10 - len(pad))]
+    if any(amounts[6:]):
+        raise refuse("pad", "it pads batch or channels")
+    if not any(amounts):
+        return input
+    around = {dim: (amounts[2 * (4 - dim)], amounts[2 * (4 - dim) + 1]) for dim in (2, 3, 4)}
+    if mode not in ("constant", "replicate") and any(any(around[cut.dim]) for cut in input.placement.cuts):
+        raise refuse("pad", f"mode {mode!r} is not known along an axis that is cut")
+    volume = input
+    for dim, (before, after) in around.items():
+        if before < 0 or after < 0:
+            extent = volume.shape[dim]
+            volume = crop(volume, dim, max(0, -before), extent - max(0, -after))
+    local, missing, cuts = volume.local, [0] * 6, []
+    extents = [n + sum(max(0, m) for m in around[dim]) for dim, n in zip((2, 3, 4), volume.shape[2:], strict=True)]
+    cut_dims = {cut.dim: cut for cut in volume.placement.cuts}
+    for dim in (2, 3, 4):
+        before, after = (max(0, m) for m in around[dim])
+        if dim in cut_dims:
+            cut = cut_dims[dim]
+            cuts.append(cut.with_bounds((0, *(bound + before for bound in cut.bounds[1:-1]), extents[dim - 2])))
+            here = volume.space.coordinate[cut.axis]
+            before, after = before * (here == 0), after * (here == len(cut.slabs) - 1)
+        missing[2 * (4 - dim) : 2 * (4 - dim) + 2] = before, after
+    if any(missing):
+        local = F.pad(local, missing, mode, value)
+    return settled(local, extents, sorted(cuts, key=lambda cut: cut.axis), volume)
+
+
+@rule(Tensor.__getitem__)
+def getitem(input: ShardedVolume, index: Any) -> ShardedVolume:
+    """Slices along any axis, in steps of one over space."""
+    keys = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in keys:
+        place = keys.index(Ellipsis)
+        keys[place : place + 1] = [slice(None)] * (5 - len(keys) + 1)
+    keys += [slice(None)] * (5 - len(keys))
+    if len(keys) != 5 or not all(isinstance(key, slice) for key in keys):
+        raise refuse("indexing", "what it makes is no (B, C, D, H, W) volume; take slices")
+    volume = input
+    for dim, key in enumerate(keys[2:], 2):
+        begin, end, step = key.indices(volume.shape[dim])
+        if step != 1 or end <= begin:
+            raise refuse("indexing", "it takes steps over space, or nothing")
+        volume = crop(volume, dim, begin, end)
+    if any(key != slice(None) for key in keys[:2]):
+        volume = ShardedVolume(volume.local[tuple(keys[:2])], volume.placement, volume.space)
+    return volume
+
+
+def crop(volume: ShardedVolume, dim: int, begin: int, end: int) -> ShardedVolume:
+    """The planes begin … end - 1 along one axis, shared evenly again."""
+    if (begin, end) == (0, volume.shape[dim]):
+        return volume
+    extents = list(volume.placement.extents)
+    extents[dim - 2] = end - begin
+    depth, height, width = extents
+    cut = next((cut for cut in volume.placement.cuts if cut.dim == dim), None)
+    if cut is None:
+        local = volume.local.narrow(dim, begin, end - begin)
+        return ShardedVolume(local, Layout((depth, height, width), volume.placement.cuts), volume.space)
+    bounds = even_bounds(end - begin, len(cut.slabs))
+    made = cut.with_bounds(bounds)
+    if made.thinnest < 1:
+        return crop(volume.gathered(), dim, begin, end)
+    local = collect(volume.local, volume.space, cut, [(a + begin, b + begin) for a, b in made.slabs])
+    cuts = tuple(made if other == cut else other for other in volume.placement.cuts)
+    return ShardedVolume(local, Layout((depth, height, width), cuts), volume.space)
