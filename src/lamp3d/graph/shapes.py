@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class ValueSpec:
     dtype: torch.dtype
     channels_last: bool
     requires_grad: bool
+    placement: Any = None
+    """Of which part of a volume it is, where ranks share one."""
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +62,7 @@ def dry_run(
     *,
     device: torch.device | None = None,
     channels_last: bool = False,
+    wrap: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Run a graph on fake tensors: parameters and buffers are stood in for, so neither their content nor their place
     matters, and nothing is changed.
@@ -69,6 +72,7 @@ def dry_run(
         inputs: shape and dtype of each of the network's inputs.
         device: on which everything is supposed to lie; by default that of the parameters.
         channels_last: layout of the inputs that are volumes.
+        wrap: what to make of each input before the network sees it.
     """
     root = interpreter.module
     assert isinstance(root, nn.Module)
@@ -81,6 +85,8 @@ def dry_run(
         tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs]
         if channels_last:
             tensors = [laid_out(tensor, True) for tensor in tensors]
+        if wrap is not None:
+            tensors = [wrap(tensor) for tensor in tensors]
         functional_call(_Runner(interpreter), stand_ins, tuple(tensors))
 
 
@@ -90,10 +96,21 @@ def infer_specs(
     precision: str,
     channels_last: bool,
     device: torch.device,
+    wrap: Callable[[Tensor], Tensor] | None = None,
+    describe: Callable[[Tensor], ValueSpec] | None = None,
 ) -> dict[str, ValueSpec]:
     """The :class:`ValueSpec` of every tensor in the graph for inputs of these shapes and dtypes on such a device.
 
     The layout is a prediction that both ends of a transfer share; a sender brings its tensor into that layout.
+
+    Args:
+        graph: of the network.
+        inputs: its inputs.
+        precision: ``"fp32"`` or ``"bf16"``.
+        channels_last: layout of the inputs that are volumes.
+        device: where it will run.
+        wrap: what to make of each input before the network sees it.
+        describe: what is to be said of a value, where it is not an ordinary tensor.
     """
     specs: dict[str, ValueSpec] = {}
 
@@ -101,14 +118,17 @@ def infer_specs(
         def run_node(self, node: fx.Node) -> Any:
             result = super().run_node(node)
             if isinstance(result, Tensor):
-                specs[node.name] = ValueSpec(
-                    tuple(result.shape), result.dtype, _is_channels_last(result), result.requires_grad
-                )
+                specs[node.name] = (describe or spec_of)(result)
             return result
 
     with torch.enable_grad(), arithmetic(device, precision):
-        dry_run(Recorder(graph.root), inputs, device=device, channels_last=channels_last)
+        dry_run(Recorder(graph.root), inputs, device=device, channels_last=channels_last, wrap=wrap)
     return specs
+
+
+def spec_of(tensor: Tensor) -> ValueSpec:
+    """What an ordinary tensor looks like."""
+    return ValueSpec(tuple(tensor.shape), tensor.dtype, _is_channels_last(tensor), tensor.requires_grad)
 
 
 def lay_out_weights(network: nn.Module, channels_last: bool) -> None:

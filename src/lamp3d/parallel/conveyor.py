@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lamp3d.graph import Edge
+from lamp3d.parallel.slabs import placed
 from lamp3d.parallel.step import Program, Rank
 from lamp3d.parallel.transfer import Receipt
 
@@ -62,9 +63,14 @@ class Conveyor:
             if 0 <= tick - stage < len(self._programs):
                 values = self._forward(stage, tick - stage)
                 if stage == rank.last:
-                    output = self._programs[tick - stage].graph.collect(values)
+                    output = self._collected(self._programs[tick - stage], values)
         self._tick += 1
         return 0 <= tick - rank.last < len(self._programs), output
+
+    def _collected(self, program: Program, values: dict[str, Tensor]) -> Any:
+        if (space := self._rank.space) is not None:
+            values = {name: placed(values[name], program.specs[name], space) for name in program.graph.outputs}
+        return program.graph.collect(values)
 
     def _receive(self, edge: Edge, micro_batch: int) -> None:
         if 0 <= micro_batch < len(self._programs):
@@ -79,7 +85,7 @@ class Conveyor:
             values |= self._inputs.pop(micro_batch)
         for edge in rank.incoming(stage):
             values[edge.value] = self._take(edge.value, micro_batch)
-        values |= rank.runners[stage].infer(program.stages[stage], values)
+        values |= rank.runners[stage].infer(program.stages[stage], values, program.specs)
         for edge in rank.outgoing(stage):
             spec = program.specs[edge.value]
             for to in rank.user_ranks(edge):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from lamp3d.parallel.handout import Handout, Inputs
 from lamp3d.parallel.mesh import Place
 from lamp3d.parallel.replicas import GradientSum
 from lamp3d.parallel.shares import own_share
+from lamp3d.parallel.slabs import described, own_targets, shard_input
 from lamp3d.parallel.stage import StageCells, StageRunner
 from lamp3d.parallel.step import LossFunction, MiniBatch, MiniBatchLoss, Program, Rank, concatenate
 from lamp3d.parallel.transfer import Transfer
@@ -41,8 +43,8 @@ class Engine:
 
     Args:
         network: the whole network, as an ordinary module.
-        plan: who does what; ``plan.devices`` must be the number of worker processes. With ``plan.data`` replicas,
-            workers 0 … K-1 are the first pipeline, K … 2K-1 the second, and so on.
+        plan: who does what; ``plan.devices`` must be the number of worker processes. Workers 0 … K-1 are the first
+            pipeline, K … 2K-1 the next one, which has the next slab of the volume, or the next replica's share.
 
     Attributes:
         rank, world_size: of this worker among all.
@@ -67,7 +69,7 @@ class Engine:
         self.graph = trace(network, with_batch(plan.input_shape, batch_of(plan.input_shape) // plan.data))
         _check_cells(self.graph.cells, plan)
         refuse_tied_parameters(self.graph.cut(plan.starts), plan.ranks)
-        if plan.micro_batches > 1:
+        if plan.micro_batches > 1 or plan.data > 1:
             _refuse_batch_norm(network)
         self.on_action: Callable[[Action], None] | None = None
         self._network = network
@@ -77,9 +79,10 @@ class Engine:
         edges = self.graph.stage_edges(plan.starts)
         between = {(plan.ranks[edge.maker], plan.ranks[user]) for edge in edges for user in edge.users}
         pairs = {pair for a, b in between if a != b for pair in ((a, b), (b, a))}
-        runners = {index: StageRunner(self.device, plan.precision, plan.splits_backward) for index in own}
+        space = self._place.space
+        runners = {index: StageRunner(self.device, plan.precision, plan.splits_backward, space) for index in own}
         transfer = Transfer(self.device, self._place, pairs)
-        self._rank = Rank(self._place.pipe_rank, plan.ranks, edges, runners, transfer, self.device)
+        self._rank = Rank(self._place.pipe_rank, plan.ranks, edges, runners, transfer, self.device, space)
         self.parameters = {n: p for cells in own.values() for n, p in cells.whole.parameters_by_name().items()}
         self.buffers = {n: b for cells in own.values() for n, b in cells.whole.buffers_by_name().items()}
         self._stage_parameters = {i: list(cells.whole.parameters_by_name().values()) for i, cells in own.items()}
@@ -115,6 +118,11 @@ class Engine:
     def holds_output(self) -> bool:
         """Whether this rank needs the targets and gets the output."""
         return self._place.pipe_rank == self.plan.ranks[-1]
+
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether this rank is the first of those that hold the same parameters."""
+        return self.replica == 0 and self._place.slab == 0
 
     @property
     def output_rank(self) -> int:
@@ -160,16 +168,17 @@ class Engine:
             actions, routes = self._schedule(programs)
             loss = MiniBatchLoss(
                 loss_fn,
-                own_share(targets, self.replica, self.plan.data),
+                self._own_targets(targets, micro_batches.specs),
                 [shape[0] for (shape, _), *_ in micro_batches.specs],
                 listed=not micro_batches.whole,
                 at_end=_loss_at_end(actions, self._rank),
                 replicas=self.plan.data,
+                sharers=self.plan.slabs,
             )
         step = MiniBatch(self._rank, actions, programs, micro_batches.inputs, routes)
         gradients = None
-        if self.plan.data > 1:
-            gradients = GradientSum(self._place.data_group, self._stage_parameters)
+        if (group := self._place.gradient_group) is not None:
+            gradients = GradientSum(group, self._stage_parameters)
         try:
             total = step.run(loss, gradients, self.on_action)
             self._flush()
@@ -271,6 +280,16 @@ class Engine:
             self._announcer.flush()
             raise
 
+    def _own_targets(self, targets: Any, specs: Sequence[MicroBatchSpec]) -> Any:
+        """This replica's share of the targets; of volumes that are shared, as those."""
+        targets = own_share(targets, self.replica, self.plan.data)
+        if self._place.space is None or targets is None:
+            return targets
+        extents = {shape[2:] for spec in specs for shape, _ in spec if len(shape) == 5}
+        for extent in extents:
+            targets = own_targets(targets, extent, self._place.space)
+        return targets
+
     def _flush(self) -> None:
         """Wait until everything that was sent has arrived; whoever made this engine may drop it then."""
         self._rank.transfer.flush()
@@ -307,7 +326,8 @@ class Engine:
         if key not in self._programs:
             plan = self.plan
             graph, stages = self._graph_for(tuple(shape for shape, _ in spec))
-            specs = infer_specs(graph, spec, plan.precision, plan.channels_last, self.device)
+            shared = None if self._place.space is None else (partial(shard_input, space=self._place.space), described)
+            specs = infer_specs(graph, spec, plan.precision, plan.channels_last, self.device, *(shared or ()))
             self._programs[key] = Program(graph, specs, stages)
         return self._programs[key]
 

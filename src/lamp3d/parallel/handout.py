@@ -14,6 +14,7 @@ from lamp3d.graph.inputs import batch_of
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.mesh import Place
 from lamp3d.parallel.shares import micro_batch_sizes, own_share
+from lamp3d.parallel.slabs import own_slab
 from lamp3d.plan import Plan
 
 Inputs = Tensor | Mapping[str, Tensor]
@@ -27,7 +28,8 @@ class MicroBatches:
     Attributes:
         specs: shape and dtype of every micro-batch's inputs.
         whole: whether they are pieces of one mini-batch; else the caller's own.
-        inputs: by the graph's names, on the device, where the rank reads the network's input; otherwise None for each.
+        inputs: by the graph's names, on the device, where the rank reads the network's input (of volumes that are
+            shared, its slab); otherwise None for each.
     """
 
     specs: Sequence[MicroBatchSpec]
@@ -96,5 +98,7 @@ class Handout:
         return [dict(zip(by_value, piece, strict=True)) for piece in pieces]
 
     def _on_device(self, tensor: Tensor) -> Tensor:
+        if self._place.space is not None:
+            tensor = own_slab(tensor, self._place.space)
         tensor = tensor.to(self._device, non_blocking=True)
         return laid_out(tensor, True) if self._plan.channels_last else tensor

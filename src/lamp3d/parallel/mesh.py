@@ -1,4 +1,4 @@
-"""Where a worker stands: which replica of the pipeline it belongs to, and which rank of the pipeline it is."""
+"""Where a worker stands on the mesh of devices: which replica, which slab of the volume, which rank of the pipeline."""
 
 from __future__ import annotations
 
@@ -8,28 +8,35 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lamp3d.errors import PlanError
+from lamp3d.parallel.space.ranks import Space
 from lamp3d.plan import Plan
 
 
 @dataclass(frozen=True)
 class Place:
-    """A worker's place among the plan's devices.
+    """A worker's place among the plan's devices: worker (d·S + s)·K + k has replica d, slab s and pipeline rank k.
 
     Attributes:
         rank: among all workers.
         world_size: how many there are.
-        replica: which pipeline.
-        pipe_rank: the rank in it, as the plan counts.
-        pipelines: the workers of every pipeline, in the plan's order.
-        mesh: ("data", "pipe"), where there is more than one replica.
+        replica: which share of the mini-batch.
+        slab: which part of the volumes.
+        pipe_rank: the rank in its pipeline, as the plan counts.
+        pipelines: the workers of every pipeline, in order.
+        mesh: ("data", "space", "pipe"), where there is more than one pipeline.
+        gradient_group: the workers that hold the same stages; None where this one is alone.
+        space: those that share a volume; None where each has its own.
     """
 
     rank: int
     world_size: int
     replica: int
+    slab: int
     pipe_rank: int
     pipelines: tuple[tuple[int, ...], ...]
     mesh: DeviceMesh | None
+    gradient_group: dist.ProcessGroup | None
+    space: Space | None
 
     @classmethod
     def of(cls, plan: Plan) -> Place:
@@ -45,24 +52,32 @@ class Place:
                 f"the plan is for {plan.devices} device(s), but {world_size} worker(s) run; start as many workers "
                 f"as the plan has devices (devices={plan.devices}), or make a plan for {world_size}."
             )
-        mesh = None
-        if plan.data > 1:
-            mesh = init_device_mesh(plan.device_type, (plan.data, plan.pipe), mesh_dim_names=("data", "pipe"))
-        pipelines = tuple(tuple(range(r * plan.pipe, (r + 1) * plan.pipe)) for r in range(plan.data))
-        return cls(rank, world_size, *divmod(rank, plan.pipe), pipelines, mesh)
+        pipe, slabs = plan.pipe, plan.slabs
+        copy, pipe_rank = divmod(rank, pipe)
+        replica, slab = divmod(copy, slabs)
+        mesh, group, space = None, None, None
+        if plan.data * slabs > 1:
+            mesh = init_device_mesh(
+                plan.device_type, (plan.data, slabs, pipe), mesh_dim_names=("data", "space", "pipe")
+            )
+            group = mesh.get_group("data" if slabs == 1 else "space")
+        if plan.data > 1 and slabs > 1:
+            for of_rank in range(pipe):  # new_group is collective: every worker makes every group
+                made = dist.new_group(list(range(of_rank, world_size, pipe)))
+                group = made if of_rank == pipe_rank else group
+        if mesh is not None and slabs > 1:
+            first = replica * slabs * pipe + pipe_rank
+            workers = range(first, first + slabs * pipe, pipe)
+            space = Space(plan.space, plan.space_dims, workers, rank, mesh.get_group("space"), least=plan.least_planes)
+        pipelines = tuple(tuple(range(c * pipe, (c + 1) * pipe)) for c in range(plan.data * slabs))
+        return cls(rank, world_size, replica, slab, pipe_rank, pipelines, mesh, group, space)
 
     @property
     def pipeline(self) -> tuple[int, ...]:
         """The workers of this worker's pipeline."""
-        return self.pipelines[self.replica]
+        return self.pipelines[self.rank // len(self.pipelines[0])]
 
     @property
     def pipe_group(self) -> dist.ProcessGroup | None:
         """The group of this worker's pipeline (None: all workers)."""
         return None if self.mesh is None else self.mesh.get_group("pipe")
-
-    @property
-    def data_group(self) -> dist.ProcessGroup:
-        """The group of the workers that hold the same stages."""
-        assert self.mesh is not None
-        return self.mesh.get_group("data")

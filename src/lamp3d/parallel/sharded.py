@@ -75,7 +75,7 @@ class ShardedVolume(Tensor):
         return rule(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise _refusal(str(func), args)
 
     def relaid(self, layout: Layout) -> ShardedVolume:

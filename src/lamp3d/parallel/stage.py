@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from lamp3d.graph import DeferredWeights, Stage, arithmetic, preserved_buffers
+from lamp3d.graph import DeferredWeights, Stage, ValueSpec, arithmetic, preserved_buffers
+from lamp3d.parallel.sharded import local_of
+from lamp3d.parallel.slabs import placed
+from lamp3d.parallel.space.ranks import Space
+
+Specs = Mapping[str, ValueSpec]
+"""What every value looks like, by name."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +48,25 @@ class StageRunner:
         device: where it runs.
         precision: ``"fp32"`` or ``"bf16"``.
         split: whether weight gradients are computed apart, by :meth:`backward_weight`.
+        space: the ranks with which this one shares its volumes.
     """
 
-    def __init__(self, device: torch.device, precision: str, split: bool):
+    def __init__(self, device: torch.device, precision: str, split: bool, space: Space | None = None):
         self.device = device
         self.precision = precision
         self.split = split
+        self.space = space
         self._saved: dict[int, _Saved] = {}
         self._deferred: dict[int, DeferredWeights] = {}
 
-    def infer(self, cells: StageCells, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def infer(self, cells: StageCells, values: Mapping[str, Tensor], specs: Specs) -> dict[str, Tensor]:
         """Forward without autograd: the stage's outputs by name."""
         with torch.no_grad(), arithmetic(self.device, self.precision):
-            return _outputs(cells.whole, values)
+            return self._outputs(cells.whole, values, specs)
 
-    def forward(self, micro_batch: int, cells: StageCells, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, micro_batch: int, cells: StageCells, values: Mapping[str, Tensor], specs: Specs
+    ) -> dict[str, Tensor]:
         """Forward of one micro-batch: the outputs by name, detached from autograd but for their ``requires_grad``.
 
         Where cells are computed again in backward, random numbers are replayed, and buffers change only once.
@@ -64,14 +74,16 @@ class StageRunner:
         Args:
             micro_batch: its number, until its backward is done.
             cells: the stage, for inputs of the micro-batch's shape.
-            values: the stage's inputs by name, as leaves of this micro-batch's graph.
+            values: the stage's inputs by name, as leaves of this micro-batch's graph (of a volume that is shared,
+                this rank's slab).
+            specs: what every value looks like.
         """
         leaves = {name: values[name] for name in cells.whole.inputs}
         deferred = DeferredWeights()
         made = dict(leaves)
         with torch.enable_grad(), self._arithmetic(deferred):
             for part, recompute in cells.parts:
-                made |= self._recomputed(part, made, deferred) if recompute else _outputs(part, made)
+                made |= self._recomputed(part, made, specs, deferred) if recompute else self._outputs(part, made, specs)
         outputs = {name: made[name] for name in cells.whole.outputs}
         self._saved[micro_batch] = _Saved(leaves, _edges(outputs), deferred)
         return {name: output.detach() for name, output in outputs.items()}
@@ -106,22 +118,30 @@ class StageRunner:
     def _arithmetic(self, deferred: DeferredWeights) -> AbstractContextManager[None]:
         return arithmetic(self.device, self.precision, deferred if self.split else None)
 
-    def _recomputed(self, part: Stage, values: Mapping[str, Tensor], deferred: DeferredWeights) -> dict[str, Tensor]:
+    def _recomputed(
+        self, part: Stage, values: Mapping[str, Tensor], specs: Specs, deferred: DeferredWeights
+    ) -> dict[str, Tensor]:
         def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
             return nullcontext(), self._again(part, deferred)
 
-        outputs = checkpoint(part, *(values[name] for name in part.inputs), use_reentrant=False, context_fn=contexts)
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(self._outputs(part, dict(zip(part.inputs, tensors, strict=True)), specs).values())
+
+        outputs = checkpoint(run, *(values[name] for name in part.inputs), use_reentrant=False, context_fn=contexts)
         return dict(zip(part.outputs, outputs, strict=True))
+
+    def _outputs(self, stage: Stage, values: Mapping[str, Tensor], specs: Specs) -> dict[str, Tensor]:
+        """What a stage makes of its inputs; of volumes that are shared, the slabs of both."""
+        if self.space is None:
+            return dict(zip(stage.outputs, stage(*(values[name] for name in stage.inputs)), strict=True))
+        inputs = [placed(values[name], specs[name], self.space) for name in stage.inputs]
+        return {name: local_of(made) for name, made in zip(stage.outputs, stage(*inputs), strict=True)}
 
     @contextmanager
     def _again(self, part: Stage, deferred: DeferredWeights) -> Iterator[None]:
         """What a second forward runs in; running statistics have been updated by the first."""
         with preserved_buffers(part), self._arithmetic(deferred):
             yield
-
-
-def _outputs(stage: Stage, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return dict(zip(stage.outputs, stage(*(values[name] for name in stage.inputs)), strict=True))
 
 
 def _edges(outputs: Mapping[str, Tensor]) -> dict[str, GradientEdge]:

@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph, Edge, ValueSpec
 from lamp3d.parallel.replicas import GradientSum
+from lamp3d.parallel.slabs import placed
+from lamp3d.parallel.space.ranks import Space
 from lamp3d.parallel.stage import StageCells, StageRunner
 from lamp3d.parallel.transfer import Receipt, Transfer
 from lamp3d.plan import Action
@@ -46,6 +48,7 @@ class Rank:
         ranks: the rank of each stage.
         edges: the values that pass between stages.
         runners: this rank's stages, by number.
+        space: the ranks with which it shares its volumes.
     """
 
     index: int
@@ -54,6 +57,7 @@ class Rank:
     runners: Mapping[int, StageRunner]
     transfer: Transfer
     device: torch.device
+    space: Space | None = None
 
     @property
     def last(self) -> int:
@@ -176,7 +180,7 @@ class MiniBatch:
             self._inputs[m] = None
         for edge in rank.incoming(action.stage):
             values[edge.value] = self._take(edge, m).detach().requires_grad_(program.specs[edge.value].requires_grad)
-        values |= rank.runners[action.stage].forward(m, program.stages[action.stage], values)
+        values |= rank.runners[action.stage].forward(m, program.stages[action.stage], values, program.specs)
         for edge in rank.outgoing(action.stage):
             if here := rank.users_here(edge):
                 self._values[edge.value, m] = values[edge.value], here
@@ -259,11 +263,18 @@ class MiniBatch:
         for m in ready:
             for name, output in self._outputs[m].items():
                 output.requires_grad_(self._programs[m].specs[name].requires_grad)
-        total = loss.backward(ready, [self._programs[m].graph.collect(self._outputs[m]) for m in ready])
+        total = loss.backward(ready, [self._collected(m) for m in ready])
         for m in ready:
             outputs = self._outputs.pop(m)
             self._of_outputs[m] = {name: o.grad for name, o in outputs.items() if o.grad is not None}
         return total
+
+    def _collected(self, micro_batch: int) -> Any:
+        """The network's output, as the loss wants it."""
+        program, outputs, space = self._programs[micro_batch], self._outputs[micro_batch], self._rank.space
+        if space is not None:
+            outputs = {name: placed(output, program.specs[name], space) for name, output in outputs.items()}
+        return program.graph.collect(outputs)
 
 
 class MiniBatchLoss:
@@ -274,6 +285,7 @@ class MiniBatchLoss:
         targets: for the whole mini-batch, or a list with one entry for each of a list of images; None elsewhere.
         sizes: cases in each micro-batch.
         replicas: over how many equal mini-batches the loss is the mean.
+        sharers: how many ranks compute the same loss, of a volume that they share.
         listed: whether the images came as a list; the loss is then the mean over its elements.
         at_end: whether all forwards precede the first backward.
 
@@ -291,6 +303,7 @@ class MiniBatchLoss:
         listed: bool,
         at_end: bool,
         replicas: int = 1,
+        sharers: int = 1,
     ):
         by_case = getattr(loss_fn, "mean_over_cases", False)
         if replicas > 1 and not (listed or by_case):
@@ -306,16 +319,16 @@ class MiniBatchLoss:
                 "if not, take schedule='gpipe'."
             )
         self._loss_fn = loss_fn
-        self._replicas = replicas
+        self._share = replicas * sharers
         self._sizes = sizes
         self._targets = targets if listed or self.whole or targets is None else _cut(targets, sizes)
-        self._weights = [(1 / len(sizes) if listed else size / sum(sizes)) / replicas for size in sizes]
+        self._weights = [(1 / len(sizes) if listed else size / sum(sizes)) / self._share for size in sizes]
 
     def backward(self, micro_batches: Sequence[int], outputs: Sequence[Any]) -> Tensor:
         """The loss of some micro-batches, and its gradients in the outputs' ``grad``; 0-dim float64 on the CPU."""
         with torch.enable_grad():
             if self.whole:
-                loss = self._loss_fn(concatenate(outputs), self._targets) / self._replicas
+                loss = self._loss_fn(concatenate(outputs), self._targets) / self._share
             else:
                 (micro_batch,) = micro_batches
                 targets = None if self._targets is None else self._targets[micro_batch]

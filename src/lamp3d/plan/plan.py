@@ -68,8 +68,11 @@ class Plan(BaseModel):
 
     Attributes:
         input_shape: of the whole mini-batch; of a network with several inputs, by name.
-        devices: data × pipe.
-        data: replicas of the pipeline, each with an equal share of the mini-batch.
+        devices: data × space × pipe.
+        data: replicas, each with an equal share of the mini-batch.
+        space: the mesh over which every volume is cut into slabs, such as (4,) or (2, 2); empty for whole volumes.
+        space_dims: for each of its axes, the dimension of a (B, C, D, H, W) tensor that is cut: 2, 3 or 4.
+        least_planes: a level whose slabs have fewer planes is gathered and computed by every rank.
         micro_batches: M, of a replica's share.
         recompute: "never" or "always", or the names of the cells that are computed again in backward.
         stages: in the network's order; a device may have several.
@@ -83,6 +86,9 @@ class Plan(BaseModel):
     input_shape: tuple[int, ...] | dict[str, tuple[int, ...]]
     devices: int
     data: int = 1
+    space: tuple[int, ...] = ()
+    space_dims: tuple[int, ...] = ()
+    least_planes: int = 1
     device_type: Literal["cpu", "cuda"]
     micro_batches: int
     schedule: str
@@ -109,7 +115,12 @@ class Plan(BaseModel):
     @property
     def pipe(self) -> int:
         """The devices of one pipeline."""
-        return self.devices // self.data
+        return self.devices // (self.data * self.slabs)
+
+    @property
+    def slabs(self) -> int:
+        """Into how many parts a volume is cut."""
+        return math.prod(self.space)
 
     @property
     def starts(self) -> list[int]:
@@ -176,7 +187,8 @@ class Plan(BaseModel):
         return table
 
     def _devices_text(self) -> str:
-        return f"{self.devices} ×" if self.data == 1 else f"{self.data} replicas × {self.pipe}"
+        factors = [f"{self.data} replicas"] * (self.data > 1) + [f"{self.slabs} slabs"] * (self.slabs > 1)
+        return " × ".join([*factors, str(self.pipe)]) + ("" if factors else " ×")
 
     def _recompute_text(self) -> str:
         return self.recompute if isinstance(self.recompute, str) else f"{len(self.recompute)} cells"

@@ -52,7 +52,7 @@ def check_step(engine: Engine, names: Sequence[str], loss: Tensor) -> StepCheck:
     """
     place = {name: index for index, name in enumerate(names)}
     shared = torch.zeros(len(names) + 1 + engine.world_size, dtype=torch.float64)
-    counted = engine.parameters.items() if engine.replica == 0 else ()  # the others' gradients are the same
+    counted = engine.parameters.items() if engine.is_first_copy else ()  # the others' gradients are the same
     own = [(place[name], p.grad) for name, p in counted if p.grad is not None]
     if own:
         places, gradients = zip(*own, strict=True)

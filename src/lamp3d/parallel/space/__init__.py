@@ -1,1 +1,1 @@
-"""What torch's functions do to a volume that several ranks share: a file for each sort of operation."""
+"""Volumes that several ranks share: what torch's functions do to them, a file for each sort of operation."""

@@ -51,13 +51,13 @@ class _Border(NamedTuple):
     """One of a slab's two neighbours.
 
     Attributes:
-        index: its place on the cut's axis.
+        place: on the cut's axis.
         taps: of the kernel, those that reach its planes.
         padding: for F.pad, what is missing of the planes.
         at_end: whether it follows the slab.
     """
 
-    index: int
+    place: int
     taps: slice
     padding: list[int]
     at_end: bool
@@ -77,16 +77,16 @@ class _ConvolveSlab(torch.autograd.Function):
     ) -> Tensor:
         dim, halo = cut.dim, window.padding
         borders = _borders(space, cut, window)
-        halos = {border.index: empty(image, dim, halo) for border in borders}
+        halos = {border.place: empty(image, dim, halo) for border in borders}
         exchange = space.exchange(
             cut.axis,
-            {border.index: on_the_wire(_side(image, dim, halo, border.at_end)) for border in borders},
+            {border.place: on_the_wire(_side(image, dim, halo, border.at_end)) for border in borders},
             {index: on_the_wire(planes) for index, planes in halos.items()},
         )
         made = convolution.forward(image, weight, bias)
         exchange.wait()
         for border in borders:
-            planes = F.pad(halos[border.index], border.padding)
+            planes = F.pad(halos[border.place], border.padding)
             taps = _taps(weight, dim, border.taps)
             added = _at_border(convolution, planes, taps, dim).forward(planes, taps, None)
             _side(made, dim, halo, border.at_end).add_(added)
@@ -113,20 +113,20 @@ class _ConvolveSlab(torch.autograd.Function):
             of_planes, of_taps, _ = _at_border(convolution, padded, taps, dim).backward(of_side, padded, taps, mask)
             if of_planes is not None:
                 start = border.padding[2 * (4 - dim)]
-                sends[border.index] = on_the_wire(_like(image, of_planes.narrow(dim, start, halo)))
+                sends[border.place] = on_the_wire(_like(image, of_planes.narrow(dim, start, halo)))
             if of_taps is not None:
                 of_weights.append((border.taps, of_taps))
-        receives = {border.index: empty(image, dim, halo) for border in borders} if of_image_wanted else {}
+        receives = {border.place: empty(image, dim, halo) for border in borders} if of_image_wanted else {}
         exchange = space.exchange(cut.axis, sends, {index: on_the_wire(planes) for index, planes in receives.items()})
         mask = (of_image_wanted, of_weight_wanted, of_bias_wanted and ctx.has_bias)
         of_image, of_weight, of_bias = convolution.backward(gradient, image, weight, mask)
         exchange.wait()
         if of_image is not None:
             for border in borders:
-                _side(of_image, dim, halo, border.at_end).add_(receives[border.index])
+                _side(of_image, dim, halo, border.at_end).add_(receives[border.place])
         if of_weight is not None:
-            for taps, of_taps in of_weights:
-                _taps(of_weight, dim, taps, copy=False).add_(of_taps)
+            for part, of_part in of_weights:
+                _taps(of_weight, dim, part, copy=False).add_(of_part)
             of_weight = of_weight.to(weight.dtype)
         return of_image, of_weight, None if of_bias is None else of_bias.to(weight.dtype), None, None, None, None
 

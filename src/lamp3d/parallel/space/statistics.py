@@ -185,7 +185,7 @@ class _Pool:
         """The mean over the channels (..., B, C) that belong together, for each of them."""
         if self.over_batch:
             return of_channels.mean(-2, keepdim=True).expand_as(of_channels)
-        grouped = of_channels.unflatten(-1, (self.groups, -1))
+        grouped = of_channels.reshape(*of_channels.shape[:-1], self.groups, -1)
         return grouped.mean(-1, keepdim=True).expand_as(grouped).flatten(-2)
 
 

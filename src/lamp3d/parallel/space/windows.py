@@ -85,7 +85,9 @@ def transposed_convolution(*args: Any, **kwargs: Any) -> ShardedVolume:
     extents = [spread.extent(extent) for spread, extent in zip(spreads, volume.shape[2:], strict=True)]
     cuts = [cut.with_bounds(spreads[cut.dim - 2].bounds(cut.bounds)) for cut in volume.placement.cuts]
     if any(cut.thinnest < 1 for cut in cuts):
-        return transposed_convolution(volume.gathered(), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+        others = {name: value for name, value in kwargs.items() if name != "input"}
+        found: ShardedVolume = transposed_convolution(volume.gathered(), *args[1:], **others)
+        return found
     image, local_padding, local_output_padding = volume.local, list(padding), list(output_padding)
     trims = []
     for cut, made in zip(volume.placement.cuts, cuts, strict=True):
