@@ -48,9 +48,9 @@ class ShardedVolume(Tensor):
         part = layout.part(space.coordinate)
         assert tuple(local.shape[2:]) == tuple(end - begin for begin, end in part), (local.shape, layout)
         shape = (*local.shape[:2], *layout.extents)
-        volume = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)  # type: ignore[attr-defined]
+        volume = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         volume.local, volume.placement, volume.space = local, layout, space
-        return volume  # type: ignore[no-any-return]
+        return volume
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"ShardedVolume({tuple(self.shape)}, {self.dtype}, here {tuple(self.local.shape)})"
@@ -63,12 +63,12 @@ class ShardedVolume(Tensor):
         if func.__name__ == "__get__":
             name = getattr(func, "__self__").__name__  # noqa: B009 (mypy knows no descriptors)
             if name in _METADATA:
-                return super().__torch_function__(func, types, args, kwargs)
+                return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
             if name in _OF_LOCAL:
                 return getattr(args[0].local, name)
             raise _refusal(name, args)
         if func.__name__ in _QUESTIONS:
-            return super().__torch_function__(func, types, args, kwargs)
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         rule = RULES.get(func)
         if rule is None:
             raise _refusal(func.__name__, args)

@@ -77,39 +77,40 @@ def average_pool(
 def transposed_convolution(*args: Any, **kwargs: Any) -> ShardedVolume:
     """``torch.nn.functional.conv_transpose3d``."""
     call = _call(F.conv_transpose3d, args, kwargs)
-    stride, padding, dilation, _, output_padding, groups = call.settings
     assert isinstance(call.image, ShardedVolume)
-    volume = spread_again(call.image, [n * s for n, s in zip(call.image.shape[2:], stride, strict=True)])
-    numbers = zip(call.weight.shape[2:], stride, padding, dilation, output_padding, strict=True)
+    volume = call.image
+    numbers = zip(call.weight.shape[2:], *call.settings[:3], call.settings[4], strict=True)
     spreads = [Spread(*n) for n in numbers]
     extents = [spread.extent(extent) for spread, extent in zip(spreads, volume.shape[2:], strict=True)]
+    return _spread(spread_again(volume, extents), call, spreads, extents)
+
+
+def _spread(volume: ShardedVolume, call: Call, spreads: Sequence[Spread], extents: Sequence[int]) -> ShardedVolume:
     cuts = [cut.with_bounds(spreads[cut.dim - 2].bounds(cut.bounds)) for cut in volume.placement.cuts]
     if any(cut.thinnest < 1 for cut in cuts):
-        others = {name: value for name, value in kwargs.items() if name != "input"}
-        found: ShardedVolume = transposed_convolution(volume.gathered(), *args[1:], **others)
-        return found
-    image, local_padding, local_output_padding = volume.local, list(padding), list(output_padding)
-    trims = []
+        return _spread(volume.gathered(), call, spreads, extents)
+    stride, padding, dilation, _, output_padding, groups = call.settings
+    image, padding, output_padding, trims = volume.local, list(padding), list(output_padding), []
     for cut, made in zip(volume.placement.cuts, cuts, strict=True):
         spread = spreads[cut.dim - 2]
-        ranges = [spread.reads(slab, cut.extent) for slab in made.slabs]
-        image = collect(image, volume.space, cut, [read for read, _ in ranges])
-        local_padding[cut.dim - 2] = local_output_padding[cut.dim - 2] = 0
-        begin, end = made.slabs[volume.space.coordinate[cut.axis]]
-        first = ranges[volume.space.coordinate[cut.axis]][1]
-        trims.append((cut.dim, begin - first, end - begin))
+        reads = [spread.reads(slab, cut.extent) for slab in made.slabs]
+        image = collect(image, volume.space, cut, [planes for planes, _ in reads])
+        padding[cut.dim - 2] = output_padding[cut.dim - 2] = 0
+        here = volume.space.coordinate[cut.axis]
+        begin, end = made.slabs[here]
+        trims.append((cut.dim, begin - reads[here][1], end - begin))
     # Planes that no input plane reaches still have the bias, which is therefore added at the end.
     trimmed = any(begin != 0 or planes != _spread_planes(image, spreads, dim) for dim, begin, planes in trims)
     bias = None if trimmed else call.bias
-    made_here: Tensor = compute(
-        F.conv_transpose3d, image, call.weight, bias, stride, local_padding, local_output_padding, groups, dilation
+    local: Tensor = compute(
+        F.conv_transpose3d, image, call.weight, bias, stride, padding, output_padding, groups, dilation
     )
     if trimmed:
         for dim, begin, planes in trims:
-            made_here = _trimmed(made_here, dim, begin, planes)
+            local = _trimmed(local, dim, begin, planes)
         if call.bias is not None:
-            made_here = made_here + call.bias.to(made_here.dtype)[:, None, None, None]
-    return settled(made_here, extents, cuts, volume)
+            local = local + call.bias.to(local.dtype)[:, None, None, None]
+    return settled(local, extents, cuts, volume)
 
 
 def spread_again(volume: ShardedVolume, larger: Sequence[int]) -> ShardedVolume:

@@ -1,0 +1,68 @@
+"""Shared volumes: every operation, alone and in chains, gives on slabs what it gives on one device, gradients too.
+
+Here a few hundred random examples on two to four ranks; with LAMP3D_FULL=1 more than a thousand.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, Listener
+from threading import Thread
+
+import pytest
+from hypothesis import HealthCheck, Phase, event, given, settings
+
+from lamp3d import launch
+from tests.distributed.operations import Example, examples, serve
+
+FULL = bool(os.environ.get("LAMP3D_FULL"))
+EXAMPLES = 500 if FULL else 60
+"""For each number of ranks."""
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Callable[[Example], list[tuple[float, str]]]]:
+    """What every rank finds for an example, on workers that stay for all of them."""
+    pools: dict[int, list[Connection]] = {}
+    threads = []
+
+    def on(example: Example) -> list[tuple[float, str]]:
+        count = 1
+        for size in example.sizes:
+            count *= size
+        if count not in pools:
+            with Listener() as listener:
+                thread = Thread(target=launch, args=(serve, count, (str(listener.address),)))
+                thread.start()
+                threads.append(thread)
+                connections = [listener.accept() for _ in range(count)]
+            pools[count] = sorted(connections, key=lambda pipe: int(pipe.recv()))
+        for pipe in pools[count]:
+            pipe.send(example)
+        return [pipe.recv() for pipe in pools[count]]
+
+    yield on
+    for pool in pools.values():
+        for pipe in pool:
+            pipe.send(None)
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.timeout(3600 if FULL else 300)
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_operations_on_slabs_are_those_on_one_device(
+    ranks: Callable[[Example], list[tuple[float, str]]], count: int
+) -> None:
+    @settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=not FULL, database=None,
+        suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink],
+    )  # fmt: skip
+    @given(examples(count))
+    def check(example: Example) -> None:
+        found = ranks(example)
+        says = {text for _, text in found}
+        assert len(says) == 1, says  # all ranks refuse, or none
+        event("refused" if says != {""} else "exact")
+        assert max(error for error, _ in found) <= 1e-10, (example, found)
+
+    check()
