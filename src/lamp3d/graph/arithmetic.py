@@ -131,7 +131,8 @@ class _Arithmetic(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # A tensor subclass looks inside itself first, and calls `compute`.
-        return func(*args, **(kwargs or {})) if types else self.run(func, args, kwargs or {})
+        looks_inside = any(_has_own_functions(kind) for kind in types)
+        return func(*args, **(kwargs or {})) if looks_inside else self.run(func, args, kwargs or {})
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A function on ordinary tensors."""
@@ -148,6 +149,11 @@ class _Arithmetic(TorchFunctionMode):
         elif func is F.instance_norm and (normal := instance_norm(*args, **kwargs)) is not None:
             return normal
         return func(*args, **kwargs)
+
+
+def _has_own_functions(kind: type) -> bool:
+    theirs = getattr(kind, "__torch_function__", None)
+    return kind is not Tensor and theirs is not torch._C._disabled_torch_function_impl
 
 
 _present: ContextVar[_Arithmetic | None] = ContextVar("arithmetic", default=None)
