@@ -234,3 +234,43 @@ def direct_skips(side: int, devices: Sequence[int] = (2, 3, 4, 8)) -> dict[str, 
             relayed += specs[edge.value].nbytes * (max(edge.users) - edge.maker) * both_ways * CASES
         found[str(count)] = [straight, relayed]
     return found
+
+
+SLOW_LINK = "125MB"
+"""A gigabit network: what is sent counts for more than what is computed."""
+
+
+def measure_bytes(side: int, devices: Sequence[int] = (2, 3, 4)) -> dict[str, Any]:
+    """Bytes that a step sends, as the engine counts them: straight and folded cuts, for a fast and for a slow link."""
+    found = {}
+    for count in devices:
+        shape = (CASES, 1, side, side, side)
+        plans = {
+            f"{schedule}, {'slow' if link else 'own'} link": make_plan(
+                network(), shape, count, schedule=schedule, recompute="never", link=link, channels_last=False
+            )
+            for schedule in ("gpipe", "folded")
+            for link in (None, SLOW_LINK)
+        }
+        sent = lamp3d.launch(_sent, count, (plans,))
+        found[str(count)] = {
+            name: {
+                "sent_bytes": sum(rank[name] for rank in sent),
+                "predicted_bytes": sum(stage.sent_bytes for stage in plan.stages),
+                "predicted_seconds": plan.step_seconds,
+                "cut": [[stage.rank, stage.cells[0]] for stage in plan.stages],
+            }
+            for name, plan in plans.items()
+        }
+    return found
+
+
+def _sent(plans: dict[str, Plan]) -> dict[str, int]:
+    sent = {}
+    for name, plan in plans.items():
+        engine = lamp3d.Engine(network(), plan)
+        step_of(engine, torch.randn(plan.image_shape))
+        sent[name] = engine.bytes_sent
+        del engine
+        gc.collect()
+    return sent

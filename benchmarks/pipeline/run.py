@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lamp3d
-from benchmarks.pipeline import engine, single
+from benchmarks.pipeline import concat, engine, single
 from benchmarks.pipeline.peers import PipeliningPeer, torchgpipe_unet
 from lamp3d.parallel.allocator import keep_freed_memory
 from lamp3d.plan import SCHEDULES, TimeLine
@@ -310,6 +310,8 @@ PARTS: dict[str, Callable[[int], Any]] = {
     "shapes": engine.measure_shapes,
     "ablation": lambda rounds: engine.measure_ablation(SIDE, rounds),
     "skips": lambda rounds: engine.direct_skips(SIDE),
+    "bytes": lambda rounds: engine.measure_bytes(SIDE),
+    "concat": lambda rounds: alone(concat.measure, SIDE, rounds),
 }
 """Beside the schedules: what each returns goes into results.json as it is."""
 

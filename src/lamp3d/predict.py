@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from monai.inferers import sliding_window_inference
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from lamp3d.data.preprocess import PreprocessConfig, prepare_scan
 from lamp3d.errors import ConfigError
 from lamp3d.parallel import Engine
+from lamp3d.parallel.sharded import ShardedVolume
 from lamp3d.volume import Volume
 
 WINDOW_OVERLAP = 0.5
@@ -51,6 +53,8 @@ class Predictor:
         self.preprocess = preprocess
         self.divisor = divisor
         self.window = window
+        # Ranks that share a volume all learn the result; one of them is enough to hand it on.
+        self.holds_result = engine.holds_output and engine.is_first_copy
 
     def predict(self, scan: Volume) -> Volume | None:
         """The label map of one scan, on the scan's own grid.
@@ -59,7 +63,7 @@ class Predictor:
             scan: the raw scan, the same on every rank.
 
         Returns:
-            uint8 labels with the scan's shape and affine; None on the ranks that do not hold the network's output.
+            uint8 labels with the scan's shape and affine; None on all ranks but one that holds the network's output.
 
         Raises:
             ScanError: if the scan cannot be prepared (no foreground, for instance).
@@ -76,7 +80,7 @@ class Predictor:
                 the shapes, so that it may give tensors on the meta device.
 
         Yields:
-            (C, D, H, W) logits on the engine's device, or None on the ranks that do not hold the network's output.
+            (C, D, H, W) logits on the engine's device, or None on all ranks but one that holds the network's output.
         """
         if self.window is None:
             yield from self._whole(images)
@@ -93,7 +97,8 @@ class Predictor:
 
         for logits in self.engine.stream(padded()):
             _, depth, height, width = shapes.popleft()
-            yield None if logits is None else logits[0, :, :depth, :height, :width]
+            logits = _whole(logits)
+            yield logits[0, :, :depth, :height, :width] if self.holds_result else None
 
     def _pad(self, image: Tensor) -> Tensor:
         """Pads each axis at its end to a multiple of the divisor, with the image's minimum, as training does."""
@@ -119,11 +124,16 @@ class Predictor:
             mode="gaussian",
             cval=padding,
             # All ranks must call the engine for the same windows, but only one has results to stitch together.
-            device=engine.device if engine.holds_output else torch.device("meta"),
+            device=engine.device if self.holds_result else torch.device("meta"),
         )
         assert isinstance(logits, Tensor)
-        return logits[0] if engine.holds_output else None
+        return logits[0] if self.holds_result else None
 
     def _forward(self, windows: Tensor) -> Tensor:
-        logits = self.engine.forward(windows if self.engine.reads_input else None)
-        return windows.new_zeros(len(windows), 1, *windows.shape[2:]) if logits is None else logits.float()
+        logits = _whole(self.engine.forward(windows if self.engine.reads_input else None))
+        return logits.float() if self.holds_result else windows.new_zeros(len(windows), 1, *windows.shape[2:])
+
+
+def _whole(logits: Any) -> Any:
+    """The network's output, of a volume that ranks share all of it."""
+    return logits.gathered().local if isinstance(logits, ShardedVolume) else logits

@@ -138,15 +138,22 @@ def _labelled(dataset: Dataset, split: str, run: Run) -> tuple[Case, ...]:
 
 
 def _inference_plan(run: Run, devices: int, window: Window) -> Plan:
-    """The last stage's plan where it has as many devices, otherwise one for a single volume of its size."""
+    """The last stage's plan where it is one for single volumes on as many devices, otherwise one of its own.
+
+    A whole volume is shared by all devices; windows follow each other through a pipeline.
+    """
     last = run.plans()[-1]
-    if last.devices != devices or last.device_type != device_type():
+    space = devices if window is None else 1
+    same = (last.devices, last.data, last.slabs, last.device_type) == (devices, 1, space, device_type())
+    if not same:
         network = run.network()
         # There is one way to cut a network into one stage, so that a small volume shows it as well as a large one.
         sides = last.image_shape[2:] if devices > 1 else (2 * network.divisor,) * 3
         same_layout = last.channels_last if last.device_type == device_type() else None
         shape = (1, last.image_shape[1], *sides)
-        last = make_plan(network, shape, devices, precision=last.precision, channels_last=same_layout, repeats=1)
+        last = make_plan(
+            network, shape, devices, space=space, precision=last.precision, channels_last=same_layout, repeats=1
+        )
     in_flight = 1 if window is None else 2 * devices
     return last.model_copy(update={"micro_batches": in_flight, "recompute": "never"})
 
@@ -160,7 +167,7 @@ def _predict_worker(
     engine = Engine(network.eval(), plan)
     predictor = Predictor(engine, run.config.preprocess, network.divisor, window)
     predictions = []
-    with _progress(hidden=not engine.holds_output) as progress:
+    with _progress(hidden=not predictor.holds_result) as progress:
         for scan, target in progress.track(pairs, description="Predicting"):
             begin = time.perf_counter()
             labels = predictor.predict(read_volume(scan))
@@ -168,7 +175,7 @@ def _predict_worker(
                 write_nifti(labels, target, overwrite=True)
             seconds = time.perf_counter() - begin
             predictions.append(Prediction(target, seconds, _peaks(engine)))
-    return predictions if engine.holds_output else None
+    return predictions if predictor.holds_result else None
 
 
 def _peaks(engine: Engine) -> tuple[int, ...]:

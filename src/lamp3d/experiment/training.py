@@ -74,12 +74,16 @@ def _stage_plan(run: Run, index: int, store: CaseStore, cases: tuple[Case, ...],
     stage = run.config.train.curriculum[index]
     torch.manual_seed(run.config.train.seed)
     network = run.network()
+    data, space = stage.mesh(devices)
     return make_plan(
         network,
         (stage.batch, 1, *_largest_input(stage, store, cases, network.divisor)),
         devices,
+        data=data,
+        space=space,
         micro_batches=stage.batch if stage.patch_shape is None else stage.micro_batches,
-        schedule=stage.schedule if devices > 1 else "1f1b",  # on one device: least memory, nothing to wait for
+        # Where a pipeline has one device: least memory, nothing to wait for.
+        schedule=stage.schedule if devices > data * space else "1f1b",
         recompute=stage.recompute,
         precision=run.config.train.precision,
         memory=run.config.memory,

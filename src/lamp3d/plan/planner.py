@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch import nn
 
 from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph, lay_out_weights, trace
-from lamp3d.graph.inputs import InputShape, batch_of, with_batch
+from lamp3d.graph.inputs import InputShape, Shape, batch_of, with_batch
 from lamp3d.plan.costs import StageCosts
 from lamp3d.plan.cut import Cut, best_cut, fitting_cut, least_memory
 from lamp3d.plan.hardware import device_type, has_fast_bf16, link_bytes_per_second, worker_threads
@@ -49,7 +49,8 @@ def make_plan(
     memory: str | int | None = None,
     data: int = 1,
     pipe: int | None = None,
-    space: int = 1,
+    space: int | Sequence[int] = 1,
+    least_planes: int = 1,
     link: str | int | None = None,
     repeats: int = 3,
 ) -> Plan:
@@ -70,8 +71,10 @@ def make_plan(
         channels_last: memory layout of volumes; by default both are profiled and the faster one is taken.
         memory: limit per device, such as ``"16GB"``.
         data: replicas of the pipeline, each with an equal share of the mini-batch; their gradients are averaged.
-        pipe: K, the devices of one pipeline; by default ``devices / data``.
-        space: slabs that a volume is cut into; 1 is what this version plans.
+        pipe: K, the devices of one pipeline; by default ``devices / (data × space)``.
+        space: slabs that a volume is cut into along its longest axis; or two numbers, such as (2, 2), along its two
+            longest axes. The slabs' seconds and bytes are predicted without their halos.
+        least_planes: a level of the network whose slabs have fewer planes is gathered and computed by every rank.
         link: bytes that pass between two devices in a second, such as ``"10GB"``; by default a guess for this machine.
         repeats: timed repetitions of each cell.
 
@@ -81,29 +84,31 @@ def make_plan(
     """
     if devices < 1:
         raise PlanError(f"a plan needs at least one device, not {devices}.")
-    if data < 1 or space != 1 or data * (devices // data if pipe is None else pipe) != devices:
+    mesh = [size for size in ([space] if isinstance(space, int) else space) if size != 1]
+    copies = data * math.prod(mesh)
+    if data < 1 or copies < 1 or copies * (devices // copies if pipe is None else pipe) != devices:
         raise PlanError(
-            f"data × pipe must be devices, and space 1 here; data={data}, pipe={pipe}, space={space}, "
-            f"devices={devices} is not."
+            f"data × space × pipe must be devices; data={data}, space={space}, pipe={pipe}, devices={devices} is not."
         )
+    space_dims = _longest_axes(input_shape, mesh)
     if (mini_batch := batch_of(input_shape)) % data:
         raise PlanError(
             f"a mini-batch of {mini_batch} cannot be shared evenly among {data} replicas; take a multiple of {data}."
         )
-    replicas, devices = data, devices // data
+    devices //= copies
     check_schedule(schedule)
     kind = device_type()
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(kind) else "fp32"
-    batch = mini_batch // replicas
+    batch = mini_batch // data
     if micro_batches is not None and micro_batches < 1:
         raise PlanError(f"a mini-batch is cut into at least one micro-batch; micro_batches={micro_batches} is not.")
     micro_batches = min(batch, micro_batches or batch)
     micro_batch = math.ceil(batch / micro_batches)
-    shape = with_batch(input_shape, micro_batch)
+    shape, share = _slab(with_batch(input_shape, micro_batch), mesh, space_dims, getattr(network, "divisor", 32))
     profiles = {}
     for layout in (False, True) if channels_last is None else (channels_last,):
-        with _worker_conditions(network, devices * replicas, kind, layout) as twin:
+        with _worker_conditions(network, devices * copies, kind, layout) as twin:
             graph = trace(twin, shape)
             if (stages := len(PLACEMENTS[schedule](devices))) > len(graph.cells):
                 raise PlanError(f"the network has {len(graph.cells)} cells and cannot be cut into {stages} stages.")
@@ -114,7 +119,7 @@ def make_plan(
                 channels_last=layout,
                 repeats=repeats,
                 split=splits_backward(schedule),
-            )
+            ).scaled(share)
     channels_last = min(profiles, key=lambda layout: profiles[layout].seconds)
     profile = profiles[channels_last]
     limit = None if memory is None else parse_bytes(memory)
@@ -131,11 +136,48 @@ def make_plan(
                 "precision": precision,
                 "channels_last": channels_last,
                 "memory_limit_bytes": limit,
-                "devices": devices * replicas,
-                "data": replicas,
+                "devices": devices * copies,
+                "data": data,
+                "space": tuple(mesh),
+                "space_dims": space_dims,
+                "least_planes": least_planes,
             }
             return _plan(cut, settings)
     raise PlanError(_does_not_fit(costs, schedule, devices, limit or 0, micro_batch))
+
+
+def _longest_axes(input_shape: InputShape, mesh: Sequence[int]) -> tuple[int, ...]:
+    """The axes to cut, for the fewest bytes of halos: the longest ones, the most slabs along the longest."""
+    if not mesh:
+        return ()
+    volume = next(iter(input_shape.values())) if isinstance(input_shape, Mapping) else input_shape
+    if len(mesh) > 2 or len(volume) != 5:
+        raise PlanError(f"a (B, C, D, H, W) volume is cut along one axis or two; space={tuple(mesh)} is not that.")
+    longest = sorted((2, 3, 4), key=lambda dim: -volume[dim])[: len(mesh)]
+    order = sorted(range(len(mesh)), key=lambda axis: -mesh[axis])
+    dims = dict(zip(order, longest, strict=True))
+    for axis, size in enumerate(mesh):
+        if volume[dims[axis]] < size:
+            raise PlanError(f"{volume[dims[axis]]} planes cannot be cut into {size} slabs; take fewer.")
+    return tuple(dims[axis] for axis in range(len(mesh)))
+
+
+def _slab(
+    shape: Shape | dict[str, Shape], mesh: Sequence[int], dims: Sequence[int], divisor: int
+) -> tuple[Shape | dict[str, Shape], float]:
+    """A shape that the network takes, near to that of a slab, and a slab's part of its voxels."""
+    volumes = shape if isinstance(shape, dict) else {"": shape}
+    extents = next(iter(volumes.values()))
+    sides, share = list(extents), 1.0
+    for size, dim in zip(mesh, dims, strict=True):
+        sides[dim] = min(extents[dim], math.ceil(extents[dim] / size / divisor) * divisor)
+        share *= extents[dim] / size / sides[dim]
+
+    def cut(of: Shape) -> Shape:
+        return (*of[:2], *sides[2:]) if of[2:] == extents[2:] else of
+
+    slabs = {name: cut(of) for name, of in volumes.items()}
+    return slabs if isinstance(shape, dict) else slabs[""], share
 
 
 def _check_cells(graph: CellGraph, recompute: Recompute) -> None:

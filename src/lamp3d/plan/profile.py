@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,23 @@ class Profile:
     def seconds(self) -> float:
         """One micro-batch's forward and backward through all cells."""
         return sum(cell.forward_seconds + cell.backward_seconds for cell in self.cells)
+
+    def scaled(self, share: float) -> Profile:
+        """Of an input with that share of the voxels."""
+        if share == 1:
+            return self
+        cells = [
+            replace(
+                cell,
+                forward_seconds=cell.forward_seconds * share,
+                backward_seconds=cell.backward_seconds * share,
+                weight_seconds=cell.weight_seconds * share,
+                internal_bytes=round(cell.internal_bytes * share),
+                deferred_bytes=round(cell.deferred_bytes * share),
+            )
+            for cell in self.cells
+        ]
+        return Profile(tuple(cells), {name: round(size * share) for name, size in self.value_bytes.items()})
 
 
 def profile_cells(

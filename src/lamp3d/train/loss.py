@@ -12,6 +12,7 @@ softmax again instead of keeping it: beside the logits, the only thing as large 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from lamp3d.errors import ConfigError
+from lamp3d.parallel.sharded import ShardedVolume
+from lamp3d.parallel.space.ranks import Space
 
 CPU_PIECE_VOXELS = 1 << 13  # with ten classes some 300 kB: a core's own cache
 GPU_PIECE_VOXELS = 1 << 22  # enough work for a kernel, little beside the volume's activations
@@ -73,7 +76,8 @@ class HybridLoss(nn.Module):
         """The loss of a mini-batch.
 
         Args:
-            logits: (B, C, D, H, W), any floating type; computed in float32, or float64 if they are.
+            logits: (B, C, D, H, W), any floating type; computed in float32, or float64 if they are. Of a volume that
+                ranks share each adds up its slab; only the sums are exchanged.
             targets: labels (B, 1, D, H, W), integers; and annotated (B, C), bool: may the class be judged in the case?
 
         Returns:
@@ -91,11 +95,16 @@ class HybridLoss(nn.Module):
         assert labels.shape == (logits.shape[0], 1, *logits.shape[2:]), (labels.shape, logits.shape)
         assert annotated.shape == logits.shape[:2], (annotated.shape, logits.shape)
         annotated = annotated.to(logits.device)
+        voxels, space = math.prod(logits.shape[2:]), None
+        if isinstance(logits, ShardedVolume):
+            space, placement = logits.space if logits.placement.cuts else None, logits.placement
+            assert isinstance(labels, ShardedVolume), "the engine shares targets as it shares inputs"
+            logits, labels = logits.local, labels.relaid(placement).local
         if self.merges:
             logits, annotated = _merged(logits, annotated)
         weights = self.class_weights.to(logits.device) * annotated
         loss: Tensor = _HybridLoss.apply(  # type: ignore[no-untyped-call]
-            logits, labels.to(logits.device), weights, self.focal_weight
+            logits, labels.to(logits.device), weights, self.focal_weight, voxels, space
         )
         return loss
 
@@ -117,17 +126,21 @@ def _merged(logits: Tensor, annotated: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _HybridLoss(torch.autograd.Function):
-    """The formula above with its derivative written out, piece by piece over the voxels."""
+    """The formula above with its derivative written out, piece by piece over the voxels.
+
+    ``logits`` and ``labels`` are a rank's slab where there is a ``space``; ``voxels`` are those of the whole.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, focal_weight: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, focal_weight: float, voxels: int, space: Space | None
+    ) -> Tensor:
         logits = _flattenable(logits)
         batch, n_classes = logits.shape[:2]
-        voxels = logits[0, 0].numel()
         # Float64 for what is added over millions of voxels: C numbers a case, so it costs nothing.
-        sums = torch.zeros(3, batch, n_classes, dtype=torch.float64, device=logits.device)
-        predicted, true, hit = sums
-        focal = torch.zeros(batch, dtype=torch.float64, device=logits.device)
+        sums = torch.zeros(4, batch, n_classes, dtype=torch.float64, device=logits.device)
+        predicted, true, hit, focal_by_class = sums
+        focal = focal_by_class[:, 0]  # one number a case, beside the others so that they travel together
         weights_here = weights.to(_working_dtype(logits))
         classes = torch.arange(n_classes, device=logits.device)[:, None]
         for case, piece in _pieces(logits):
@@ -139,22 +152,27 @@ class _HybridLoss(torch.autograd.Function):
             weight = weights_here[case][label]
             focal[case] -= ((1 - p_true).square() * log_p_true * weight).sum(dtype=torch.float64)
 
+        if space is not None:
+            predicted, true, hit, focal_by_class = space.sum(sums)
+            focal = focal_by_class[:, 0]
         # An absent class has hit = 0 and stays at 0 whatever the clamp; a present one has at least half a voxel here.
         union = ((predicted + true) / 2).clamp_min(1e-30)
         dice = (weights * (1 - hit / union)).sum(1)
         ctx.save_for_backward(logits, labels, weights)
         ctx.by_predicted = weights * hit / (2 * union.square())  # d dice / d p_c at every voxel, through the union
         ctx.by_hit = -weights / union  # and at the class's own voxels, through the overlap
-        ctx.focal_weight = focal_weight
+        ctx.focal_weight, ctx.voxels, ctx.space = focal_weight, voxels, space
         loss: Tensor = (dice + focal_weight / voxels * focal).mean().to(_working_dtype(logits))
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, weights = ctx.saved_tensors
-        dtype = _working_dtype(logits)
-        voxels = logits[0, 0].numel()
-        scale = grad_outputs[0].double() / logits.shape[0]
+        dtype, voxels = _working_dtype(logits), ctx.voxels
+        of_loss = grad_outputs[0].double()
+        if ctx.space is not None:  # each rank has a part of the gradient of what all have alike
+            of_loss = ctx.space.sum(of_loss)
+        scale = of_loss / logits.shape[0]
         by_predicted = (ctx.by_predicted * scale).to(dtype)
         by_hit = (ctx.by_hit * scale).to(dtype)
         by_focal = (weights * scale * (ctx.focal_weight / voxels)).to(dtype)
@@ -171,7 +189,7 @@ class _HybridLoss(torch.autograd.Function):
             mean = (p * everywhere).sum(0).add_(at_true)
             slope = p.mul_(everywhere - mean).scatter_add_(0, label[None], at_true[None])
             grad[case].flatten(1)[:, piece] = slope
-        return grad, None, None, None
+        return grad, None, None, None, None, None
 
 
 def _softmax(logits: Tensor, labels: Tensor, case: int, piece: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
