@@ -17,26 +17,15 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import lamp3d
+from benchmarks.harness import WORKERS, loss_fn, network
 from lamp3d.graph import trace
 from lamp3d.parallel.footprint import LiveBytes
 from lamp3d.plan import SCHEDULES, Plan, make_plan
 
-WORKERS, CASES = 2, 8
-
-
-def network() -> nn.Module:
-    """U-Net-16, the same weights everywhere."""
-    torch.manual_seed(0)
-    return lamp3d.UNet(1, 8, filters=16)
-
-
-@lamp3d.mean_over_cases
-def loss_fn(logits: Tensor, targets: object) -> Tensor:
-    """As cheap as a loss can be, so that the network is what is measured."""
-    return logits.float().square().mean()
+CASES = 8
 
 
 def plan_of(side: int, schedule: str, micro_batches: int = CASES, **settings: Any) -> Plan:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import lamp3d
+from benchmarks.harness import network
 from lamp3d.graph import arithmetic, laid_out, lay_out_weights
 from lamp3d.parallel.allocator import keep_freed_memory
 
@@ -45,11 +45,6 @@ def measure(side: int, rounds: int) -> dict[str, Any]:
         found[f"{precision}_peak_gflops"] = peak
         found[f"{precision}_share_of_peak"] = found["gflop"] / best / peak
     return found
-
-
-def network() -> nn.Module:
-    """U-Net-16."""
-    return lamp3d.UNet(1, 8, filters=16)
 
 
 def plain(side: int) -> Callable[[], None]:

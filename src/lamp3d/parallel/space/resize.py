@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
 from lamp3d.parallel.sharded import ShardedVolume, refuse, rule
 from lamp3d.parallel.space.collect import collect
-from lamp3d.parallel.space.layout import Cut, Layout, Range, even_bounds
+from lamp3d.parallel.space.layout import Layout, Range, even_bounds
 from lamp3d.parallel.space.windows import settled, spread_again
 
 
@@ -24,71 +27,58 @@ def interpolate(
     if mode not in ("nearest", "trilinear") or antialias:
         raise refuse("interpolate", f"mode {mode!r} is not known; nearest and trilinear are")
     line = "linear" if mode == "trilinear" else mode
-
-    def along(dim: int, planes: Tensor) -> Tensor:
-        """What torch makes of numbers along one axis."""
-        axis = dim - 2
-        sizes = None if size is None else [size] * 3 if isinstance(size, int) else list(size)
-        scales = [scale_factor] * 3 if isinstance(scale_factor, int | float) else scale_factor
-        made: Tensor = F.interpolate(
-            planes[None, None], None if sizes is None else [sizes[axis]], None if scales is None else [scales[axis]],
-            line, align_corners, recompute_scale_factor,
-        )  # fmt: skip
-        return made[0, 0]
-
-    # By what torch makes of the planes' own numbers: the same rounding of positions, whatever its rules.
-    places = [along(dim, torch.arange(input.shape[dim], dtype=torch.float64)) for dim in (2, 3, 4)]
-    extents = [len(place) for place in places]
+    sizes = [None] * 3 if size is None else _three(size)
+    scales = [None] * 3 if scale_factor is None else _three(scale_factor)
+    settings = (line, align_corners, recompute_scale_factor)
+    places = [_places(*axis, *settings) for axis in zip(input.shape[2:], sizes, scales, strict=True)]
+    extents = [len(of_axis) for of_axis in places]
     volume = spread_again(input, extents)
     cuts = []
     for cut in volume.placement.cuts:
         made = extents[cut.dim - 2]
-        inner = (bound * made // cut.extent for bound in cut.bounds[1:-1])
-        cuts.append(cut.with_bounds((0, *inner, made)))
+        cuts.append(cut.with_bounds((0, *(bound * made // cut.extent for bound in cut.bounds[1:-1]), made)))
     if any(cut.thinnest < 1 for cut in cuts):
         volume, cuts = volume.gathered(), []
     local = volume.local
     for cut, made_cut in zip(volume.placement.cuts, cuts, strict=True):
-        local = _along(local, volume, cut, made_cut, places[cut.dim - 2])
-    cut_dims = {cut.dim for cut in cuts}
-    sizes = [local.shape[dim] if dim in cut_dims else extents[dim - 2] for dim in (2, 3, 4)]
-    if len(cut_dims) < 3 and sizes != list(local.shape[2:]):
-        kept = [None if dim in cut_dims else extents[dim - 2] for dim in (2, 3, 4)]
-        local = _others(local, kept, places, line)
+        own = places[cut.dim - 2]
+        wanted: list[Range] = [(math.floor(own[begin]), math.ceil(own[end - 1]) + 1) for begin, end in made_cut.slabs]
+        here = volume.space.coordinate[cut.axis]
+        planes = collect(local, volume.space, cut, wanted)
+        local = _mixed(planes, cut.dim, own[slice(*made_cut.slabs[here])], wanted[here][0])
+    for dim in {2, 3, 4} - {cut.dim for cut in cuts}:
+        local = _mixed(local, dim, places[dim - 2], 0)
     return settled(local, extents, cuts, volume)
 
 
-def _along(local: Tensor, volume: ShardedVolume, cut: Cut, made: Cut, places: Tensor) -> Tensor:
-    """Interpolate along an axis that is cut: fetch the planes, and mix them two by two."""
-    low = places.floor().long().clamp(0, cut.extent - 1)
-    share = places - low
-    high = torch.where(share > 0, low + 1, low).clamp(max=cut.extent - 1)
-    wanted: list[Range] = [(int(low[begin]), int(high[end - 1]) + 1) for begin, end in made.slabs]
-    here = volume.space.coordinate[cut.axis]
-    planes = collect(local, volume.space, cut, wanted)
-    own = slice(*made.slabs[here])
-    first = wanted[here][0]
-    return _mixed(planes, cut.dim, low[own] - first, high[own] - first, share[own])
+@functools.cache
+def _places(
+    extent: int, size: int | None, scale: float | None, line: str, align_corners: bool | None, recompute: bool | None
+) -> tuple[float, ...]:
+    """Between which planes each new plane lies: what torch makes of the planes' own numbers, whatever its rules."""
+    with unset_fake_temporarily():
+        numbers = torch.arange(extent, dtype=torch.float64)[None, None]
+        made = F.interpolate(numbers, size, scale, line, align_corners, recompute)
+    return tuple(made[0, 0].tolist())
 
 
-def _others(local: Tensor, extents: Sequence[int | None], places: Sequence[Tensor], line: str) -> Tensor:
-    """Interpolate along the axes that are not cut."""
-    for axis, extent in enumerate(extents):
-        if extent is not None and extent != local.shape[axis + 2]:
-            low = places[axis].floor().long()
-            share = places[axis] - low
-            high = torch.where(share > 0, low + 1, low)
-            local = _mixed(local, axis + 2, low, high, share)
-    return local
-
-
-def _mixed(planes: Tensor, dim: int, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
-    below = planes.index_select(dim, low.to(planes.device))
-    if not bool((share > 0).any()):
+def _mixed(planes: Tensor, dim: int, places: Sequence[float], first: int) -> Tensor:
+    """New planes between the planes from number ``first`` on, along one axis."""
+    if list(places) == list(range(first, first + planes.shape[dim])):
+        return planes
+    low = [math.floor(place) - first for place in places]
+    share = [place - math.floor(place) for place in places]
+    below = planes.index_select(dim, torch.tensor(low, device=planes.device))
+    if not any(share):
         return below
-    above = planes.index_select(dim, high.to(planes.device))
-    weights = share.to(planes.device, planes.dtype).view([-1 if d == dim else 1 for d in range(5)])
-    return torch.lerp(below, above, weights)
+    high = [number + (part > 0) for number, part in zip(low, share, strict=True)]
+    above = planes.index_select(dim, torch.tensor(high, device=planes.device))
+    weights = torch.tensor(share, device=planes.device, dtype=planes.dtype)
+    return torch.lerp(below, above, weights.view([-1 if d == dim else 1 for d in range(5)]))
+
+
+def _three(value: Any) -> list[Any]:
+    return [value] * 3 if isinstance(value, int | float) else list(value)
 
 
 @rule(F.pad)
