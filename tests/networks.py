@@ -82,6 +82,17 @@ class Conditioned(nn.Module):
         return self.d(x * self.scale(code)[:, :, None, None, None] + x)  # type: ignore[no-any-return]
 
 
+class Shuffled(nn.Module):
+    """Moves planes about, which no slab can do by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = conv(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.flip(self.a(x), (2,))
+
+
 class Chancy(nn.Module):
     """Dropout everywhere."""
 

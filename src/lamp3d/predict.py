@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from monai.inferers import sliding_window_inference
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from lamp3d.data.preprocess import PreprocessConfig, prepare_scan
 from lamp3d.errors import ConfigError
 from lamp3d.parallel import Engine
-from lamp3d.parallel.sharded import ShardedVolume
+from lamp3d.parallel.sharded import whole
 from lamp3d.volume import Volume
 
 WINDOW_OVERLAP = 0.5
@@ -97,7 +96,7 @@ class Predictor:
 
         for logits in self.engine.stream(padded()):
             _, depth, height, width = shapes.popleft()
-            logits = _whole(logits)
+            logits = whole(logits)
             yield logits[0, :, :depth, :height, :width] if self.holds_result else None
 
     def _pad(self, image: Tensor) -> Tensor:
@@ -130,10 +129,5 @@ class Predictor:
         return logits[0] if self.holds_result else None
 
     def _forward(self, windows: Tensor) -> Tensor:
-        logits = _whole(self.engine.forward(windows if self.engine.reads_input else None))
+        logits = whole(self.engine.forward(windows if self.engine.reads_input else None))
         return logits.float() if self.holds_result else windows.new_zeros(len(windows), 1, *windows.shape[2:])
-
-
-def _whole(logits: Any) -> Any:
-    """The network's output, of a volume that ranks share all of it."""
-    return logits.gathered().local if isinstance(logits, ShardedVolume) else logits

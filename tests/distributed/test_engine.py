@@ -1,5 +1,6 @@
 """The engine's contract: for every cut, number of devices and of micro-batches, the plain network's numbers."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -23,8 +24,13 @@ from tests.plans import plan_at
 Results = list[dict[str, dict[str, Finding]]]
 
 FEW = ["exactness", "every_cut", "schedules", "any_placement"]
-ALL = [check for check in CHECKS if check != "replicas"]
-PLANS = {1: ALL, 2: ALL, 3: [*FEW, "shapes", "batch_norm", "frozen", "inputs", "dropped_engine"], 4: [*FEW, "replicas"]}
+ALL = [check for check in CHECKS if check not in ("replicas", "space")]
+PLANS = {
+    1: ALL,
+    2: [*ALL, "space"],
+    3: [*FEW, "shapes", "batch_norm", "frozen", "inputs", "space", "dropped_engine"],
+    4: [*FEW, "replicas", "space"],
+}
 """Which checks run on how many devices; each number of devices is launched once."""
 
 
@@ -153,6 +159,19 @@ def test_several_inputs_by_name(results: Callable[[int], Results], devices: int)
         for name, says in (("names", "given code, input; pass those"), ("batch", "have batches of [3, 4]")):
             refusal = checks["inputs"][f"refused: {name}"].says
             assert says in refusal if rank == 0 else "worker 0 has refused the mini-batch" in refusal
+
+
+@on("space")
+def test_volumes_that_ranks_share(results: Callable[[int], Results], devices: int) -> None:
+    compared = assert_exact(results(devices), "space")
+    everything = {name for name, _ in UNet(1, 3, filters=2).named_parameters()}
+    assert compared["list"] == everything
+    alone = [name for name in compared if name.startswith(f"UNet ({devices},)")]
+    assert len(alone) == 2 * len(SCHEDULES)
+    assert all(compared[name] == everything for name in alone)
+    for rank in results(devices):
+        assert "has too few planes for" in rank["space"]["refused: thin"].says
+        assert re.search(r"'flip' on .* cannot be done exactly .* space=1", rank["space"]["refused: unknown"].says)
 
 
 @on("refusals")

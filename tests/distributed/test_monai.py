@@ -10,7 +10,7 @@ import pytest
 
 from lamp3d import launch
 from lamp3d.plan import SCHEDULES
-from tests.distributed.workers import run_monai
+from tests.distributed.workers import run_monai, run_monai_on_slabs
 from tests.monai_networks import NETWORKS
 
 FULL = bool(os.environ.get("LAMP3D_FULL"))
@@ -32,3 +32,20 @@ def test_monais_networks_are_exact(devices: int) -> None:
             compared = set().union(*(found[name].gradients for found in ranks))
             assert compared == ranks[0][name].facts["expected"], name
             assert any("output of forward" in found[name].errors for found in ranks)
+
+
+EXACT_ON_SLABS = ("UNet", "BasicUNet", "DynUNet", "SegResNet", "VNet", "AttentionUnet", "MedNeXt")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("devices", [2, 3, 4] if FULL else [2, 3])
+def test_monais_networks_on_slabs_are_exact_or_refused(devices: int) -> None:
+    ranks = launch(run_monai_on_slabs, devices)
+    for network in NETWORKS:
+        assert len({found[network].says for found in ranks}) == 1, network
+        if network in EXACT_ON_SLABS:
+            assert not ranks[0][network].says, network
+        for found in ranks:
+            wrong = {what: error for what, error in found[network].errors.items() if not error <= 1e-10}
+            assert not wrong, network
+            assert found[network].errors or "cannot be done exactly on a volume" in found[network].says, network

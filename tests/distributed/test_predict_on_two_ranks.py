@@ -1,4 +1,4 @@
-"""Two ranks predict what one does: whole volumes in flight together, and a sliding window."""
+"""Two ranks, as a pipeline or sharing volumes, predict what one does: whole volumes in flight, and a sliding window."""
 
 import numpy as np
 import torch
@@ -42,12 +42,17 @@ def predict(plan: Plan) -> list[tuple[Volume | None, list[torch.Tensor | None]]]
 def test_two_ranks_predict_what_one_does():
     net = network()
     shape = (2, 1, 32, 16, 16)
-    plans = [make_plan(net, shape, devices=k, micro_batches=2, channels_last=False, repeats=1) for k in (1, 2)]
-    alone = predict(plans[0])
-    first, last = launch(predict, devices=2, args=(plans[1],))
-    assert first == [(None, [None, None])] * len(WINDOWS)
-    for (labels, logits), (expected_labels, expected_logits) in zip(last, alone, strict=True):
-        np.testing.assert_array_equal(labels.data, expected_labels.data)
-        np.testing.assert_array_equal(labels.affine, scan().affine)
-        for ours, expected in zip(logits, expected_logits, strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    alone, pipeline, slabs = (
+        make_plan(net, shape, devices=k, space=space, micro_batches=2, channels_last=False, repeats=1)
+        for k, space in ((1, 1), (2, 1), (2, 2))
+    )
+    expected = predict(alone)
+    none, of_pipeline = launch(predict, devices=2, args=(pipeline,))
+    of_slabs, none_either = launch(predict, devices=2, args=(slabs,))
+    assert none == none_either == [(None, [None, None])] * len(WINDOWS)
+    for found in (of_pipeline, of_slabs):
+        for (labels, logits), (expected_labels, expected_logits) in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(labels.data, expected_labels.data)
+            np.testing.assert_array_equal(labels.affine, scan().affine)
+            for ours, theirs in zip(logits, expected_logits, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)  # norms over four voxels

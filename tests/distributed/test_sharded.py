@@ -7,11 +7,17 @@ import os
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, Listener
 from threading import Thread
+from typing import Literal
 
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, event, given, settings
 
 from lamp3d import launch
+from lamp3d.parallel.sharded import shard
+from lamp3d.parallel.space.ranks import Space
+from lamp3d.train import HybridLoss, LossConfig
 from tests.distributed.operations import Example, examples, serve
 
 FULL = bool(os.environ.get("LAMP3D_FULL"))
@@ -66,3 +72,37 @@ def test_operations_on_slabs_are_those_on_one_device(
         assert max(error for error, _ in found) <= 1e-10, (example, found)
 
     check()
+
+
+def _loss_on_slabs(missing: Literal["mask", "merge"]) -> list[float]:
+    """How far loss and gradient of a shared volume are from those of the whole."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 9, 6, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 4, (2, 1, 9, 6, 7), generator=generator)
+    annotated = torch.tensor([[True, True, True, True], [False, True, False, True]])
+    labels[1][labels[1] == 2] = 0  # an organ without contours is in no label map
+    loss_fn = HybridLoss(LossConfig(class_weights={"b": 2.0}, missing=missing), ("a", "b", "c"))
+    whole = logits.clone().requires_grad_()
+    expected = loss_fn(whole, (labels, annotated))
+    expected.backward()
+    world = dist.get_world_size()
+    space = Space((world,), (2,), range(world), dist.get_rank())
+    ours, theirs = shard(logits, space), shard(labels, space)
+    ours.local = ours.local.clone().requires_grad_()
+    leaf = ours.local
+    found = loss_fn(ours, (theirs, annotated))
+    (found / world).backward()
+    begin, end = ours.placement.part(space.coordinate)[0]
+    assert leaf.grad is not None
+    assert whole.grad is not None
+    return [
+        abs(float(found.detach() - expected.detach())),
+        float((leaf.grad - whole.grad[:, :, begin:end]).abs().max() / whole.grad.abs().max()),
+    ]
+
+
+@pytest.mark.parametrize("missing", ["mask", "merge"])
+def test_the_hybrid_loss_of_a_shared_volume_is_that_of_the_whole(missing: str) -> None:
+    for differences in launch(_loss_on_slabs, 3, (missing,)):
+        assert max(differences) <= 1e-12

@@ -6,6 +6,7 @@ One launch costs seconds, so a worker runs many checks in a row; each reports wh
 import copy
 import gc
 import itertools
+import math
 import os
 import random
 import signal
@@ -26,11 +27,23 @@ from lamp3d.errors import ConfigError, PlanError
 from lamp3d.graph import arithmetic
 from lamp3d.parallel.allocator import return_freed_memory
 from lamp3d.parallel.footprint import LiveBytes
-from lamp3d.parallel.sharded import ShardedVolume
+from lamp3d.parallel.sharded import whole
 from lamp3d.parallel.step import LossFunction
 from lamp3d.plan import SCHEDULES, Plan
 from lamp3d.plan.schedule import PLACEMENTS
-from tests.networks import Branches, Chancy, Conditioned, Counting, InPlace, RandomDag, Shaped, Sided, Tied, conv
+from tests.networks import (
+    Branches,
+    Chancy,
+    Conditioned,
+    Counting,
+    InPlace,
+    RandomDag,
+    Shaped,
+    Shuffled,
+    Sided,
+    Tied,
+    conv,
+)
 from tests.plans import cell_names, plan_at, random_starts
 
 SHAPE = (4, 1, 16, 16, 32)
@@ -52,11 +65,6 @@ class Finding:
     gradients: set[str] = field(default_factory=set)
     says: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-def whole(output: Any) -> Any:
-    """An output of the engine, of volumes that ranks share all of them."""
-    return pytree.tree_map(lambda leaf: leaf.gathered().local if isinstance(leaf, ShardedVolume) else leaf, output)
 
 
 def relative(found: Any, expected: Any, floor: float = 1e-30) -> float:
@@ -176,7 +184,7 @@ def one_step(
         output = engine.forward(images)
         assert (output is not None) == engine.holds_output
         if output is not None:
-            finding.errors["output of forward"] = relative(whole(output), plain.output)
+            finding.errors["output of forward"] = relative(pytree.tree_map(whole, output), plain.output)
     return finding
 
 
@@ -436,6 +444,55 @@ def check_inputs() -> dict[str, Finding]:
     return findings
 
 
+def check_space() -> dict[str, Finding]:
+    """Volumes that ranks share, alone and with pipelines and replicas: every schedule, lists, recomputation."""
+    findings = {}
+    shape = (2, 1, 48, 32, 64)
+    images, targets = volumes(shape)
+    meshes: dict[int, list[tuple[tuple[int, ...], tuple[int, ...], int]]] = {
+        2: [((2,), (2,), 1)],
+        3: [((3,), (4,), 1)],
+        4: [((4,), (2,), 1), ((2, 2), (2, 4), 1), ((2,), (3,), 1), ((2,), (4,), 2)],
+    }  # mesh, dimensions, replicas; what is left is the pipeline
+    kinds = (
+        lambda: UNet(1, 3, filters=2),
+        lambda: SEUNet(1, 3, filters=2, norm="group", stem_stride=2),
+        lambda: UNet(1, 3, filters=2, norm="batch"),
+    )
+    for number, ((mesh, dims, data), make) in enumerate(itertools.product(meshes[world()], kinds)):
+        network = seeded(make)
+        has_batch_norm = number % len(kinds) == 2
+        if has_batch_norm and data > 1:
+            continue
+        names = cell_names(network, shape)
+        plain = run_plain(network, images, targets, by_case)
+        pipe = world() // (data * math.prod(mesh))
+        for seed, schedule in enumerate(SCHEDULES):
+            ranks = PLACEMENTS[schedule](pipe)
+            plan = plan_at(
+                network, shape, random_starts(len(names), len(ranks), seed), 1 if has_batch_norm else 2 // data, names,
+                schedule=schedule, ranks=ranks, recompute=("never", "always")[seed % 2], devices=world(), data=data,
+                space=mesh, space_dims=dims, least_planes=1 + seed % 3,
+            )  # fmt: skip
+            case = f"{type(network).__name__} {mesh} {dims} data={data} {schedule}"
+            findings[case] = one_step(network, plan, images, targets, plain, loss_fn=by_case, forward=True)
+    several = [volumes((1, 1, 16 * (3 + i), 32, 64), seed=i) for i in range(2)]
+    listed = [image for image, _ in several], [target for _, target in several]
+    network = seeded(kinds[0])
+    plan = plan_at(
+        network, (1, *shape[1:]), [0], 2, devices=world(), space=(world(),), space_dims=(2,), least_planes=2
+    )  # fmt: skip
+    findings["list"] = one_step(network, plan, *listed)
+    for name, wrong in (("thin", seeded(lambda: nn.Sequential(conv(1, 2)))), ("unknown", seeded(Shuffled))):
+        few = (1, 1, 1, 8, 8) if name == "thin" else (1, 1, 8, 8, 8)
+        plan = plan_at(wrong, few, [0], devices=world(), space=(world(),), space_dims=(2,))
+        try:
+            Engine(wrong, plan).forward(torch.randn(few, dtype=torch.float64))
+        except PlanError as error:
+            findings[f"refused: {name}"] = Finding(says=str(error))
+    return findings
+
+
 def check_dropped_engine() -> dict[str, Finding]:
     """An engine may be dropped as soon as its call returns, also while the last rank has yet to begin that call."""
     network = seeded(lambda: nn.Sequential(conv(1, 2), conv(2, 2), conv(2, 2)))
@@ -617,6 +674,7 @@ CHECKS: dict[str, Callable[[], dict[str, Finding]]] = {
         check_batch_norm,
         check_frozen,
         check_inputs,
+        check_space,
         check_dropped_engine,
         check_refusals,
         check_reduced_precision,

@@ -53,7 +53,7 @@ class FakeBatches:
     def __len__(self) -> int:
         return STEPS
 
-    def read(self, i: int, *, images: bool = True, labels: bool = True) -> Batch:
+    def read(self, i: int, *, images: bool = True, labels: bool = True, part: Any = None) -> Batch:
         stage, epoch = self.place
         generator = torch.Generator().manual_seed(100 * stage + 10 * epoch + i)
         shapes = [(4, 6, 4), (4, 4, 8)] if self.whole else [(4, 4, 4)] * 2
@@ -61,10 +61,12 @@ class FakeBatches:
         truth = [(volume > 0.5).long() + (volume > 1).long() for volume in volumes]
         if self.bad(stage, epoch, i):
             volumes[1][..., 0] = math.nan
+        if part is not None:
+            volumes, truth = ([v[(..., *part(v.shape[2:]))] for v in of] for of in (volumes, truth))
         pictures, maps = (volumes, truth) if self.whole else (torch.cat(volumes), torch.cat(truth))
         annotated = torch.tensor([[True, True, True], [False, True, False]])
         names = (f"case{i}a", f"case{i}b")
-        return Batch(pictures if images else None, maps if labels else None, annotated, names)
+        return Batch(pictures if images else None, maps if labels else None, annotated, names, tuple(shapes))
 
 
 def never(stage: int, epoch: int, i: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,23 +12,27 @@ from scipy.spatial.transform import Rotation
 from torch.nn import functional
 
 from lamp3d.data import AugmentConfig
-from lamp3d.data.augment import Change, draw_change, label_swap, recoloured, sampling_grid, source_box, turned
+from lamp3d.data.augment import Change, draw_change, label_swap, recoloured, sampling_grid, source_box, turned, unturned
 from lamp3d.errors import ConfigError
 
 ORGANS = ["BrainStem", "ParotidLeft", "ParotidRight"]
 PAIR = (("ParotidLeft", "ParotidRight"),)
 
 
+def middle(start: tuple[int, ...], size: tuple[int, ...]) -> list[float]:
+    return [a + (n - 1) / 2 for a, n in zip(start, size, strict=True)]
+
+
 def sampled(volume: torch.Tensor, start: tuple[int, ...], size: tuple[int, ...], matrix: np.ndarray) -> torch.Tensor:
     """What a rotated sample of a (D, H, W) volume shows."""
-    box = source_box(start, size, volume.shape, matrix)
-    grid = sampling_grid(start, size, box, matrix)
+    box = source_box(middle(start, size), size, volume.shape, matrix)
+    grid = sampling_grid(middle(start, size), size, box, matrix)
     return functional.grid_sample(volume[box][None, None], grid, align_corners=False)[0, 0]
 
 
 def test_unit_matrix_reads_exactly_the_patch() -> None:
     volume = torch.rand(20, 22, 24)
-    box = source_box((3, 4, 5), (8, 6, 10), volume.shape, np.eye(3))
+    box = source_box(middle((3, 4, 5), (8, 6, 10)), (8, 6, 10), volume.shape, np.eye(3))
     assert box == (slice(3, 11), slice(4, 10), slice(5, 15))
     torch.testing.assert_close(sampled(volume, (3, 4, 5), (8, 6, 10), np.eye(3)), volume[box])
 
@@ -47,7 +53,9 @@ def test_source_box_loses_nothing_that_a_rotated_patch_needs() -> None:
         matrix = Rotation.random(rng=rng).as_matrix() / rng.uniform(0.7, 1.4)
         start = tuple(int(n) for n in rng.integers(0, 14, 3))
         whole = functional.grid_sample(
-            volume[None, None], sampling_grid(start, (12, 10, 8), everything, matrix), align_corners=False
+            volume[None, None],
+            sampling_grid(middle(start, (12, 10, 8)), (12, 10, 8), everything, matrix),
+            align_corners=False,
         )[0, 0]
         inside = (slice(2, -2),) * 3  # beyond the scan's own border both read zeros, blended differently
         torch.testing.assert_close(
@@ -69,16 +77,29 @@ def test_linear_images_show_where_each_voxel_looks() -> None:
 
 
 def test_source_box_outside_the_scan_is_never_empty() -> None:
-    box = source_box((0, 0, 0), (64, 64, 64), (5, 40, 40), Rotation.from_euler("z", 40, degrees=True).as_matrix())
+    matrix = Rotation.from_euler("z", 40, degrees=True).as_matrix()
+    box = source_box((31.5, 31.5, 31.5), (64, 64, 64), (5, 40, 40), matrix)
     assert all(part.stop > part.start for part in box)
 
 
 def test_turned_flips_and_turns() -> None:
     sample = torch.arange(2 * 2 * 3).reshape(1, 2, 2, 3)
-    assert torch.equal(turned(sample, Change(flips=(0, 2))), sample.flip(1, 3))
-    assert torch.equal(turned(sample, Change(quarter_turns=1)), torch.rot90(sample, 1, (1, 2)))
+    assert torch.equal(turned(sample, Change(flips=(0, 2)), (2, 2, 3)), sample.flip(1, 3))
+    assert torch.equal(turned(sample, Change(quarter_turns=1), (2, 2, 3)), torch.rot90(sample, 1, (1, 2)))
     oblong = torch.arange(2 * 4 * 3).reshape(1, 2, 4, 3)
-    assert torch.equal(turned(oblong, Change(quarter_turns=1)), oblong.flip(1, 2))
+    assert torch.equal(turned(oblong, Change(quarter_turns=1), (2, 4, 3)), oblong.flip(1, 2))
+
+
+@pytest.mark.parametrize("size", [(4, 4, 5), (4, 6, 5)])
+def test_parts_of_a_turned_sample_come_from_where_unturned_says(size: tuple[int, int, int]) -> None:
+    sample = torch.arange(size[0] * size[1] * size[2]).reshape(1, *size)
+    for turns, flips in itertools.product(range(4), ((), (0,), (1, 2), (0, 1, 2))):
+        change = Change(flips=flips, quarter_turns=turns)
+        whole = turned(sample, change, size)
+        for region in ((slice(0, 1), slice(2, 4), slice(1, 5)), (slice(1, 4), slice(0, 3), slice(0, 2))):
+            origin = unturned(region, size, change)
+            part = turned(sample[(slice(None), *origin)], change, size)
+            assert torch.equal(part, whole[(slice(None), *region)])
 
 
 def test_draws_stay_in_their_ranges_and_off_is_off() -> None:
@@ -104,8 +125,10 @@ def test_draws_stay_in_their_ranges_and_off_is_off() -> None:
 def test_recoloured_is_gain_shift_and_bounded_noise() -> None:
     image = torch.rand(1, 8, 8, 8)
     rng = np.random.default_rng(2)
-    torch.testing.assert_close(recoloured(image, Change(gain=1.1, shift=-0.05), rng), image * 1.1 - 0.05)
-    noise = recoloured(image, Change(noise=0.2), rng) - image
+    all_of_it, size = (slice(0, 8),) * 3, (8, 8, 8)
+    brighter = recoloured(image, Change(gain=1.1, shift=-0.05), rng, all_of_it, size)
+    torch.testing.assert_close(brighter, image * 1.1 - 0.05)
+    noise = recoloured(image, Change(noise=0.2), rng, all_of_it, size) - image
     assert 0.18 < noise.abs().max() <= 0.2 + 1e-6
     assert abs(noise.mean()) < 0.02
 

@@ -211,7 +211,9 @@ def test_recomputation_is_chosen_only_where_it_is_needed() -> None:
     [
         ({"devices": 0}, "at least one device, not 0"),
         ({"devices": 999}, "cells and cannot be cut into 999 stages"),
-        ({"space": 2}, "space=2"),
+        ({"space": 3}, "space=3"),
+        ({"space": (2, 2, 2), "devices": 8}, r"space=\(2, 2, 2\)"),
+        ({"space": 99, "devices": 99}, "planes cannot be cut into 99 slabs"),
         ({"devices": 2, "pipe": 3}, "pipe=3"),
         ({"micro_batches": -1}, "micro_batches=-1"),
         ({"micro_batches": 0}, "micro_batches=0"),
@@ -220,6 +222,18 @@ def test_recomputation_is_chosen_only_where_it_is_needed() -> None:
 def test_impossible_plans_are_refused(settings: dict[str, int], says: str) -> None:
     with pytest.raises(PlanError, match=says):
         plan(InPlace(), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("space", "devices", "mesh", "dims"), [(2, 2, (2,), (3,)), ((2, 2), 4, (2, 2), (3, 2)), ((1, 2), 4, (2,), (3,))]
+)
+def test_volumes_are_cut_along_their_longest_axes(
+    space: int | tuple[int, ...], devices: int, mesh: tuple[int, ...], dims: tuple[int, ...]
+) -> None:
+    found = make_plan(InPlace(), (1, 1, 32, 64, 16), devices, space=space, repeats=1, recompute="never")
+    assert (found.space, found.space_dims, found.pipe) == (mesh, dims, devices // found.slabs)
+    whole = make_plan(InPlace(), (1, 1, 32, 64, 16), found.pipe, repeats=1, recompute="never")
+    assert max(d.saved_bytes for d in found.per_device) < 0.8 * max(d.saved_bytes for d in whole.per_device)
 
 
 @pytest.mark.parametrize(("batch", "asked", "given"), [(4, None, 4), (4, 3, 3), (4, 9, 4), (1, 2, 1)])

@@ -75,6 +75,10 @@ class AugmentConfig(BaseModel):
         return cls(affine_probability=0.0, rotate90_probability=0.0, intensity_probability=0.0, noise_probability=0.0)
 
 
+Region = tuple[slice, slice, slice]
+"""Part of a volume."""
+
+
 @dataclass(frozen=True)
 class Change:
     """What happens to one sample.
@@ -145,58 +149,80 @@ def label_swap(config: AugmentConfig, organs: Sequence[str]) -> Tensor:
 
 
 def source_box(
-    start: Sequence[int], size: Sequence[int], shape: Sequence[int], matrix: npt.NDArray[np.float64]
+    centre: Sequence[float], size: Sequence[int], shape: Sequence[int], matrix: npt.NDArray[np.float64]
 ) -> tuple[slice, slice, slice]:
     """The part of a scan that a rotated and scaled sample looks at.
 
     Args:
-        start: first voxel of the sample before the change.
+        centre: where the middle of the sample looks, in the scan's voxels.
         size: (D, H, W) of the sample.
         shape: (D, H, W) of the scan; the part is clamped to it and never empty.
         matrix: (3, 3), offset from the sample's centre in voxels -> offset in the scan in voxels.
     """
-    half = (np.asarray(size) - 1) / 2
-    centre = np.asarray(start) + half
-    reach = np.abs(matrix) @ half
-    low = np.clip(np.floor(centre - reach).astype(int), 0, np.asarray(shape) - 1)
-    high = np.clip(np.ceil(centre + reach).astype(int) + 1, low + 1, shape)
+    middle = np.asarray(centre)
+    reach = np.abs(matrix) @ ((np.asarray(size) - 1) / 2)
+    low = np.clip(np.floor(middle - reach).astype(int), 0, np.asarray(shape) - 1)
+    high = np.clip(np.ceil(middle + reach).astype(int) + 1, low + 1, shape)
     d, h, w = (slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
     return d, h, w
 
 
 def sampling_grid(
-    start: Sequence[int], size: Sequence[int], box: Sequence[slice], matrix: npt.NDArray[np.float64]
+    centre: Sequence[float], size: Sequence[int], box: Sequence[slice], matrix: npt.NDArray[np.float64]
 ) -> Tensor:
     """Where each voxel of a rotated and scaled sample looks in its `source_box`, for ``grid_sample``.
+
+    Args:
+        centre: where the middle of the sample looks, in the scan's voxels.
+        size: (D, H, W) of the sample.
+        box: the part of the scan that was read.
+        matrix: (3, 3), offset from the middle in voxels -> offset in the scan in voxels.
 
     Returns:
         (1, D, H, W, 3) float32, in ``grid_sample``'s units with ``align_corners=False``.
     """
     size_out = np.asarray(size)
     size_in = np.array([part.stop - part.start for part in box])
-    centre = np.asarray(start) + (size_out - 1) / 2 - [part.start for part in box]
+    middle = np.asarray(centre) - [part.start for part in box]
     # A unit of grid_sample is half the volume's width, and its last axis comes first.
     theta = np.empty((3, 4))
     theta[:, :3] = (matrix * size_out[None, :] / size_in[:, None])[::-1, ::-1]
-    theta[:, 3] = ((2 * centre + 1) / size_in - 1)[::-1]
+    theta[:, 3] = ((2 * middle + 1) / size_in - 1)[::-1]
     return functional.affine_grid(torch.from_numpy(theta)[None].float(), [1, 1, *size], align_corners=False)
 
 
-def turned(sample: Tensor, change: Change) -> Tensor:
-    """Mirror a sample (1, D, H, W) and turn it in the axial plane."""
+def turned(part: Tensor, change: Change, size: Sequence[int]) -> Tensor:
+    """Mirror a part (1, d, h, w) of a sample of some size (D, H, W), and turn it in the axial plane."""
     if change.flips:
-        sample = sample.flip([1 + axis for axis in change.flips])
-    turns = change.quarter_turns
-    if turns and sample.shape[1] != sample.shape[2]:
-        turns = 2  # a quarter turn would change the shape
-    return torch.rot90(sample, turns, (1, 2)) if turns else sample
+        part = part.flip([1 + axis for axis in change.flips])
+    turns = _turns(change, size)
+    return torch.rot90(part, turns, (1, 2)) if turns else part
 
 
-def recoloured(image: Tensor, change: Change, rng: np.random.Generator) -> Tensor:
-    """Change the intensities of an image (1, D, H, W) and add noise."""
+def _turns(change: Change, size: Sequence[int]) -> int:
+    if change.quarter_turns and size[0] != size[1]:
+        return 2  # a quarter turn would change the shape
+    return change.quarter_turns
+
+
+def unturned(region: Region, size: Sequence[int], change: Change) -> Region:
+    """From which part of a sample of this size :func:`turned` makes a part of what it makes."""
+    depth, height, width = region
+    for turn in range(_turns(change, size)):  # undo one: rows become columns, counted from the other end
+        extent = size[turn % 2]
+        depth, height = height, slice(extent - depth.stop, extent - depth.start)
+    parts = [depth, height, width]
+    for axis in change.flips:
+        parts[axis] = slice(size[axis] - parts[axis].stop, size[axis] - parts[axis].start)
+    depth, height, width = parts
+    return depth, height, width
+
+
+def recoloured(image: Tensor, change: Change, rng: np.random.Generator, region: Region, size: Sequence[int]) -> Tensor:
+    """Change the intensities of a region (1, d, h, w) of an image (1, D, H, W), and add its part of the noise."""
     if change.gain != 1.0 or change.shift != 0.0:
         image = image * change.gain + change.shift
     if change.noise:
-        uniform = torch.from_numpy(rng.random(tuple(image.shape), dtype=np.float32))
+        uniform = torch.from_numpy(rng.random((1, *size), dtype=np.float32))[(slice(None), *region)]
         image = image + (2 * uniform - 1) * change.noise
     return image

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +13,14 @@ from torch.nn import functional
 from lamp3d.data.augment import (
     AugmentConfig,
     Change,
+    Region,
     draw_change,
     label_swap,
     recoloured,
     sampling_grid,
     source_box,
     turned,
+    unturned,
 )
 from lamp3d.data.dataset import Case
 from lamp3d.data.store import CaseStore
@@ -37,12 +39,14 @@ class Batch:
         labels: the same shapes, int64.
         annotated: (B, n_classes) bool, which classes each sample's labels tell the truth about.
         names: the cases.
+        extents: (D, H, W) of each whole sample, of which a part may have been read.
     """
 
     images: Tensor | list[Tensor] | None
     labels: Tensor | list[Tensor] | None
     annotated: Tensor
     names: tuple[str, ...]
+    extents: tuple[Shape3, ...]
 
 
 @dataclass(frozen=True)
@@ -112,21 +116,26 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self._order) // self._batch)
 
-    def read(self, i: int, *, images: bool = True, labels: bool = True) -> Batch:
+    def read(
+        self, i: int, *, images: bool = True, labels: bool = True, part: Callable[[Shape3], Region] | None = None
+    ) -> Batch:
         """Read the i-th mini-batch.
 
         Args:
             i: 0 to ``len(self) - 1``.
             images: whether the images are wanted.
             labels: whether the labels are wanted; the images are the same either way.
+            part: which region of a sample of some shape is wanted, all of it by default; no more of the scan is read
+                than it is made of.
         """
         samples = [self._sample(i, j, case) for j, case in enumerate(self._cases(i))]
-        read = [self._read(sample, images, labels) for sample in samples]
+        read = [self._read(sample, images, labels, part) for sample in samples]
         return Batch(
             images=self._joined([image for image, _ in read if image is not None]) if images else None,
             labels=self._joined([label for _, label in read if label is not None]) if labels else None,
             annotated=torch.stack([self._annotated(sample) for sample in samples]),
             names=tuple(sample.case.name for sample in samples),
+            extents=tuple(sample.padded for sample in samples),
         )
 
     def shapes(self, i: int) -> list[Shape5]:
@@ -175,43 +184,71 @@ class Batches:
         annotated = self._store.annotated(sample.case)
         return annotated[self._swap] if sample.change.mirrors else annotated
 
-    def _read(self, sample: _Sample, image: bool, label: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Image (1, D, H, W) float32 and label (1, D, H, W) int64 of a sample."""
-        case, change, shape = sample.case, sample.change, self._store.shape(sample.case)
-        matrix = None
-        if change.matrix_mm is None:
-            depth, height, width = (
-                slice(a, min(a + n, m)) for a, n, m in zip(sample.start, sample.size, shape, strict=True)
-            )
-            box = (depth, height, width)
-        else:
-            spacing = np.array(self._store.spacing_mm(case))
-            matrix = change.matrix_mm * spacing[None, :] / spacing[:, None]
-            box = source_box(sample.start, sample.size, shape, matrix)
-        pixels, truth = self._store.read(case, box, image=image, label=label)
-        grid = None if matrix is None else sampling_grid(sample.start, sample.size, box, matrix)
+    def _read(
+        self, sample: _Sample, image: bool, label: bool, part: Callable[[Shape3], Region] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Image (1, D, H, W) float32 and label (1, D, H, W) int64 of a sample, or the wanted part of them."""
+        case, change = sample.case, sample.change
+        region = (slice(0, sample.padded[0]), slice(0, sample.padded[1]), slice(0, sample.padded[2]))
+        if part is not None:
+            region = part(sample.padded)
+        # What of it lies in the sample before padding; and where that comes from, before flips and turns.
+        inside = [slice(min(r.start, n), min(r.stop, n)) for r, n in zip(region, sample.size, strict=True)]
+        origin = unturned((inside[0], inside[1], inside[2]), sample.size, change)
+        size = [r.stop - r.start for r in origin]
+        empty = not all(size)
+        grid, box = None, self._box(sample, origin)
+        if change.matrix_mm is not None and not empty:
+            grid, box = self._grid(sample, origin)
+        pixels, truth = self._store.read(case, box, image=image and not empty, label=label and not empty)
+        if empty:  # all padding
+            pixels = torch.zeros(1, *size) if image else None
+            truth = torch.zeros(1, *size, dtype=torch.uint8) if label else None
+        extents = [r.stop - r.start for r in region]
         if pixels is not None:
             minimum = self._store.minimum(case)
-            pixels = _placed(pixels - minimum, grid, "bilinear", sample, change) + minimum
-            pixels = recoloured(pixels, change, sample.noise)
+            pixels = _placed(pixels - minimum, grid, "bilinear", size, sample, extents) + minimum
+            pixels = recoloured(pixels, change, sample.noise, region, sample.padded)
         if truth is not None:
-            truth = _placed(truth, grid, "nearest", sample, change).long()
+            truth = _placed(truth, grid, "nearest", size, sample, extents).long()
             truth = self._swap[truth] if change.mirrors else truth
         return pixels, truth
+
+    def _box(self, sample: _Sample, origin: Region) -> Region:
+        """The part of the scan that an unrotated part of a sample is."""
+        shape = self._store.shape(sample.case)
+        depth, height, width = (
+            slice(min(a + r.start, m), min(a + r.stop, m)) for a, r, m in zip(sample.start, origin, shape, strict=True)
+        )
+        return depth, height, width
+
+    def _grid(self, sample: _Sample, origin: Region) -> tuple[Tensor, Region]:
+        """Where the voxels of a rotated part of a sample look, and the part of the scan that they look at."""
+        change, spacing = sample.change, np.array(self._store.spacing_mm(sample.case))
+        assert change.matrix_mm is not None
+        matrix = change.matrix_mm * spacing[None, :] / spacing[:, None]
+        size = [r.stop - r.start for r in origin]
+        middle = np.array(sample.start) + (np.array(sample.size) - 1) / 2
+        offset = [r.start + (n - 1) / 2 for r, n in zip(origin, size, strict=True)] - (np.array(sample.size) - 1) / 2
+        centre = middle + matrix @ offset
+        box = source_box(centre, size, self._store.shape(sample.case), matrix)
+        return sampling_grid(centre, size, box, matrix), box
 
     def _joined(self, tensors: list[Tensor]) -> Tensor | list[Tensor]:
         return [tensor[None] for tensor in tensors] if self._patch is None else torch.stack(tensors)
 
 
-def _placed(part: Tensor, grid: Tensor | None, mode: str, sample: _Sample, change: Change) -> Tensor:
+def _placed(
+    part: Tensor, grid: Tensor | None, mode: str, size: Sequence[int], sample: _Sample, padded: Sequence[int]
+) -> Tensor:
     """Rotate, flip and pad a part that was read; what lies outside the scan is 0."""
     if grid is not None:
         part = functional.grid_sample(part[None].float(), grid, mode=mode, padding_mode="zeros", align_corners=False)[0]
     else:
-        part = _padded_end(part, sample.size)
-    return _padded_end(turned(part, change), sample.padded)
+        part = _padded_end(part, size)
+    return _padded_end(turned(part, sample.change, sample.size), padded)
 
 
-def _padded_end(part: Tensor, size: Shape3) -> Tensor:
+def _padded_end(part: Tensor, size: Sequence[int]) -> Tensor:
     missing = [n - m for n, m in zip(size, part.shape[1:], strict=True)]
     return functional.pad(part, [0, missing[2], 0, missing[1], 0, missing[0]]) if any(missing) else part.contiguous()

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from lamp3d.errors import ConfigError
 from lamp3d.graph.inputs import arguments, batch_of, shapes_by_name
 from lamp3d.parallel import Engine, launch, mean_over_cases
+from lamp3d.parallel.sharded import whole
 from lamp3d.plan import Plan, TimeLine
 
 ZERO = 1e-5
@@ -108,6 +109,7 @@ def _work(make_network: Callable[[], nn.Module], plan: Plan, dtype: str) -> Rank
     floor = ZERO * max((float(gradient.abs().max()) for gradient in gradients.values()), default=0.0)
     differences = {"loss": _relative(loss, plain_loss.detach().double().cpu())}
     if output is not None:
+        output = pytree.tree_map(whole, output)
         pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(plain_output), strict=True)
         differences["output"] = max(_relative(a, b.detach()) for a, b in pairs)
     for name, parameter in engine.parameters.items():
@@ -119,9 +121,13 @@ def _work(make_network: Callable[[], nn.Module], plan: Plan, dtype: str) -> Rank
 
 @mean_over_cases
 def _loss(output: Any, targets: Tensor) -> Tensor:
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    of_leaves = [((leaf.flatten(1) - targets[:, None]).square().mean(1) + 0.1).sqrt().mean() for leaf in leaves]
-    return torch.stack(of_leaves).sum()
+    losses = []
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            goal = targets.view(-1, *[1] * (leaf.dim() - 1))
+            errors = (leaf - goal).square().mean(tuple(range(1, leaf.dim())))
+            losses.append((errors + 0.1).sqrt().mean())
+    return torch.stack(losses).sum()
 
 
 def _relative(found: Tensor, expected: Tensor, floor: float = 1e-30) -> float:

@@ -52,6 +52,7 @@ class Engine:
         parameters, buffers: those of this rank's stages, by the network's own names.
         reads_input: whether this rank needs the images; others may pass None.
         holds_output: whether this rank needs the targets and gets the output; others may pass None and get None.
+        space: the ranks with which this one shares its volumes; None where it has them whole.
         on_action: called after every action of a step, for measurements.
 
     Raises:
@@ -65,6 +66,7 @@ class Engine:
         self.rank, self.world_size, self.replica = self._place.rank, self._place.world_size, self._place.replica
         if plan.ranks[0] != 0:
             raise PlanError(f"a plan's first stage must lie on device 0, where the images are, not on {plan.ranks[0]}.")
+        self.space = self._place.space
         self.device = _own_device(plan)
         self.graph = trace(network, with_batch(plan.input_shape, batch_of(plan.input_shape) // plan.data))
         _check_cells(self.graph.cells, plan)
@@ -79,10 +81,9 @@ class Engine:
         edges = self.graph.stage_edges(plan.starts)
         between = {(plan.ranks[edge.maker], plan.ranks[user]) for edge in edges for user in edge.users}
         pairs = {pair for a, b in between if a != b for pair in ((a, b), (b, a))}
-        space = self._place.space
-        runners = {index: StageRunner(self.device, plan.precision, plan.splits_backward, space) for index in own}
+        runners = {index: StageRunner(self.device, plan.precision, plan.splits_backward, self.space) for index in own}
         transfer = Transfer(self.device, self._place, pairs)
-        self._rank = Rank(self._place.pipe_rank, plan.ranks, edges, runners, transfer, self.device, space)
+        self._rank = Rank(self._place.pipe_rank, plan.ranks, edges, runners, transfer, self.device, self.space)
         self.parameters = {n: p for cells in own.values() for n, p in cells.whole.parameters_by_name().items()}
         self.buffers = {n: b for cells in own.values() for n, b in cells.whole.buffers_by_name().items()}
         self._stage_parameters = {i: list(cells.whole.parameters_by_name().values()) for i, cells in own.items()}
@@ -123,6 +124,11 @@ class Engine:
     def is_first_copy(self) -> bool:
         """Whether this rank is the first of those that hold the same parameters."""
         return self.replica == 0 and self._place.slab == 0
+
+    @property
+    def random_stream(self) -> int:
+        """Which ranks draw the same random numbers: those that share volumes and hold the same stages."""
+        return self.replica * self.plan.pipe + self._place.pipe_rank
 
     @property
     def output_rank(self) -> int:
@@ -283,11 +289,11 @@ class Engine:
     def _own_targets(self, targets: Any, specs: Sequence[MicroBatchSpec]) -> Any:
         """This replica's share of the targets; of volumes that are shared, as those."""
         targets = own_share(targets, self.replica, self.plan.data)
-        if self._place.space is None or targets is None:
+        if self.space is None or targets is None:
             return targets
         extents = {shape[2:] for spec in specs for shape, _ in spec if len(shape) == 5}
         for extent in extents:
-            targets = own_targets(targets, extent, self._place.space)
+            targets = own_targets(targets, extent, self.space)
         return targets
 
     def _flush(self) -> None:
@@ -326,7 +332,7 @@ class Engine:
         if key not in self._programs:
             plan = self.plan
             graph, stages = self._graph_for(tuple(shape for shape, _ in spec))
-            shared = None if self._place.space is None else (partial(shard_input, space=self._place.space), described)
+            shared = None if self.space is None else (partial(shard_input, space=self.space), described)
             specs = infer_specs(graph, spec, plan.precision, plan.channels_last, self.device, *(shared or ()))
             self._programs[key] = Program(graph, specs, stages)
         return self._programs[key]

@@ -18,12 +18,13 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         now: bytes of the tensors that were made and are alive.
         peak: the most that :meth:`note` found.
+        highest: the most at any time.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
-        self.peak = 0
+        self.peak = self.highest = 0
         self._known: set[int] = set()
 
     def note(self, *_: object) -> None:
@@ -45,6 +46,7 @@ class LiveBytes(TorchDispatchMode):
         if key not in self._known:
             self._known.add(key)
             self.now += size
+            self.highest = max(self.highest, self.now)
             # torch keeps a storage's Python object for as long as the storage lives, also where only C++ holds it.
             weakref.finalize(storage, self._freed, key, size)
 

@@ -126,16 +126,25 @@ def shard(whole: Tensor, space: Space) -> ShardedVolume:
         PlanError: there are fewer planes than slabs.
     """
     volume = gathered_volume(whole, space)
-    if (layout := even_layout(volume.placement.extents, space)) is None:
-        sides = "×".join(map(str, whole.shape[2:]))
-        raise PlanError(f"a volume of {sides} has too few planes for {space.sizes} slabs; take fewer (space=…).")
-    return volume.relaid(layout)
+    return volume.relaid(even_cut(volume.placement.extents, space))
 
 
 def gathered_volume(whole: Tensor, space: Space) -> ShardedVolume:
     """A volume that all ranks have, as one that is not cut."""
     depth, height, width = whole.shape[2:]
     return ShardedVolume(whole, Layout((depth, height, width), ()), space)
+
+
+def even_cut(extents: tuple[int, int, int], space: Space) -> Layout:
+    """Slabs as equal as can be.
+
+    Raises:
+        PlanError: there are fewer planes than slabs.
+    """
+    if (layout := even_layout(extents, space)) is None:
+        sides, slabs = ("×".join(map(str, numbers)) for numbers in (extents, space.sizes))
+        raise PlanError(f"a volume of {sides} has too few planes for {slabs} slabs; take fewer (space=…).")
+    return layout
 
 
 def even_layout(extents: tuple[int, int, int], space: Space) -> Layout | None:
@@ -150,6 +159,11 @@ def even_layout(extents: tuple[int, int, int], space: Space) -> Layout | None:
 def local_of(value: Any) -> Any:
     """A sharded volume's slab; anything else as it is."""
     return value.local if isinstance(value, ShardedVolume) else value
+
+
+def whole(value: Any) -> Any:
+    """All of a volume that ranks share, on every rank; anything else as it is. To be called by all of them."""
+    return value.gathered().local if isinstance(value, ShardedVolume) else value
 
 
 def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:

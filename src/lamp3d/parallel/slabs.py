@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lamp3d.graph import ValueSpec, laid_out, spec_of
-from lamp3d.parallel.sharded import ShardedVolume, shard
+from lamp3d.parallel.sharded import ShardedVolume, even_cut, shard
 from lamp3d.parallel.space import pointwise, resize, statistics, windows  # noqa: F401 (they declare the operations)
 from lamp3d.parallel.space.ranks import Space
 
@@ -36,17 +36,25 @@ def shard_input(tensor: Tensor, space: Space) -> Tensor:
 
 def own_slab(volume: Tensor, space: Space) -> Tensor:
     """Of a volume that is cut evenly, this rank's slab, in memory of its own; other tensors as they are."""
+    if isinstance(volume, ShardedVolume):  # the caller has read no more
+        return volume.relaid(even_cut(volume.placement.extents, space)).local
     if volume.dim() != 5:
         return volume
     slab = shard(volume, space).local
     return laid_out(slab.clone(), volume.stride(1) == 1 and volume.shape[1] > 1)
 
 
+def slab_of(local: Tensor, extents: tuple[int, int, int], space: Space) -> ShardedVolume:
+    """This rank's slab of a volume that is cut evenly, as a part of it."""
+    return ShardedVolume(local, even_cut(extents, space), space)
+
+
 def own_targets(targets: Any, extents: tuple[int, ...], space: Space) -> Any:
     """Targets with every volume of an input's size shared as the input is."""
 
     def share(leaf: Any) -> Any:
-        is_volume = isinstance(leaf, Tensor) and leaf.dim() == 5 and tuple(leaf.shape[2:]) == extents
-        return shard(leaf, space) if is_volume else leaf
+        if not isinstance(leaf, Tensor) or isinstance(leaf, ShardedVolume):
+            return leaf
+        return shard(leaf, space) if leaf.dim() == 5 and tuple(leaf.shape[2:]) == extents else leaf
 
     return pytree.tree_map(share, targets)

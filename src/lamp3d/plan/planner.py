@@ -170,7 +170,8 @@ def _slab(
     extents = next(iter(volumes.values()))
     sides, share = list(extents), 1.0
     for size, dim in zip(mesh, dims, strict=True):
-        sides[dim] = min(extents[dim], math.ceil(extents[dim] / size / divisor) * divisor)
+        # At least two of the coarsest voxels, for norms cannot do with one.
+        sides[dim] = min(extents[dim], max(2, math.ceil(extents[dim] / size / divisor)) * divisor)
         share *= extents[dim] / size / sides[dim]
 
     def cut(of: Shape) -> Shape:

@@ -10,12 +10,25 @@ from typing import Any
 from torch import Tensor
 
 from lamp3d.data import Batch, Batches
+from lamp3d.data.augment import Region
+from lamp3d.data.patches import Shape3
 from lamp3d.parallel import Engine
+from lamp3d.parallel.sharded import even_cut
+from lamp3d.parallel.slabs import slab_of
+from lamp3d.parallel.space.ranks import Space
 
 
 def prefetched(batches: Batches, engine: Engine) -> Generator[Batch, None, None]:
-    """An epoch's mini-batches, what this rank needs of them; the next one is read while one is worked on."""
-    read = partial(batches.read, images=engine.reads_input, labels=engine.holds_output)
+    """An epoch's mini-batches, what this rank needs of them; the next one is read while one is worked on.
+
+    Of volumes that ranks share each reads its slab.
+    """
+    read = partial(
+        batches.read,
+        images=engine.reads_input,
+        labels=engine.holds_output,
+        part=None if engine.space is None else partial(_own_part, space=engine.space),
+    )
     with ThreadPoolExecutor(1, "lamp3d-batches") as pool:
         coming = pool.submit(read, 0)
         for i in range(len(batches)):
@@ -28,17 +41,26 @@ def prefetched(batches: Batches, engine: Engine) -> Generator[Batch, None, None]
 def on_device(batch: Batch, engine: Engine) -> tuple[Any, Any]:
     """Images and targets as `Engine.step` wants them: tensors, or lists with one entry a volume, or None."""
 
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(engine.device, non_blocking=True)
+    def move(tensor: Tensor, extents: Shape3) -> Tensor:
+        tensor = tensor.to(engine.device, non_blocking=True)
+        return tensor if engine.space is None else slab_of(tensor, extents, engine.space)
 
-    images: Any = batch.images
-    if images is not None:
-        images = [move(image) for image in images] if isinstance(images, list) else move(images)
+    def moved(tensors: Tensor | list[Tensor] | None) -> Any:
+        if isinstance(tensors, list):
+            return [move(tensor, extents) for tensor, extents in zip(tensors, batch.extents, strict=True)]
+        return None if tensors is None else move(tensors, batch.extents[0])
+
+    labels: Any = moved(batch.labels)
     targets: Any = None
-    if batch.labels is not None:
-        annotated = move(batch.annotated)
-        if isinstance(batch.labels, list):
-            targets = [(move(label), annotated[i : i + 1]) for i, label in enumerate(batch.labels)]
+    if labels is not None:
+        annotated = batch.annotated.to(engine.device, non_blocking=True)
+        if isinstance(labels, list):
+            targets = [(label, annotated[i : i + 1]) for i, label in enumerate(labels)]
         else:
-            targets = (move(batch.labels), annotated)
-    return images, targets
+            targets = (labels, annotated)
+    return moved(batch.images), targets
+
+
+def _own_part(extents: Shape3, space: Space) -> Region:
+    depth, height, width = (slice(*ends) for ends in even_cut(extents, space).part(space.coordinate))
+    return depth, height, width

@@ -193,8 +193,8 @@ class Trainer:
         with closing(prefetched(batches, stage.engine)) as stream:
             for i, batch in enumerate(stream):
                 lr = self.config.learning_rate(state.stage, (state.epoch + (i + 1) / len(batches)) / epochs)
-                # Dropout must repeat after a resume; each rank has its own.
-                torch.manual_seed(_seed(self.config.seed, state.stage, state.epoch, i, stage.engine.rank))
+                # Dropout must repeat after a resume; each rank has its own, but for those that share volumes.
+                torch.manual_seed(_seed(self.config.seed, state.stage, state.epoch, i, stage.engine.random_stream))
                 check = self._train_step(stage, batch, lr)
                 peaks = [max(pair) for pair in zip(peaks, check.peak_bytes, strict=True)]
                 if check.finite:

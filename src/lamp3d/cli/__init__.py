@@ -1,0 +1,24 @@
+"""The command line: ``lamp3d demo | plan | verify | train | predict | evaluate | report | bench``."""
+
+import signal
+
+from torch.distributed.elastic.multiprocessing import SignalException
+
+from lamp3d.cli import planning, runs  # noqa: F401 (they declare the commands)
+from lamp3d.cli.common import app, stop
+from lamp3d.errors import LampError
+
+
+def main() -> None:
+    """Run a command; an error that the user can put right is one message and exit status 2."""
+    try:
+        app()
+    except LampError as error:
+        stop(str(error))
+    except OSError as error:
+        if error.filename is None:  # else it is about a path, such as a file where --out wants a folder
+            raise
+        stop(f"{error.filename}: {error.strerror}.")
+    except SignalException as error:  # what torch's launcher makes of SIGINT and SIGTERM
+        name = signal.Signals(error.sigval).name
+        stop(f"stopped by {name}; a training run goes on with --resume.", 128 + error.sigval)

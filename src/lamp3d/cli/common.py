@@ -1,0 +1,52 @@
+"""What all commands share: the application, how it speaks, and how it reads sizes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType
+from rich.text import Text
+
+from lamp3d.errors import ConfigError
+
+app = typer.Typer(
+    help="Large 3D segmentation networks on whole volumes, spread over devices automatically.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+Devices = Annotated[int, typer.Option(min=1, help="Worker processes, one a device.")]
+
+
+def stop(message: str, status: int = 2) -> NoReturn:
+    """End the program with one message."""
+    stderr = Console(stderr=True, highlight=False)
+    # A worker that was killed leaves half a progress bar and a hidden cursor (nothing is written where no terminal is).
+    stderr.control(Control(ControlType.SHOW_CURSOR, ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
+    # As Text: brackets in a message are no markup. Unwrapped: a terminal breaks lines by itself, a log should not.
+    stderr.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
+    sys.exit(status)
+
+
+def say(message: str) -> None:
+    """One line, whatever is in it, however long."""
+    console.print(Text(message), soft_wrap=True)
+
+
+def sides(text: str) -> tuple[int, int, int]:
+    """(D, H, W) from 64 or 352x256x288."""
+    try:
+        sides = [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) == 1:
+        sides *= 3
+    if len(sides) != 3 or min(sides) < 1:
+        raise ConfigError(f"{text!r} is not a volume; write one number of voxels or three, such as 64 or 352x256x288.")
+    return sides[0], sides[1], sides[2]

@@ -1,0 +1,169 @@
+"""``lamp3d plan`` and ``lamp3d verify``."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import torch
+import typer
+from rich.table import Table
+from torch import nn
+
+from lamp3d.cli.common import Devices, app, console, say, sides, stop
+from lamp3d.errors import ConfigError
+from lamp3d.experiment import NetworkConfig, load_network, verify
+from lamp3d.plan import SCHEDULES, Plan, format_bytes, make_plan, parse_bytes
+from lamp3d.report import plan_picture, time_line_picture
+from lamp3d.volume import write_atomically
+
+VERIFY_TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
+
+Net = Annotated[str, typer.Option(help="unet, seunet, or package.module:function that gives a network.")]
+Filters = Annotated[int, typer.Option(min=1, help="Channels of the first block.")]
+Classes = Annotated[int, typer.Option(min=2, help="Organs and background.")]
+StemStride = Annotated[int, typer.Option(min=1, max=2, help="1: full resolution; 2: half.")]
+VolumeOption = Annotated[str, typer.Option(help="Voxels, such as 64 or 352x256x288.")]
+Batch = Annotated[int, typer.Option(min=1, help="Cases a step.")]
+Memory = Annotated[Optional[str], typer.Option(help="Limit per device, such as 16GB.")]  # noqa: UP045
+MicroBatches = Annotated[Optional[int], typer.Option(min=1, help="Default: one a case.")]  # noqa: UP045
+ScheduleOption = Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULES)}.")]
+Data = Annotated[int, typer.Option(min=1, help="Replicas, each with a share of the batch.")]
+Space = Annotated[str, typer.Option(help="Slabs that every volume is cut into, such as 2 or 2x2.")]
+RecomputeOption = Annotated[Optional[str], typer.Option(help="never, always; default: if needed.")]  # noqa: UP045
+
+
+@app.command()
+def plan(
+    net: Net = "unet",
+    filters: Filters = 32,
+    classes: Classes = 10,
+    stem_stride: StemStride = 1,
+    volume: VolumeOption = "64",
+    batch: Batch = 1,
+    devices: Devices = 1,
+    memory: Memory = None,
+    micro_batches: MicroBatches = None,
+    schedule: ScheduleOption = "gpipe",
+    data: Data = 1,
+    space: Space = "1",
+    recompute: RecomputeOption = None,
+    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option()] = "auto",
+    json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the plan here.")] = None,  # noqa: UP045
+    picture: Annotated[Optional[Path], typer.Option(help="Draw the time line of a step here.")] = None,  # noqa: UP045
+) -> None:
+    """Does it fit, how is it split, what does it cost? Measured on this machine, cell by cell."""
+    limit = None if memory is None else parse_bytes(memory)  # before the profiling, which takes a while
+    make, shape = _network(net, filters, classes, stem_stride, volume)
+    found = _make_plan(
+        make(), (batch, 1, *shape), devices, micro_batches, schedule, recompute, data=data, space=_slabs(space),
+        precision=precision, memory=limit,
+    )  # fmt: skip
+    console.print(found.table())
+    if json_path is not None:
+        found.save(json_path)
+        say(f"Plan: {json_path}")
+    if picture is not None:
+        plan_picture(found).savefig(picture, dpi=150)
+        say(f"Picture: {picture}")
+
+
+@app.command("verify")
+def verify_command(
+    net: Net = "unet",
+    filters: Filters = 4,
+    classes: Classes = 10,
+    stem_stride: StemStride = 1,
+    volume: VolumeOption = "32",
+    batch: Batch = 4,
+    devices: Devices = 2,
+    micro_batches: MicroBatches = None,
+    schedule: ScheduleOption = "gpipe",
+    data: Data = 1,
+    space: Space = "1",
+    recompute: RecomputeOption = None,
+    plan_path: Annotated[Optional[Path], typer.Option("--plan", help="A plan in JSON to check instead.")] = None,  # noqa: UP045
+    dtype: Annotated[Literal["float64", "float32"], typer.Option(help="In which to compute.")] = "float64",
+    timeline: Annotated[Optional[Path], typer.Option(help="Draw predicted and measured time lines here.")] = None,  # noqa: UP045
+) -> None:
+    """One step on one device and on the plan's: prints how far output, loss and gradients are apart."""
+    make, shape = _network(net, filters, classes, stem_stride, volume)
+    if plan_path is None:
+        found = _make_plan(
+            make(), (batch, 1, *shape), devices, micro_batches, schedule, recompute, data=data, space=_slabs(space),
+            precision="fp32",
+        )  # fmt: skip
+    else:
+        found = Plan.load(plan_path)
+    console.print(found.table())
+    reports = verify(make, found, dtype)
+    tolerance = VERIFY_TOLERANCES[dtype]
+    table = Table(title=f"One device against {found.devices}, in {dtype}")
+    for column in ("largest relative difference of", "", "parameter"):
+        table.add_column(column, justify="left" if column else "right")
+    gradients = {n: d for report in reports for n, d in report.differences.items() if n not in ("output", "loss")}
+    worst = max(gradients, key=lambda name: gradients[name])
+    rows = {key: max(r.differences[key] for r in reports if key in r.differences) for key in ("output", "loss")}
+    for key, difference in rows.items():
+        table.add_row(key, f"{difference:.1e}", "")
+    table.add_row(f"the {len(gradients)} gradients", f"{gradients[worst]:.1e}", worst)
+    console.print(table)
+    for rank, report in enumerate(reports):
+        sent, peak = format_bytes(report.bytes_sent), format_bytes(report.peak_bytes)
+        say(f"device {rank}: {sent} sent in a step, peak memory of its process {peak}")
+    if timeline is not None:
+        lines = {"predicted": found.time_line(), "measured": reports[0].line}
+        time_line_picture(lines).savefig(timeline, dpi=150)
+        trace = timeline.with_suffix(".json")
+        write_atomically(trace, lambda temporary: temporary.write_text(json.dumps(reports[0].line.chrome_trace())))
+        say(f"Time lines: {timeline}; for chrome://tracing: {trace}")
+    if not max(*rows.values(), gradients[worst]) <= tolerance:
+        stop(f"the largest difference is beyond {tolerance:g}.", 1)
+    say(f"All within {tolerance:g}.")
+
+
+def _network(
+    net: str, filters: int, classes: int, stem_stride: int, volume: str
+) -> tuple[Callable[[], nn.Module], tuple[int, int, int]]:
+    """A function that makes the network, with its weights seeded, and the volume's sides."""
+    torch.manual_seed(0)
+    shape = sides(volume)
+    if ":" in net:
+        return partial(load_network, net), shape
+    settings = NetworkConfig.model_validate({"kind": net, "filters": filters, "stem_stride": stem_stride})
+    network = settings.build(classes)
+    if any(side % network.divisor for side in shape):
+        near = "x".join(str(-(-side // network.divisor) * network.divisor) for side in shape)
+        raise ConfigError(f"the sides of {volume} must be multiples of {network.divisor}; take {near}.")
+    return partial(settings.build, classes), shape
+
+
+def _slabs(text: str) -> tuple[int, ...]:
+    numbers = text.lower().split("x")
+    if not all(number.isdigit() and int(number) for number in numbers):
+        raise ConfigError(f"{text!r} is no number of slabs; write it like 2, or 2x2 for two axes.")
+    return tuple(int(number) for number in numbers)
+
+
+def _make_plan(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    devices: int,
+    micro_batches: int | None,
+    schedule: str,
+    recompute: str | None,
+    **settings: Any,
+) -> Plan:
+    if recompute not in (None, "never", "always"):
+        raise ConfigError(f"--recompute {recompute!r} is neither never nor always.")
+    with console.status("Profiling the network's cells"):
+        return make_plan(
+            network,
+            shape,
+            devices,
+            micro_batches=micro_batches,
+            schedule=schedule,
+            recompute=recompute,  # type: ignore[arg-type]
+            **settings,
+        )

@@ -1,0 +1,138 @@
+"""The commands that work on runs: demo, train, predict, evaluate, report; and bench."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.table import Table
+
+from lamp3d.cli.common import Devices, app, console, say, sides
+from lamp3d.data import write_phantom_dataset
+from lamp3d.errors import ConfigError
+from lamp3d.evaluate import Results
+from lamp3d.experiment import Run, evaluate, load_config, predict, train
+from lamp3d.report import time_line_picture, write_report
+
+WindowOption = Annotated[str, typer.Option(help="'whole', or the side of a sliding window, such as 64 or 64x64x32.")]
+DEMO_CONFIG = Path(__file__).parents[1] / "demo.yaml"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the phantoms and the run.")] = Path("demo"),
+    devices: Devices = 2,
+    seed: Annotated[int, typer.Option(help="Of the phantoms and of the training.")] = 0,
+) -> None:
+    """Phantom scans -> train on two devices -> predict -> evaluate -> report.html, in under three minutes."""
+    begin = time.monotonic()
+    phantoms, folder = out / "phantoms", out / "run"
+    write_phantom_dataset(phantoms, train=24, validation=6, seed=seed)
+    config = load_config(DEMO_CONFIG, [f"train.seed={seed}", f"cache={json.dumps(str(out / 'cache'))}"])
+    run = train(phantoms, config, devices, folder, resume=(folder / "last.safetensors").exists())
+    results = evaluate(run, phantoms, "validation", devices=devices)
+    console.print(_results_table(results))
+    say(f"{time.monotonic() - begin:.0f} s in all. Report: {write_report(folder)}")
+
+
+@app.command("train")
+def train_command(
+    dataset: Annotated[Path, typer.Argument(help="Folder in Decathlon layout.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,  # noqa: UP045
+    config: Annotated[Optional[Path], typer.Option(help="YAML file.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Run folder; default: runs/NAME of the config.")] = None,  # noqa: UP045
+    devices: Devices = 1,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    timeline: Annotated[Optional[Path], typer.Option(help="Draw a step of every stage here (.png).")] = None,  # noqa: UP045
+) -> None:
+    """Train through the curriculum; leaves a run folder that predict, evaluate and report take."""
+    if config is None:
+        if not (resume and out is not None):
+            raise ConfigError("give --config FILE, or --resume with --out RUN; experiments/ has files to start from.")
+        config = out / "config.yaml"
+    folder = out or Path("runs") / config.stem
+    run = train(dataset, load_config(config, overrides or []), devices, folder, resume=resume)
+    if timeline is not None:
+        time_line_picture(run.time_lines()).savefig(timeline, dpi=150)
+        say(f"Time lines: {timeline}; for chrome://tracing: {folder / 'timelines'}")
+    say(f"Done. Next: lamp3d evaluate {run.folder} {dataset}; lamp3d report {run.folder}")
+
+
+@app.command("predict")
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    scans: Annotated[list[Path], typer.Argument(help="NIfTI files or DICOM folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for the label maps.")],
+    window: WindowOption = "whole",
+    devices: Devices = 1,
+    overwrite: Annotated[bool, typer.Option(help="Replace label maps that are there.")] = False,
+) -> None:
+    """Label maps of scans, each on its scan's own grid."""
+    opened = Run.open(run)
+    done = predict(opened, scans, out, window=_window(window), devices=devices, overwrite=overwrite)
+    for prediction in done:
+        say(f"{prediction.path}  {prediction.seconds:.2f} s")
+    names = ", ".join(f"{label} {organ}" for label, organ in enumerate(opened.organs, start=1))
+    say(f"Labels: {names}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    dataset: Annotated[Path, typer.Argument(help="Folder in Decathlon layout.")],
+    split: Annotated[str, typer.Option(help="Which cases.")] = "validation",
+    window: WindowOption = "whole",
+    devices: Devices = 1,
+    tolerance_mm: Annotated[float, typer.Option(help="Of the surface Dice.")] = 2.0,
+) -> None:
+    """Predict a split and score it: Dice, HD95 and surface Dice per organ and case, in results.json."""
+    results = evaluate(
+        Run.open(run), dataset, split, window=_window(window), devices=devices, tolerance_mm=tolerance_mm
+    )
+    console.print(_results_table(results))
+    say(f"Results: {run / 'results.json'}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """One self-contained page: curves, scores, plans and pictures."""
+    say(f"Report: {write_report(run)}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context, name: Annotated[str, typer.Argument(help="Folder in benchmarks/; its options follow.")]
+) -> None:
+    """Run one of the repository's benchmarks (from a checkout)."""
+    root = Path(__file__).parents[3]
+    if not (root / "benchmarks" / name / "run.py").exists():
+        known = ", ".join(sorted(path.parent.name for path in root.glob("benchmarks/*/run.py"))) or "none: no checkout"
+        raise ConfigError(f"no benchmark {name!r} in {root / 'benchmarks'}; there are: {known}.")
+    # A process of its own: benchmarks start workers, which import the module that was run.
+    command = [sys.executable, "-m", f"benchmarks.{name}.run", *context.args]
+    raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
+
+
+def _window(text: str) -> tuple[int, int, int] | None:
+    return None if text == "whole" else sides(text)
+
+
+def _results_table(results: Results) -> Table:
+    table = Table(title=f"{len(results.cases)} cases, {results.split} split")
+    table.add_column("organ")
+    for column in ("cases", "Dice", "HD95 mm", "surface Dice", "missed"):
+        table.add_column(column, justify="right")
+
+    def text(value: float | None, digits: int) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    for organ, summary in results.organs.items():
+        dice, hd95, surface = summary.dice, summary.hd95_mm, summary.surface_dice
+        table.add_row(
+            organ, str(dice.n), text(dice.mean, 3), text(hd95.mean, 1), text(surface.mean, 3), str(summary.missed)
+        )
+    table.add_row("mean", "", text(results.mean_dice, 3), "", "", "")
+    return table
