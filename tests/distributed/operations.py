@@ -207,7 +207,10 @@ def compare(example: Example) -> tuple[float, str]:
     (out.sin() * weights).sum().backward()
 
     world = dist.get_world_size()
-    space = Space(example.sizes, example.dims, range(world), dist.get_rank(), least=example.least)
+    space = Space(
+        example.sizes, example.dims, range(world), dist.get_rank(),
+        least=example.least, channels_last=example.channels_last,
+    )  # fmt: skip
     extents = (x.shape[2], x.shape[3], x.shape[4])
     cuts = tuple(Cut(d, a, b) for a, (d, b) in enumerate(zip(example.dims, example.bounds, strict=True)))
     volume = gathered_volume(x, space).relaid(Layout(extents, cuts))

@@ -76,6 +76,7 @@ def dry_run(
     """
     root = interpreter.module
     assert isinstance(root, nn.Module)
+    interpreter.extra_traceback = False  # an error's message is for users
     device = device or module_device(root)
     with FakeTensorMode(allow_non_fake_inputs=True):
         stand_ins: dict[str, Tensor] = {}

@@ -68,7 +68,10 @@ class Place:
         if mesh is not None and slabs > 1:
             first = replica * slabs * pipe + pipe_rank
             workers = range(first, first + slabs * pipe, pipe)
-            space = Space(plan.space, plan.space_dims, workers, rank, mesh.get_group("space"), least=plan.least_planes)
+            space = Space(
+                plan.space, plan.space_dims, workers, rank, mesh.get_group("space"),
+                least=plan.least_planes, channels_last=plan.channels_last,
+            )  # fmt: skip
         pipelines = tuple(tuple(range(c * pipe, (c + 1) * pipe)) for c in range(plan.data * slabs))
         return cls(rank, world_size, replica, slab, pipe_rank, pipelines, mesh, group, space)
 

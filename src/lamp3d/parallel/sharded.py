@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lamp3d.errors import PlanError
 from lamp3d.parallel.space.collect import collect
@@ -196,16 +196,18 @@ def _place() -> str:
     modules: list[nn.Module] = []
     frame = sys._getframe(1)
     while frame is not None:
-        found = frame.f_locals.get("self")
+        node, found = frame.f_locals.get("n"), frame.f_locals.get("self")
+        if isinstance(node, fx.Node):  # a traced network runs: the node knows the module whose forward called it
+            entries = list(node.meta.get("nn_module_stack", {}).values())
+            return _in_module(*entries[-1]) if entries else " in the network's forward"
         if isinstance(found, nn.Module) and (not modules or modules[-1] is not found):
             modules.append(found)
         frame = frame.f_back  # type: ignore[assignment]
     if not modules:
         return ""
     inner, outer = modules[0], modules[-1]
-    path = next((name for name, module in outer.named_modules() if module is inner), "")
-    return f" in {path or type(inner).__name__} ({type(inner).__name__})" if path else f" in {type(inner).__name__}"
+    return _in_module(next((name for name, module in outer.named_modules() if module is inner), ""), type(inner))
 
 
-def _axis(cut: Cut) -> int:
-    return cut.axis
+def _in_module(path: str, kind: type[nn.Module]) -> str:
+    return f" in {path} ({kind.__name__})" if path else f" in {kind.__name__}"

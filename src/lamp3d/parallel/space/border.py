@@ -77,11 +77,11 @@ class _ConvolveSlab(torch.autograd.Function):
     ) -> Tensor:
         dim, halo = cut.dim, window.padding
         borders = _borders(space, cut, window)
-        halos = {border.place: empty(image, dim, halo) for border in borders}
+        halos = {border.place: empty(image, dim, halo, space) for border in borders}
         exchange = space.exchange(
             cut.axis,
-            {border.place: on_the_wire(_side(image, dim, halo, border.at_end)) for border in borders},
-            {index: on_the_wire(planes) for index, planes in halos.items()},
+            {border.place: on_the_wire(_side(image, dim, halo, border.at_end), space) for border in borders},
+            {index: on_the_wire(planes, space) for index, planes in halos.items()},
         )
         made = convolution.forward(image, weight, bias)
         exchange.wait()
@@ -113,11 +113,12 @@ class _ConvolveSlab(torch.autograd.Function):
             of_planes, of_taps, _ = _at_border(convolution, padded, taps, dim).backward(of_side, padded, taps, mask)
             if of_planes is not None:
                 start = border.padding[2 * (4 - dim)]
-                sends[border.place] = on_the_wire(_like(image, of_planes.narrow(dim, start, halo)))
+                sends[border.place] = on_the_wire(of_planes.narrow(dim, start, halo), space)
             if of_taps is not None:
                 of_weights.append((border.taps, of_taps))
-        receives = {border.place: empty(image, dim, halo) for border in borders} if of_image_wanted else {}
-        exchange = space.exchange(cut.axis, sends, {index: on_the_wire(planes) for index, planes in receives.items()})
+        receives = {border.place: empty(image, dim, halo, space) for border in borders} if of_image_wanted else {}
+        arriving = {index: on_the_wire(planes, space) for index, planes in receives.items()}
+        exchange = space.exchange(cut.axis, sends, arriving)
         mask = (of_image_wanted, of_weight_wanted, of_bias_wanted and ctx.has_bias)
         of_image, of_weight, of_bias = convolution.backward(gradient, image, weight, mask)
         exchange.wait()

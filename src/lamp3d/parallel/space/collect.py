@@ -45,7 +45,7 @@ class _Collect(torch.autograd.Function):
         found = pieces(cut.slabs, wanted)
         start = cut.bounds[me]
         sends = {
-            to: on_the_wire(_planes(local, dim, piece, start))
+            to: on_the_wire(_planes(local, dim, piece, start), space)
             for to, of_it in enumerate(found)
             if to != me and (piece := of_it[me]) is not None
         }
@@ -53,8 +53,10 @@ class _Collect(torch.autograd.Function):
         for origin, piece in enumerate(found[me]):
             if piece is not None:
                 own = origin == me
-                parts[origin] = _planes(local, dim, piece, start) if own else empty(local, dim, piece[1] - piece[0])
-        receives = {origin: on_the_wire(part) for origin, part in parts.items() if origin != me}
+                parts[origin] = (
+                    _planes(local, dim, piece, start) if own else empty(local, dim, piece[1] - piece[0], space)
+                )
+        receives = {origin: on_the_wire(part, space) for origin, part in parts.items() if origin != me}
         space.exchange(cut.axis, sends, receives).wait()
         return torch.cat(list(parts.values()), dim)
 
@@ -66,16 +68,16 @@ class _Collect(torch.autograd.Function):
         found = pieces(cut.slabs, ctx.wanted)
         start = ctx.wanted[me][0]
         sends = {
-            origin: on_the_wire(_planes(gradient, dim, piece, start))
+            origin: on_the_wire(_planes(gradient, dim, piece, start), space)
             for origin, piece in enumerate(found[me])
             if origin != me and piece is not None
         }
         receives = {
-            to: empty(gradient, dim, piece[1] - piece[0])
+            to: empty(gradient, dim, piece[1] - piece[0], space)
             for to, of_it in enumerate(found)
             if to != me and (piece := of_it[me]) is not None
         }
-        exchange = space.exchange(cut.axis, sends, {to: on_the_wire(tensor) for to, tensor in receives.items()})
+        exchange = space.exchange(cut.axis, sends, {to: on_the_wire(tensor, space) for to, tensor in receives.items()})
         of_local = gradient.new_zeros(ctx.shape)
         if (own := found[me][me]) is not None:
             _planes(of_local, dim, own, cut.bounds[me]).copy_(_planes(gradient, dim, own, start))
@@ -103,19 +105,17 @@ def _planes(tensor: Tensor, dim: int, piece: Range, start: int) -> Tensor:
     return tensor.narrow(dim, piece[0] - start, piece[1] - piece[0])
 
 
-def empty(like: Tensor, dim: int, planes: int) -> Tensor:
-    """Room for so many planes, laid out like a volume."""
+def empty(like: Tensor, dim: int, planes: int, space: Space) -> Tensor:
+    """Room for so many planes of a volume, laid out as they travel."""
     shape = list(like.shape)
     shape[dim] = planes
-    layout = torch.channels_last_3d if is_channels_last(like) else torch.contiguous_format
+    layout = torch.channels_last_3d if space.channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-def on_the_wire(planes: Tensor) -> Tensor:
-    """Planes as contiguous memory, without a copy where that is possible."""
-    return (planes.movedim(1, -1) if is_channels_last(planes) else planes).contiguous()
+def on_the_wire(planes: Tensor, space: Space) -> Tensor:
+    """Planes as contiguous memory, without a copy where they lie as they travel.
 
-
-def is_channels_last(volume: Tensor) -> bool:
-    """Whether a volume's channels lie side by side."""
-    return volume.dim() == 5 and volume.stride(1) == 1 and volume.shape[1] > 1
+    The order of a tensor's values is agreed for all: by their strides, ranks would disagree about thin slabs.
+    """
+    return (planes.movedim(1, -1) if space.channels_last else planes).contiguous()

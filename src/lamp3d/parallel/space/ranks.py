@@ -24,6 +24,7 @@ class Space:
         rank: this worker.
         group: of these workers (None: all there are, or there is but one).
         least: planes that the thinnest slab must have; a level with fewer is gathered, and computed by every rank.
+        channels_last: how volumes are mostly laid out; planes travel in that order.
 
     Attributes:
         coordinate: of this rank in the mesh.
@@ -39,8 +40,10 @@ class Space:
         group: dist.ProcessGroup | None = None,
         *,
         least: int = 1,
+        channels_last: bool = False,
     ) -> None:
-        self.sizes, self.dims, self.least = tuple(sizes), tuple(dims), least
+        self.sizes, self.dims = tuple(sizes), tuple(dims)
+        self.least, self.channels_last = least, channels_last
         assert len(workers) == math.prod(sizes), (workers, sizes)
         self._at = dict(zip(itertools.product(*(range(size) for size in sizes)), workers, strict=True))
         self.coordinate = next(place for place, worker in self._at.items() if worker == rank)
