@@ -58,8 +58,7 @@ def _places(
     """Between which planes each new plane lies: what torch makes of the planes' own numbers, whatever its rules."""
     with unset_fake_temporarily():
         numbers = torch.arange(extent, dtype=torch.float64)[None, None]
-        made = F.interpolate(numbers, size, scale, line, align_corners, recompute)
-    return tuple(made[0, 0].tolist())
+        return tuple(F.interpolate(numbers, size, scale, line, align_corners, recompute)[0, 0].tolist())
 
 
 def _mixed(planes: Tensor, dim: int, places: Sequence[float], first: int) -> Tensor:
