@@ -73,9 +73,21 @@ def ablation(results: dict[str, Any]) -> str:
     return table(["", "s a step", "cases a second", "utilisation", "peak memory of a worker", "sent"], rows)
 
 
+def sent(results: dict[str, Any]) -> str:
+    """Bytes of a step: straight and folded cuts, for this machine's link and a slow one; skips straight and relayed."""
+    found, skips = results["bytes"]["found"], results["skips"]["found"]
+    kinds = list(next(iter(found.values())))
+    head = ["MB a step", *kinds, "straight cut, skips sent straight", "the same, skips passed along"]
+    rows = []
+    for devices, (straight, relayed) in skips.items():
+        of_kind = (f"{found[devices][kind]['sent_bytes'] / 1e6:.0f}" if devices in found else "" for kind in kinds)
+        rows.append([f"K = {devices}", *of_kind, f"{straight / 1e6:.0f}", f"{relayed / 1e6:.0f}"])
+    return table(head, rows)
+
+
 if __name__ == "__main__":
     loaded = json.loads(RESULTS.read_text())
     if any(part.startswith(PREFIX) for part in loaded):
         print(schedules(loaded))
-    for make in (single, memory, ablation):
+    for make in (single, memory, ablation, sent):
         print(make(loaded))

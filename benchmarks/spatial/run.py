@@ -18,7 +18,7 @@ from rich.table import Table
 
 import lamp3d
 from benchmarks.harness import WORKERS, Job, OneProcess, contest, keep, network, one_engine, plain, torchgpipe
-from benchmarks.spatial import memory
+from benchmarks.spatial import inference, largest, memory, traffic
 from lamp3d.plan import format_bytes
 
 SIDES = (96, 128)
@@ -89,6 +89,9 @@ def main() -> None:
 PARTS: dict[str, Callable[[int, Console], Any]] = {
     "speed": measure_speed,
     "memory": memory.measure,
+    "largest": largest.measure,
+    "inference": inference.measure,
+    "traffic": traffic.measure,
 }
 
 

@@ -16,7 +16,7 @@ from tests.monai_networks import NETWORKS
 FULL = bool(os.environ.get("LAMP3D_FULL"))
 
 
-@pytest.mark.timeout(3600 if FULL else 300)
+@pytest.mark.timeout(3600 if FULL else 900)
 @pytest.mark.parametrize("devices", [2, 3, 4] if FULL else [2, 3])
 def test_monais_networks_are_exact(devices: int) -> None:
     ranks = launch(run_monai, devices, (FULL,))

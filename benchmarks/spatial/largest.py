@@ -1,0 +1,117 @@
+"""The paper's largest head-and-neck volume, 352×256×288: one training step of U-Net-32 on two workers, in bf16.
+
+Plain PyTorch needs more memory than most machines have for that: it is measured on parts of the volume, and what the
+whole would take is what so many voxels more take.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import lamp3d
+from benchmarks.harness import WORKERS, alone
+from lamp3d.graph import trace
+from lamp3d.parallel.allocator import keep_freed_memory, peak_resident_bytes
+from lamp3d.plan import Plan, format_bytes, make_plan
+from lamp3d.train import HybridLoss, LossConfig
+
+SIDES = (352, 256, 288)
+PARTS = ((88, 128, 144), (176, 128, 144), (176, 256, 144))
+"""Of the volume: a sixteenth, an eighth, a quarter."""
+
+FILTERS, ORGANS = 32, 9
+
+
+def measure(rounds: int, console: Console) -> dict[str, Any]:
+    """Seconds and resident bytes of the step, and what plain PyTorch takes of memory for parts of the volume."""
+    plan = plan_of(SIDES)
+    by_rank = lamp3d.launch(_step, WORKERS, (plan,))
+    plain = {"×".join(map(str, sides)): alone(_plain_step, sides) for sides in PARTS}
+    (small, (_, base)), (large, (_, most)) = ((sides, plain["×".join(map(str, sides))]) for sides in PARTS[-2:])
+    slope = (most - base) / (_voxels(large) - _voxels(small))
+    predicted = base + slope * (_voxels(SIDES) - _voxels(small))
+    seconds = max(took for took, _, _ in by_rank)
+    resident = [peak for _, peak, _ in by_rank]
+    table = Table(title=f"U-Net-{FILTERS}, batch 1, bf16, a training step with the hybrid loss")
+    for column in ("", "volume", "seconds", "peak resident"):
+        table.add_column(column, justify="left" if not column else "right")
+    whole = "×".join(map(str, SIDES))
+    together = " + ".join(format_bytes(peak) for peak in resident)
+    table.add_row(f"lamp3d, {WORKERS} slabs", whole, f"{seconds:.1f}", f"{together} = {format_bytes(sum(resident))}")
+    for name, (took, peak) in plain.items():
+        table.add_row("plain PyTorch, 2 threads", name, f"{took:.1f}", format_bytes(peak))
+    table.add_row("plain PyTorch, predicted", whole, "", format_bytes(predicted))
+    console.print(table)
+    return {
+        "seconds": seconds,
+        "loss": by_rank[0][2],
+        "resident_bytes": resident,
+        "plain": {name: {"seconds": took, "resident_bytes": peak} for name, (took, peak) in plain.items()},
+        "plain_predicted_bytes": predicted,
+    }
+
+
+def plan_of(sides: tuple[int, int, int]) -> Plan:
+    """Two slabs; everything is computed again in backward, block by block.
+
+    The cells between the blocks are kept: without them there would be one block, the whole network.
+    """
+    names = [cell.name for cell in trace(_network(), (1, 1, 32, 32, 32)).cells]
+    kept = {name for name in names if name.startswith("pool") or name in {f"decoder{i}.conv2" for i in range(1, 5)}}
+    settings: dict[str, Any] = {"precision": "bf16", "channels_last": True, "repeats": 1}
+    again = tuple(name for name in names if name not in kept)
+    small = make_plan(_network(), (1, 1, 64, 64, 64), WORKERS, space=WORKERS, recompute=again, **settings)
+    # A plan holds for other shapes too, only its predictions do not.
+    return small.model_copy(update={"input_shape": (1, 1, *sides), "space_dims": (2,)})
+
+
+def _network() -> lamp3d.UNet:
+    torch.manual_seed(0)
+    return lamp3d.UNet(1, ORGANS + 1, filters=FILTERS)
+
+
+def _data(sides: tuple[int, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn((1, 1, *sides), generator=generator)
+    labels = torch.randint(0, ORGANS + 1, (1, 1, *sides), generator=generator, dtype=torch.uint8)
+    return images, (labels, torch.ones(1, ORGANS + 1, dtype=torch.bool))
+
+
+def _loss() -> HybridLoss:
+    return HybridLoss(LossConfig(), [f"organ {i}" for i in range(ORGANS)])
+
+
+def _step(plan: Plan) -> tuple[float, int, float]:
+    torch.set_num_threads(1)
+    engine = lamp3d.Engine(_network(), plan)
+    images, targets = _data(plan.image_shape[2:])
+    dist.barrier()
+    begin = time.perf_counter()
+    loss = engine.step(images, targets, _loss())
+    return time.perf_counter() - begin, peak_resident_bytes(), float(loss)
+
+
+def _plain_step(sides: tuple[int, int, int]) -> tuple[float, int]:
+    torch.set_num_threads(WORKERS)
+    keep_freed_memory()
+    images, targets = _data(sides)
+    model = _network().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    images = images.contiguous(memory_format=torch.channels_last_3d)
+    loss_fn = _loss()
+    begin = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    torch.autograd.backward(loss_fn(logits, targets))
+    return time.perf_counter() - begin, peak_resident_bytes()
+
+
+def _voxels(sides: tuple[int, ...]) -> int:
+    depth, height, width = sides
+    return depth * height * width
