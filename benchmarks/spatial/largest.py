@@ -17,9 +17,11 @@ from torch import Tensor
 
 import lamp3d
 from benchmarks.harness import WORKERS, alone
+from lamp3d.errors import ConfigError
 from lamp3d.graph import trace
 from lamp3d.parallel.allocator import keep_freed_memory, peak_resident_bytes
 from lamp3d.plan import Plan, format_bytes, make_plan
+from lamp3d.plan.hardware import has_fast_bf16
 from lamp3d.train import HybridLoss, LossConfig
 
 SIDES = (352, 256, 288)
@@ -31,6 +33,8 @@ FILTERS, ORGANS = 32, 9
 
 def measure(rounds: int, console: Console) -> dict[str, Any]:
     """Seconds and resident bytes of the step, and what plain PyTorch takes of memory for parts of the volume."""
+    if not has_fast_bf16("cpu"):
+        raise ConfigError("this CPU does not compute in bf16: the step would take hours. Leave out the part 'largest'.")
     plan = plan_of(SIDES)
     by_rank = lamp3d.launch(_step, WORKERS, (plan,))
     plain = {"×".join(map(str, sides)): alone(_plain_step, sides) for sides in PARTS}

@@ -3,7 +3,7 @@
     lamp3d bench spatial [--rounds 5] [--only speed memory …]
 
 U-Net-16, a training step at batch 1, two workers of one thread each on two cores. Figures are medians. Writes
-results.json beside this file.
+results.json beside this file. What is in bf16 needs a CPU that computes in it (AVX512-BF16 or AMX).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import lamp3d
 from benchmarks.harness import WORKERS, Job, OneProcess, contest, keep, network, one_engine, plain, torchgpipe
 from benchmarks.spatial import inference, largest, memory, traffic
 from lamp3d.plan import format_bytes
+from lamp3d.plan.hardware import has_fast_bf16
 
 SIDES = (96, 128)
 HERE = Path(__file__).parent
@@ -31,6 +32,7 @@ def measure_speed(rounds: int, console: Console) -> dict[str, Any]:
         f"{side}³, {precision}": contest_at(side, precision, rounds, console)
         for side in SIDES
         for precision in ("fp32", "bf16")
+        if precision == "fp32" or has_fast_bf16("cpu")
     }
 
 

@@ -50,15 +50,8 @@ def results() -> Callable[[int], Results]:
 
 
 def on(check: str) -> pytest.MarkDecorator:
-    """Parametrise a test over the numbers of devices on which ``check`` runs, each in one process of the tests."""
-    return pytest.mark.parametrize(
-        "devices",
-        [
-            pytest.param(devices, marks=pytest.mark.xdist_group(f"engine on {devices}"))
-            for devices, checks in PLANS.items()
-            if check in checks
-        ],
-    )
+    """Parametrise a test over the numbers of devices on which ``check`` runs."""
+    return pytest.mark.parametrize("devices", [devices for devices, checks in PLANS.items() if check in checks])
 
 
 def assert_exact(ranks: Results, check: str, tolerance: float = 1e-10) -> dict[str, set[str]]:

@@ -17,7 +17,7 @@ from lamp3d.data import make_phantom
 from lamp3d.data.anatomy import ORGANS
 from lamp3d.volume import write_nifti
 
-LIMIT_SECONDS = 30
+LIMIT_SECONDS = 120
 TRAINING, VALIDATION = ("p0", "p1", "p2"), ("p3",)
 
 CONFIG = """\

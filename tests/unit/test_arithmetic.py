@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lamp3d import SEUNet, UNet
 from lamp3d.graph import DeferredWeights, arithmetic, infer_specs, laid_out, lay_out_weights, trace
 from lamp3d.graph.convolution import Convolution, Kernel, bind
+from lamp3d.plan.hardware import has_fast_bf16
 
 CPU = torch.device("cpu")
 
@@ -164,5 +165,6 @@ def test_layouts_are_predicted(precision: str, channels_last: bool) -> None:
         Recorder(graph.root).run(laid_out(image, True) if channels_last else image)
     assert seen == {name: (specs[name].channels_last, specs[name].dtype) for name in seen}
     layouts = [layout for layout, _ in seen.values()]
-    if (precision, channels_last) != ("fp32", True):  # there torch's instance norm changes it
+    # torch's instance norm changes it in fp32, and its bf16 convolutions do where the hardware has none.
+    if not channels_last or (precision == "bf16" and has_fast_bf16("cpu")):
         assert all(layouts) if channels_last else not any(layouts)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lamp3d.data import Batch, Batches
 from lamp3d.data.augment import Region
@@ -29,12 +31,17 @@ def prefetched(batches: Batches, engine: Engine) -> Generator[Batch, None, None]
         labels=engine.holds_output,
         part=None if engine.space is None else partial(_own_part, space=engine.space),
     )
+
+    def taken(number: int) -> Batch:
+        batch = read(number)
+        return _pinned(batch) if engine.device.type == "cuda" else batch
+
     with ThreadPoolExecutor(1, "lamp3d-batches") as pool:
-        coming = pool.submit(read, 0)
+        coming = pool.submit(taken, 0)
         for i in range(len(batches)):
             batch = coming.result()
             if i + 1 < len(batches):
-                coming = pool.submit(read, i + 1)
+                coming = pool.submit(taken, i + 1)
             yield batch
 
 
@@ -59,6 +66,15 @@ def on_device(batch: Batch, engine: Engine) -> tuple[Any, Any]:
         else:
             targets = (labels, annotated)
     return moved(batch.images), targets
+
+
+def _pinned(batch: Batch) -> Batch:
+    """In memory from which a GPU copies by itself, while the CPU goes on."""
+
+    def pin(tensors: Any) -> Any:
+        return pytree.tree_map_only(Tensor, Tensor.pin_memory, tensors)
+
+    return replace(batch, images=pin(batch.images), labels=pin(batch.labels))
 
 
 def _own_part(extents: Shape3, space: Space) -> Region:
