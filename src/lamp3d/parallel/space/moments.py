@@ -1,21 +1,52 @@
-"""Sums over a slab's voxels, by the fastest of torch's kernels for them."""
+"""Sums over a slab's voxels, by the fastest of torch's kernels that lose no digits.
+
+On a CPU torch's ``var_mean`` takes six times as long as all of a group norm, which finds the same moments on its way.
+That of channels-last values subtracts squares of which little is left where the mean is large: good enough beside
+the roundings of bf16 values, not in fp32.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+SPACE = (2, 3, 4)
+
 
 def slab_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (B, C) of a slab, in float32 or better."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    var, mean = torch.var_mean(x.to(wide), (2, 3, 4), correction=0)
-    return mean, var
+    if x.device.type != "cpu":
+        var, mean = torch.var_mean(x.to(wide), SPACE, correction=0)
+        return mean, var
+    if _has_fast_sums(x):
+        batch, channels = x.shape[:2]
+        one = torch.ones(channels, dtype=wide)
+        settings = (batch, channels, x[0, 0].numel(), channels, 0.0)
+        _, mean, scale = torch.ops.aten.native_group_norm(x, one, torch.zeros_like(one), *settings)
+        return mean, scale.square().reciprocal()  # of no variance the scale is infinite
+    mean = x.mean(SPACE, keepdim=True, dtype=wide)
+    return mean.flatten(1), (x - mean).square_().mean(SPACE)
 
 
 def gradient_sums(gradient: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The sums (B, C) over a slab of a gradient, and of its product with (x - mean) · scale."""
     wide = mean.dtype
-    of_ones = gradient.sum((2, 3, 4), dtype=wide)
-    products = (gradient * x).sum((2, 3, 4), dtype=wide)
+    if x.device.type == "cpu" and _has_fast_sums(x) and gradient.stride() == x.stride():
+        channels = x.shape[1]
+        one = torch.ones(channels, dtype=wide)
+        sums = []
+        for case in range(x.shape[0]):  # it adds up cases
+            one_case = (tensor[case : case + 1] for tensor in (gradient, x, mean, scale))
+            settings = (1, channels, x[0, 0].numel(), channels, [False, True, True])
+            _, of_values, of_ones = torch.ops.aten.native_group_norm_backward(*one_case, one, *settings)
+            sums.append(torch.stack([of_ones, of_values]))
+        of_ones, of_values = torch.stack(sums, 1)
+        return of_ones, of_values
+    of_ones = gradient.sum(SPACE, dtype=wide)
+    products = (gradient * x).sum(SPACE, dtype=wide)
     return of_ones, (products - mean * of_ones) * scale
+
+
+def _has_fast_sums(x: Tensor) -> bool:
+    return x.is_contiguous() or x.dtype == torch.bfloat16

@@ -223,7 +223,7 @@ class _Normalise(torch.autograd.Function):
         average = ctx.pool.mean(sums) / ctx.pool.voxels
         by_x = -scale.square() * average[1]
         rest = -scale * average[0] - by_x * mean
-        dx = _affine(dy, gain, rest).add_(_affine(x, by_x, None))
+        dx = _affine(x, by_x, rest).addcmul_(dy, _per_channel(gain, dy))
         return dx, of_weight, None if of_bias is None else of_bias.to(dy.dtype if weight is None else weight.dtype), \
             None, None, None  # fmt: skip
 
@@ -241,7 +241,10 @@ def _combined(x: Tensor, space: Space | None, pool: _Pool) -> tuple[Tensor, Tens
     return of_all.contiguous(), pool.mean(var + (mean - of_all).square()).contiguous()
 
 
-def _affine(x: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
+def _affine(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     """x · gain + shift, both (B, C), in the dtype of x."""
-    gain = gain.to(x.dtype)[:, :, None, None, None]
-    return x * gain if shift is None else torch.addcmul(shift.to(x.dtype)[:, :, None, None, None], x, gain)
+    return torch.addcmul(_per_channel(shift, x), x, _per_channel(gain, x))
+
+
+def _per_channel(numbers: Tensor, x: Tensor) -> Tensor:
+    return numbers.to(x.dtype)[:, :, None, None, None]
