@@ -172,6 +172,7 @@ def test_volumes_that_ranks_share(results: Callable[[int], Results], devices: in
     assert len(alone) == 2
     assert all(compared[name] == everything for name in alone)
     for rank in results(devices):
+        assert rank["space"]["list"].facts["sent"] > 0
         assert "has too few planes for" in rank["space"]["refused: thin"].says
         assert re.search(r"'flip' on .* in 1 \(Shuffled\) cannot be .* space=1", rank["space"]["refused: unknown"].says)
 

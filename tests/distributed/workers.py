@@ -180,6 +180,7 @@ def one_step(
     loss = engine.step(images, targets if engine.holds_output else None, watched)
     assert bool(seen) == engine.holds_output
     finding = compare(engine, plain, loss)
+    finding.facts["sent"] = engine.bytes_sent
     if forward:
         output = engine.forward(images)
         assert (output is not None) == engine.holds_output

@@ -137,8 +137,8 @@ class Engine:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank has sent to others so far."""
-        return self._rank.transfer.bytes_sent
+        """Bytes of values and their gradients that this rank has sent to others so far; not those of parameters."""
+        return self._rank.transfer.bytes_sent + (0 if self.space is None else self.space.bytes_sent)
 
     def peak_bytes(self) -> int:
         """Peak memory of this rank so far: allocated on CUDA, resident on CPU."""
