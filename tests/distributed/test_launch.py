@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lamp3d import launch
-from lamp3d.errors import WorkerError
+from lamp3d.errors import ConfigError, WorkerError
 from tests.distributed import workers
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +31,15 @@ def test_one_device_needs_no_process_and_no_group() -> None:
     assert not torch.distributed.is_initialized()
     with pytest.raises(ValueError, match="case_0042"):
         launch(workers.raise_an_error, 1)
+
+
+def test_what_workers_cannot_import_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"move .*<lambda> to the top level"):
+        launch(lambda: 1, 2)
+    program = "from lamp3d import launch\ndef work(): return 1\nlaunch(work, 2)\n"
+    piped = subprocess.run([sys.executable], input=program, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert piped.returncode != 0
+    assert "save it to one and run that" in piped.stderr.splitlines()[-1]
 
 
 def test_an_error_ends_all_workers_and_is_the_one_reported() -> None:

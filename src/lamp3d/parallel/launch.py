@@ -8,10 +8,12 @@ import json
 import logging
 import os
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lamp3d import errors
-from lamp3d.errors import LampError, PlanError, WorkerError
+from lamp3d.errors import ConfigError, LampError, PlanError, WorkerError
 from lamp3d.parallel.allocator import keep_freed_memory
 from lamp3d.plan.hardware import device_count, device_type, worker_threads
 
@@ -50,6 +52,7 @@ def launch(
         the results by rank.
 
     Raises:
+        ConfigError: workers cannot import ``fn``.
         LampError: as the worker raised it.
         WorkerError: a worker failed otherwise (its own traceback is in the message) or was killed. All others have
             been ended.
@@ -63,6 +66,7 @@ def launch(
         if kind == "cpu":
             keep_freed_memory()
         return [fn(*args)]
+    _check_importable(fn)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -85,6 +89,19 @@ def launch(
         rank, failure = error.get_first_failure()
         raise _worker_error(rank, failure) from None
     return [results[rank] for rank in sorted(results)]
+
+
+def _check_importable(fn: Callable[..., Any]) -> None:
+    """Refuse what a new interpreter could not import; it would fail with a traceback that says nothing."""
+    name = getattr(fn, "__qualname__", repr(fn))
+    if "<locals>" in name or "<lambda>" in name:
+        raise ConfigError(f"workers import the function that they run: move {name} to the top level of its module.")
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if (file is None and getattr(fn, "__module__", "") == "__main__") or (file and not Path(file).exists()):
+        raise ConfigError(
+            f"workers import the function that they run, and the program around them, but no file has {name}'s "
+            "program (a notebook, a prompt, or standard input): save it to one and run that."
+        )
 
 
 def _work(fn: Callable[..., Result], args: Sequence[Any], timeout: timedelta) -> Result:
