@@ -30,6 +30,8 @@ demo: $(STAMP)
 
 # One thread a process: the workers of the distributed tests share the cores.
 test: export OMP_NUM_THREADS := 1
+# Some libraries change the process's locale, and with it what the tests' files are read as.
+test: export PYTHONUTF8 := 1
 test: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -87,7 +87,7 @@ class Run:
             path = time_line_path(self.folder, stage)
             if path.exists():
                 lines[f"stage {stage + 1}, predicted"] = plan.time_line()
-                lines[f"stage {stage + 1}, measured"] = TimeLine.from_chrome_trace(json.loads(path.read_text()))
+                lines[f"stage {stage + 1}, measured"] = TimeLine.from_chrome_trace(json.loads(path.read_text("utf-8")))
         return lines
 
     def plans(self) -> list[Plan]:

@@ -195,7 +195,7 @@ class Plan(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically."""
-        write_atomically(path, lambda temporary: temporary.write_text(self.model_dump_json(indent=1) + "\n"))
+        write_atomically(path, lambda temporary: temporary.write_text(self.model_dump_json(indent=1) + "\n", "utf-8"))
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -205,7 +205,7 @@ class Plan(BaseModel):
             PlanError: the file is absent or not a plan.
         """
         try:
-            return cls.model_validate_json(path.read_text())
+            return cls.model_validate_json(path.read_text("utf-8"))
         except FileNotFoundError:
             raise PlanError(f"no plan at {path}; make one with `lamp3d plan … --json {path}`.") from None
         except ValidationError as error:

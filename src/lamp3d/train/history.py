@@ -103,7 +103,7 @@ class RunRecorder(Recorder):
                 f"{self.history} holds {len(kept)} epochs, but the checkpoint beside it {epochs}: it has been changed. "
                 "Bring the original back, or begin a new run folder."
             )
-        write_atomically(self.history, lambda temporary: temporary.write_text("".join(kept)))
+        write_atomically(self.history, lambda temporary: temporary.write_text("".join(kept), "utf-8"))
         self.board = _summary_writer(run / "tensorboard", step)
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -180,7 +180,7 @@ class RunRecorder(Recorder):
 
 def _whole_lines(path: Path) -> list[str]:
     """Without the last one if it was cut off while it was written."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
     return [line for line in lines if line.endswith("\n")]
 
 
