@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import lamp3d
 from benchmarks.harness import WORKERS, alone, images, network
+from lamp3d.graph.inputs import input_text
 from lamp3d.parallel.allocator import keep_freed_memory, peak_resident_bytes
 from lamp3d.parallel.sharded import whole
 from lamp3d.plan import Plan, format_bytes, make_plan
@@ -44,7 +45,7 @@ def measure(rounds: int, console: Console) -> dict[str, Any]:
         seconds, peak = alone(_by_windows, side, plan.precision, plan.channels_last)
         found[f"MONAI, windows of {side}³, 2 threads"] = {"seconds": [seconds], "resident_bytes": [peak]}
     ours = statistics.median(by_rank[0][0])
-    table = Table(title=f"U-Net-16, {plan.precision}, a scan of {'×'.join(map(str, SIDES))} (overlap {OVERLAP})")
+    table = Table(title=f"U-Net-16, {plan.precision}, a scan of {input_text(SIDES)} (overlap {OVERLAP})")
     for column in ("", "seconds", "× slabs", "peak resident"):
         table.add_column(column, justify="left" if not column else "right")
     for name, of_way in found.items():

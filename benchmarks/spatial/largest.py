@@ -6,6 +6,7 @@ whole would take is what so many voxels more take.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -19,6 +20,7 @@ import lamp3d
 from benchmarks.harness import WORKERS, alone
 from lamp3d.errors import ConfigError
 from lamp3d.graph import trace
+from lamp3d.graph.inputs import input_text
 from lamp3d.parallel.allocator import keep_freed_memory, peak_resident_bytes
 from lamp3d.plan import Plan, format_bytes, make_plan
 from lamp3d.plan.hardware import has_fast_bf16
@@ -37,16 +39,16 @@ def measure(rounds: int, console: Console) -> dict[str, Any]:
         raise ConfigError("this CPU does not compute in bf16: the step would take hours. Leave out the part 'largest'.")
     plan = plan_of(SIDES)
     by_rank = lamp3d.launch(_step, WORKERS, (plan,))
-    plain = {"×".join(map(str, sides)): alone(_plain_step, sides) for sides in PARTS}
-    (small, (_, base)), (large, (_, most)) = ((sides, plain["×".join(map(str, sides))]) for sides in PARTS[-2:])
-    slope = (most - base) / (_voxels(large) - _voxels(small))
-    predicted = base + slope * (_voxels(SIDES) - _voxels(small))
+    plain = {input_text(sides): alone(_plain_step, sides) for sides in PARTS}
+    (_, base), (_, most) = list(plain.values())[-2:]
+    small, large = map(math.prod, PARTS[-2:])
+    predicted = base + (most - base) / (large - small) * (math.prod(SIDES) - small)
     seconds = max(took for took, _, _ in by_rank)
     resident = [peak for _, peak, _ in by_rank]
     table = Table(title=f"U-Net-{FILTERS}, batch 1, bf16, a training step with the hybrid loss")
     for column in ("", "volume", "seconds", "peak resident"):
         table.add_column(column, justify="left" if not column else "right")
-    whole = "×".join(map(str, SIDES))
+    whole = input_text(SIDES)
     together = " + ".join(format_bytes(peak) for peak in resident)
     table.add_row(f"lamp3d, {WORKERS} slabs", whole, f"{seconds:.1f}", f"{together} = {format_bytes(sum(resident))}")
     for name, (took, peak) in plain.items():
@@ -114,8 +116,3 @@ def _plain_step(sides: tuple[int, int, int]) -> tuple[float, int]:
         logits = model(images)
     torch.autograd.backward(loss_fn(logits, targets))
     return time.perf_counter() - begin, peak_resident_bytes()
-
-
-def _voxels(sides: tuple[int, ...]) -> int:
-    depth, height, width = sides
-    return depth * height * width

@@ -14,6 +14,7 @@ from rich.table import Table
 import lamp3d
 from benchmarks.harness import FILTERS, loss_fn, network
 from lamp3d.graph import trace
+from lamp3d.graph.inputs import input_text
 from lamp3d.plan import Plan, format_bytes, make_plan
 from lamp3d.plan.profile import profile_cells
 
@@ -38,6 +39,11 @@ class Conv:
     channels: int
     needs_gradient: bool = True
 
+    @property
+    def exchanges(self) -> int:
+        """In a step: of the input's planes in forward, and of their gradients in backward."""
+        return 2 if self.needs_gradient else 1
+
 
 def convolutions(filters: int) -> dict[str, Conv]:
     """Those of the paper's U-Net, by the name of their cell."""
@@ -53,9 +59,9 @@ def convolutions(filters: int) -> dict[str, Conv]:
     return found
 
 
-def halo_bytes(conv: Conv, plane: int, value: int = 4) -> int:
-    """What one border costs one rank in a step: a plane out in forward, and its gradient back in backward."""
-    return conv.channels * (plane >> (2 * conv.level)) * value * (2 if conv.needs_gradient else 1)
+def halo_bytes(conv: Conv, plane: int) -> int:
+    """What one border sends one way: a plane of the convolution's input, or of that one's gradient, in fp32."""
+    return conv.channels * (plane >> (2 * conv.level)) * 4
 
 
 def formula(filters: int, plane: int, ranks: int) -> tuple[int, int, int]:
@@ -66,8 +72,8 @@ def formula(filters: int, plane: int, ranks: int) -> tuple[int, int, int]:
     """
     every = convolutions(filters)
     borders = 2 * (ranks - 1)
-    halos = borders * sum(halo_bytes(conv, plane) for conv in every.values())
-    messages = borders * sum(2 if conv.needs_gradient else 1 for conv in every.values()) + 2 * ranks * len(every)
+    halos = borders * sum(halo_bytes(conv, plane) * conv.exchanges for conv in every.values())
+    messages = borders * sum(conv.exchanges for conv in every.values()) + 2 * ranks * len(every)
     widths = [filters * 2**conv.level for conv in every.values()]
     statistics = sum(2 * (ranks - 1) * (3 * ranks + 2) * width * 4 for width in widths)
     return halos, statistics, messages
@@ -76,7 +82,7 @@ def formula(filters: int, plane: int, ranks: int) -> tuple[int, int, int]:
 def measure(rounds: int, console: Console) -> dict[str, Any]:
     """Bytes and messages of a step, measured and by the formula; simulated efficiency on more ranks."""
     shape = (1, 1, SIDE, SIDE, SIDE)
-    found: dict[str, Any] = {"sent": {}, "efficiency": {}}
+    found: dict[str, Any] = {"sent": {}}
     table = Table(title=f"U-Net-{FILTERS}, batch 1, {SIDE}³, fp32: sent in a step, by all ranks together")
     for column in ("ranks", "measured", "halos (formula)", "statistics (formula)", "messages", "messages (formula)"):
         table.add_column(column, justify="right")
@@ -117,14 +123,14 @@ def _efficiencies(console: Console) -> dict[str, dict[str, list[float]]]:
     costs = {cell.name: (cell.forward_seconds, cell.backward_seconds) for cell in cells}
     found: dict[str, dict[str, list[float]]] = {}
     table = Table(title=f"U-Net-{FILTERS}, batch 1, fp32: simulated efficiency on {', '.join(map(str, SLABS))} ranks")
-    for column in ("device", "link", *("×".join(map(str, sides)) for sides in VOLUMES)):
+    for column in ("device", "link", *(input_text(sides) for sides in VOLUMES)):
         table.add_column(column, justify="left" if column in ("device", "link") else "right")
     for device, speed in SPEEDS.items():
         for link, (bandwidth, latency) in LINKS.items():
             row = {}
             for sides in VOLUMES:
                 send = lambda size, b=bandwidth, a=latency: a + size / b  # noqa: E731
-                row["×".join(map(str, sides))] = [efficiency(costs, sides, ranks, speed, send) for ranks in SLABS]
+                row[input_text(sides)] = [efficiency(costs, sides, ranks, speed, send) for ranks in SLABS]
             found[f"{device}, {link}"] = row
             table.add_row(device, link, *("  ".join(f"{e:.2f}" for e in values) for values in row.values()))
     console.print(table)
@@ -161,11 +167,10 @@ def efficiency(
         own = seconds * thickest / planes
         together += own
         if conv:
-            of_plane = conv.channels * (voxels // longest >> (2 * level)) * 4
             border = 2 * seconds / planes / 3  # two borders, a third of the kernel's planes each
-            ways = ((forward, 1.0), (backward, 1.0)) if conv.needs_gradient else ((forward, 1.0),)
-            travel = [max(0.0, send(of_plane) - way * scale * thickest / planes) for way, _ in ways]
-            together += border + sum(travel)
+            arrives = send(halo_bytes(conv, voxels // longest))
+            behind = (forward, backward)[: conv.exchanges]
+            together += border + sum(max(0.0, arrives - way * scale * thickest / planes) for way in behind)
         elif "norm" in name:
             together += 2 * math.ceil(math.log2(ranks)) * send(8 * FILTERS * 2**level)
     return alone / (ranks * together)
