@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lamp3d.graph.convolution import Call, Convolution
 from lamp3d.parallel.sharded import ShardedVolume
-from lamp3d.parallel.space.collect import empty, on_the_wire
+from lamp3d.parallel.space.collect import empty
 from lamp3d.parallel.space.layout import Cut, Layout, Window
 from lamp3d.parallel.space.ranks import Space
 
@@ -80,8 +80,8 @@ class _ConvolveSlab(torch.autograd.Function):
         halos = {border.place: empty(image, dim, halo, space) for border in borders}
         exchange = space.exchange(
             cut.axis,
-            {border.place: on_the_wire(_side(image, dim, halo, border.at_end), space) for border in borders},
-            {index: on_the_wire(planes, space) for index, planes in halos.items()},
+            {border.place: _side(image, dim, halo, border.at_end) for border in borders},
+            halos,
         )
         made = convolution.forward(image, weight, bias)
         exchange.wait()
@@ -113,12 +113,11 @@ class _ConvolveSlab(torch.autograd.Function):
             of_planes, of_taps, _ = _at_border(convolution, padded, taps, dim).backward(of_side, padded, taps, mask)
             if of_planes is not None:
                 start = border.padding[2 * (4 - dim)]
-                sends[border.place] = on_the_wire(of_planes.narrow(dim, start, halo), space)
+                sends[border.place] = of_planes.narrow(dim, start, halo)
             if of_taps is not None:
                 of_weights.append((border.taps, of_taps))
         receives = {border.place: empty(image, dim, halo, space) for border in borders} if of_image_wanted else {}
-        arriving = {index: on_the_wire(planes, space) for index, planes in receives.items()}
-        exchange = space.exchange(cut.axis, sends, arriving)
+        exchange = space.exchange(cut.axis, sends, receives)
         mask = (of_image_wanted, of_weight_wanted, of_bias_wanted and ctx.has_bias)
         of_image, of_weight, of_bias = convolution.backward(gradient, image, weight, mask)
         exchange.wait()

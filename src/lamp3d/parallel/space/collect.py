@@ -45,7 +45,7 @@ class _Collect(torch.autograd.Function):
         found = pieces(cut.slabs, wanted)
         start = cut.bounds[me]
         sends = {
-            to: on_the_wire(_planes(local, dim, piece, start), space)
+            to: _planes(local, dim, piece, start)
             for to, of_it in enumerate(found)
             if to != me and (piece := of_it[me]) is not None
         }
@@ -56,7 +56,7 @@ class _Collect(torch.autograd.Function):
                 parts[origin] = (
                     _planes(local, dim, piece, start) if own else empty(local, dim, piece[1] - piece[0], space)
                 )
-        receives = {origin: on_the_wire(part, space) for origin, part in parts.items() if origin != me}
+        receives = {origin: part for origin, part in parts.items() if origin != me}
         space.exchange(cut.axis, sends, receives).wait()
         return torch.cat(list(parts.values()), dim)
 
@@ -68,7 +68,7 @@ class _Collect(torch.autograd.Function):
         found = pieces(cut.slabs, ctx.wanted)
         start = ctx.wanted[me][0]
         sends = {
-            origin: on_the_wire(_planes(gradient, dim, piece, start), space)
+            origin: _planes(gradient, dim, piece, start)
             for origin, piece in enumerate(found[me])
             if origin != me and piece is not None
         }
@@ -77,7 +77,7 @@ class _Collect(torch.autograd.Function):
             for to, of_it in enumerate(found)
             if to != me and (piece := of_it[me]) is not None
         }
-        exchange = space.exchange(cut.axis, sends, {to: on_the_wire(tensor, space) for to, tensor in receives.items()})
+        exchange = space.exchange(cut.axis, sends, receives)
         of_local = gradient.new_zeros(ctx.shape)
         if (own := found[me][me]) is not None:
             _planes(of_local, dim, own, cut.bounds[me]).copy_(_planes(gradient, dim, own, start))
@@ -111,11 +111,3 @@ def empty(like: Tensor, dim: int, planes: int, space: Space) -> Tensor:
     shape[dim] = planes
     layout = torch.channels_last_3d if space.channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def on_the_wire(planes: Tensor, space: Space) -> Tensor:
-    """Planes as contiguous memory, without a copy where they lie as they travel.
-
-    The order of a tensor's values is agreed for all: by their strides, ranks would disagree about thin slabs.
-    """
-    return (planes.movedim(1, -1) if space.channels_last else planes).contiguous()

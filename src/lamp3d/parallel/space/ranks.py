@@ -65,11 +65,12 @@ class Space:
 
         Args:
             axis: of the mesh.
-            sends: contiguous tensors, by the receiver's place on the axis.
-            receives: empty contiguous tensors, by the sender's place.
+            sends: planes of volumes, by the receiver's place on the axis; copied where they do not lie as they travel.
+            receives: room for planes, laid out as they travel, by the sender's place.
         """
         if any(isinstance(tensor, FakeTensor) for tensor in (*sends.values(), *receives.values())):
             return Exchange([], [])
+        sends, receives = ({i: self._on_the_wire(tensor) for i, tensor in given.items()} for given in (sends, receives))
         operations = [
             *(dist.P2POp(dist.irecv, tensor, self._neighbour(axis, i), self._group) for i, tensor in receives.items()),
             *(dist.P2POp(dist.isend, tensor, self._neighbour(axis, i), self._group) for i, tensor in sends.items()),
@@ -93,6 +94,10 @@ class Space:
         every = tensor.new_zeros((self.count, *tensor.shape))
         every[self.index] = tensor
         return self._reduced(every, dist.ReduceOp.SUM, own=True)
+
+    def _on_the_wire(self, planes: Tensor) -> Tensor:
+        """Planes as contiguous memory, in an order agreed for all: by their strides, ranks would disagree."""
+        return (planes.movedim(1, -1) if self.channels_last else planes).contiguous()
 
     def _reduced(self, tensor: Tensor, how: dist.ReduceOp.RedOpType, *, own: bool = False) -> Tensor:
         tensor = tensor if own else tensor.clone(memory_format=torch.contiguous_format)
