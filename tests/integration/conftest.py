@@ -17,7 +17,7 @@ from lamp3d.data import make_phantom
 from lamp3d.data.anatomy import ORGANS
 from lamp3d.volume import write_nifti
 
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 300  # a guard against what hangs, not a claim: other tests share the cores
 TRAINING, VALIDATION = ("p0", "p1", "p2"), ("p3",)
 
 CONFIG = """\
@@ -95,10 +95,10 @@ class CommandLine:
             [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
         )
 
-    def __call__(self, *arguments: object, limit: float = LIMIT_SECONDS) -> Outcome:
-        """Run one command; it is killed (code -9) when it takes longer than the limit in seconds."""
+    def __call__(self, *arguments: object) -> Outcome:
+        """Run one command; it is killed (code -9) when it hangs."""
         files = {name: str(self.folder / name) for name in ("out", "err")}
-        job = {"folder": str(self.folder), "arguments": list(map(str, arguments)), "limit": limit, **files}
+        job = {"folder": str(self.folder), "arguments": list(map(str, arguments)), "limit": LIMIT_SECONDS, **files}
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(job) + "\n")
@@ -182,7 +182,7 @@ def trained(shared: Path, lamp3d: CommandLine, dataset: Path, config: Path) -> P
 
     def train() -> None:
         done = lamp3d("train", dataset, "--config", config, "--out", shared / "run", "--devices", 2,
-                      "--timeline", shared / "steps.png", limit=200)  # fmt: skip
+                      "--timeline", shared / "steps.png")  # fmt: skip
         assert done.code == 0, done.err
         (shared / "train.out").write_text(done.out, encoding="utf-8")
         (shared / "train.err").write_text(done.err, encoding="utf-8")

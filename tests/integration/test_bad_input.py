@@ -208,7 +208,7 @@ def test_a_killed_worker_costs_no_more_than_an_epoch(
     assert Checkpoint(run / "last.safetensors").progress["epochs"] == 1
     assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
 
-    done = lamp3d(*arguments, limit=100)
+    done = lamp3d(*arguments)
     assert done.code == 0, done.err
     assert "Resuming" in done.out
     assert [(record.stage, record.epoch) for record in read_history(run)] == [(1, 1), (1, 2), (2, 1)]
