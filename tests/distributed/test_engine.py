@@ -21,7 +21,7 @@ from tests.distributed.workers import (
 from tests.networks import Branches, Conditioned, Counting, InPlace
 from tests.plans import plan_at
 
-pytestmark = pytest.mark.timeout(900)  # the first test of a number of devices runs all checks on that number
+pytestmark = pytest.mark.timeout(1800)  # the first test of a number of devices runs all checks on that number
 
 Results = list[dict[str, dict[str, Finding]]]
 

@@ -16,7 +16,7 @@ from tests.monai_networks import NETWORKS
 FULL = bool(os.environ.get("LAMP3D_FULL"))
 
 
-@pytest.mark.timeout(3600 if FULL else 900)
+@pytest.mark.timeout(3600 if FULL else 1800)
 @pytest.mark.parametrize("devices", [2, 3, 4] if FULL else [2, 3])
 def test_monais_networks_are_exact(devices: int) -> None:
     ranks = launch(run_monai, devices, (FULL,))
@@ -37,7 +37,7 @@ def test_monais_networks_are_exact(devices: int) -> None:
 EXACT_ON_SLABS = ("UNet", "BasicUNet", "DynUNet", "SegResNet", "VNet", "AttentionUnet", "MedNeXt")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("devices", [2, 3, 4] if FULL else [2])
 def test_monais_networks_on_slabs_are_exact_or_refused(devices: int) -> None:
     ranks = launch(run_monai_on_slabs, devices)

@@ -54,7 +54,7 @@ def ranks() -> Iterator[Callable[[Example], list[tuple[float, str]]]]:
         thread.join()
 
 
-@pytest.mark.timeout(3600 if FULL else 900)
+@pytest.mark.timeout(3600 if FULL else 1800)
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_operations_on_slabs_are_those_on_one_device(
     ranks: Callable[[Example], list[tuple[float, str]]], count: int
