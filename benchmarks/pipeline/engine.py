@@ -22,7 +22,7 @@ from torch import Tensor
 import lamp3d
 from benchmarks.harness import WORKERS, loss_fn, network
 from lamp3d.graph import trace
-from lamp3d.parallel.footprint import LiveBytes
+from lamp3d.graph.footprint import LiveBytes
 from lamp3d.plan import SCHEDULES, Plan, make_plan
 
 CASES = 8
@@ -32,8 +32,9 @@ def plan_of(side: int, schedule: str, micro_batches: int = CASES, **settings: An
     """A plan for eight cases."""
     shape = (CASES, 1, side, side, side)
     return make_plan(
-        network(), shape, WORKERS, schedule=schedule, micro_batches=micro_batches, recompute="never", **settings
-    )
+        network(), shape, WORKERS, data=1, space=1, schedule=schedule, micro_batches=micro_batches, recompute="never",
+        **settings,
+    )  # fmt: skip
 
 
 def step_of(engine: lamp3d.Engine, images: Any) -> float:
@@ -214,7 +215,10 @@ def direct_skips(side: int, devices: Sequence[int] = (2, 3, 4, 8)) -> dict[str, 
     shape = (1, 1, side, side, side)
     graph = trace(network(), shape)
     for count in devices:
-        plan = make_plan(network(), (CASES, *shape[1:]), count, schedule="gpipe", recompute="never", repeats=1)
+        plan = make_plan(
+            network(), (CASES, *shape[1:]), count, data=1, space=1, micro_batches=CASES, schedule="gpipe",
+            recompute="never", repeats=1,
+        )  # fmt: skip
         straight = sum(stage.sent_bytes for stage in plan.stages)
         specs = lamp3d.graph.infer_specs(graph, [(shape, torch.float32)], "fp32", False, torch.device("cpu"))
         relayed = 0
@@ -236,7 +240,16 @@ def measure_bytes(side: int, devices: Sequence[int] = (2, 3, 4)) -> dict[str, An
         shape = (CASES, 1, side, side, side)
         plans = {
             f"{schedule}, {'slow' if link else 'own'} link": make_plan(
-                network(), shape, count, schedule=schedule, recompute="never", link=link, channels_last=False
+                network(),
+                shape,
+                count,
+                data=1,
+                space=1,
+                micro_batches=CASES,
+                schedule=schedule,
+                recompute="never",
+                link=link,
+                channels_last=False,
             )
             for schedule in ("gpipe", "folded")
             for link in (None, SLOW_LINK)

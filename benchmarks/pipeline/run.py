@@ -48,8 +48,9 @@ def run(micro_batches: int, rounds: int, console: Console) -> dict[str, Any]:
 
     def plan(devices: int, schedule: str, **settings: Any) -> lamp3d.Plan:
         return lamp3d.make_plan(
-            network(), shape, devices, micro_batches=micro_batches, recompute="never", schedule=schedule, **settings
-        )
+            network(), shape, devices, data=1, space=1, micro_batches=micro_batches, recompute="never",
+            schedule=schedule, **settings,
+        )  # fmt: skip
 
     plans = {name: plan(WORKERS, name) for name in SCHEDULES}
     cut = plans["gpipe"]

@@ -52,11 +52,11 @@ def contest_at(side: int, precision: Any, rounds: int, console: Console) -> dict
         "one process, 2 threads": (plain, (Job(shape), 2, last and bf16, 1, bf16)),
         "lamp3d, one device, 1 thread": (one_engine, (Job(shape, one), 1)),
         "lamp3d, one device, 2 threads": (one_engine, (Job(shape, one), 2)),
-        "lamp3d, pipeline": Job(shape, plan(WORKERS, channels_last=last)),
+        "lamp3d, pipeline": Job(shape, plan(WORKERS, space=1, channels_last=last)),
         "lamp3d, slabs": Job(shape, plan(WORKERS, space=WORKERS, channels_last=last)),
     }
     if not bf16:  # it knows no autocast on a CPU
-        competitors["torchgpipe 0.0.7"] = (torchgpipe, (Job(shape, plan(WORKERS, channels_last=False)),))
+        competitors["torchgpipe 0.0.7"] = (torchgpipe, (Job(shape, plan(WORKERS, space=1, channels_last=False)),))
     found = contest(f"{side}³, {precision}", competitors, rounds, console)
     threads = {name: found[f"one process, {name}"].median for name in ("1 thread", "2 threads")}
     ours = {name: found[f"lamp3d, one device, {name}"].median for name in ("1 thread", "2 threads")}

@@ -29,5 +29,13 @@ class WorkerError(LampError):
     """A worker process that failed; the message carries its rank and its own traceback."""
 
 
+class WorkerKilledError(WorkerError):
+    """A worker process that was killed by SIGKILL, as systems do whose memory has run out."""
+
+
+class DeviceMemoryError(LampError):
+    """A device that ran out of memory, whatever its plan said."""
+
+
 class TrainingError(LampError):
     """A training run that cannot go on, with a diagnosis."""

@@ -53,7 +53,7 @@ class Predictor:
         self.divisor = divisor
         self.window = window
         # Ranks that share a volume all learn the result; one of them is enough to hand it on.
-        self.holds_result = engine.holds_output and engine.is_first_copy
+        self.holds_result = engine.holds_output and engine.is_first_slab
 
     def predict(self, scan: Volume) -> Volume | None:
         """The label map of one scan, on the scan's own grid.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lamp3d import launch
-from lamp3d.errors import ConfigError, WorkerError
+from lamp3d.errors import ConfigError, DeviceMemoryError, WorkerError
 from tests.distributed import workers
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,12 @@ def test_an_error_ends_all_workers_and_is_the_one_reported() -> None:
     assert "ValueError: case_0042 has a label of 99" in message
     assert "in raise_an_error" in message  # its own traceback
     assert "onnection" not in message
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_memory_that_runs_out_is_said_in_words(devices: int) -> None:
+    with pytest.raises(DeviceMemoryError, match=r"device [01] ran out of memory: .*Set a lower limit"):
+        launch(workers.take_too_much_memory, devices)
 
 
 @pytest.mark.parametrize(("victim", "devices"), [(0, 2), (1, 3)])

@@ -127,7 +127,9 @@ def cut_at(plan: Plan, start: int) -> Plan:
 def make_plans(devices: int) -> list[Plan]:
     # One layout, not the faster one: where a sum is rounded otherwise, Adam makes much of a gradient that is zero.
     layout = {"precision": "fp32", "channels_last": False}
-    plan = lamp3d.make_plan(network(0.0), (4, 1, 4, 4, 4), devices=devices, micro_batches=2, **layout)
+    plan = lamp3d.make_plan(
+        network(0.0), (4, 1, 4, 4, 4), devices=devices, data=1, space=1, schedule="gpipe", micro_batches=2, **layout
+    )
     if devices == 1:
         return [plan, plan]
     n_cells = sum(len(stage.cells) for stage in plan.stages)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lamp3d.plan.partition import Fits, fold, minimise_largest, minimise_sum
+from lamp3d.plan.integer import minimise_largest_rank
+from lamp3d.plan.partition import Mask, Matrix, fold, minimise_largest, minimise_sum
 
 Segments = tuple[list[float], list[int], int | None]
 
@@ -25,7 +26,7 @@ def instances(draw: st.DrawFn) -> tuple[Segments, int]:
     return (costs, sizes, limit), draw(st.integers(1, n + 1))
 
 
-def functions(segments: Segments) -> tuple[Callable[[int, int], float], Fits]:
+def functions(segments: Segments) -> tuple[Callable[[int, int], float], Callable[[int, int, int], bool]]:
     costs, sizes, limit = segments
 
     def cost(i: int, j: int) -> float:
@@ -34,6 +35,17 @@ def functions(segments: Segments) -> tuple[Callable[[int, int], float], Fits]:
 
     # Later stages hold fewer micro-batches, as under 1F1B.
     return cost, lambda i, j, stage: limit is None or sum(sizes[i:j]) * (3 if stage == 0 else 2) <= 2 * limit
+
+
+def matrices(segments: Segments, stages: int) -> tuple[Matrix, list[Mask]]:
+    cost, fits = functions(segments)
+    n = len(segments[0])
+    costs, allowed = np.zeros((n + 1, n + 1)), [np.zeros((n + 1, n + 1), dtype=bool) for _ in range(stages)]
+    for i, j in itertools.combinations(range(n + 1), 2):
+        costs[i, j] = cost(i, j)
+        for stage, mask in enumerate(allowed):
+            mask[i, j] = fits(i, j, stage)
+    return costs, allowed
 
 
 def brute_force(segments: Segments, stages: int, join: Callable[[list[float]], float]) -> float:
@@ -54,7 +66,7 @@ def test_no_partition_is_better(instance: tuple[Segments, int]) -> None:
     cost, fits = functions(segments)
     n = len(segments[0])
     for solve, join in ((minimise_largest, max), (minimise_sum, sum)):
-        starts = solve(n, stages, cost, fits)
+        starts = solve(*matrices(segments, stages))
         best = brute_force(segments, stages, join)
         if starts is None:
             assert math.isinf(best)
@@ -71,22 +83,16 @@ def test_no_partition_is_better(instance: tuple[Segments, int]) -> None:
 def test_no_partition_into_more_stages_than_items_or_none(
     solve: Callable[..., list[int] | None], items: int, stages: int
 ) -> None:
-    assert solve(items, stages, lambda i, j: 1.0, lambda i, j, stage: True) is None
+    shape = (items + 1, items + 1)
+    assert solve(np.ones(shape), [np.ones(shape, dtype=bool)] * stages) is None
 
 
-def test_a_large_instance_is_solved_quickly_with_each_segment_asked_once_per_stage() -> None:
-    n, stages = 150, 8
-    asked = 0
-
-    def cost(i: int, j: int) -> float:
-        nonlocal asked
-        asked += 1
-        return float(j - i)
-
-    starts = minimise_largest(n, stages, cost, lambda i, j, stage: True)
+def test_a_large_instance_is_solved() -> None:
+    n, stages = 150, 64
+    begins, ends = np.indices((n + 1, n + 1))
+    starts = minimise_largest((ends - begins).astype(float), [np.ones((n + 1, n + 1), dtype=bool)] * stages)
     assert starts is not None
     assert max(j - i for i, j in itertools.pairwise([*starts, n])) == math.ceil(n / stages)
-    assert asked <= stages * n * (n + 1) / 2
 
 
 @st.composite
@@ -137,3 +143,33 @@ def test_no_fold_is_better(
     bound = 1.1 * min(map(largest, possible))
     assert largest([*found, n]) <= bound
     assert sent([*found, n]) == min(sent(bounds) for bounds in possible if largest(bounds) <= bound)
+
+
+@settings(max_examples=60, deadline=None)
+@given(folds(), st.integers(1, 2))
+def test_no_looped_cut_is_better(
+    instance: tuple[int, NDArray[np.float64], NDArray[np.float64], float, NDArray[np.float64]], loops: int
+) -> None:
+    devices, cost, size, limit, _ = instance
+    n, ranks = len(cost) - 1, list(range(devices)) * loops
+    sizes = [size * (rank + 1) for rank in ranks]
+    best = math.inf
+    for cuts in itertools.combinations(range(1, n), len(ranks) - 1):
+        runs = list(itertools.pairwise([0, *cuts, n]))
+        of_rank, held = [0.0] * devices, [0.0] * devices
+        for stage, (rank, run) in enumerate(zip(ranks, runs, strict=True)):
+            of_rank[rank] += cost[run]
+            held[rank] += sizes[stage][run]
+        if max(held) <= limit:
+            best = min(best, max(of_rank))
+    found = minimise_largest_rank(cost, ranks, sizes, limit, seconds=20)
+    if math.isinf(best):
+        assert found is None
+        return
+    assert found is not None
+    assert found.gap <= 1e-6
+    runs = list(itertools.pairwise([*found.starts, n]))
+    assert len(runs) == len(ranks)
+    assert max(
+        sum(cost[run] for run, of in zip(runs, ranks, strict=True) if of == rank) for rank in range(devices)
+    ) == (pytest.approx(best))

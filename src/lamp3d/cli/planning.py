@@ -14,8 +14,9 @@ from torch import nn
 from lamp3d.cli.common import Devices, app, console, say, sides, stop
 from lamp3d.errors import ConfigError
 from lamp3d.experiment import NetworkConfig, load_network, verify
-from lamp3d.plan import SCHEDULES, Plan, format_bytes, make_plan, parse_bytes
-from lamp3d.report import plan_picture, time_line_picture
+from lamp3d.plan import SCHEDULES, Plan, Planning, find_plans, format_bytes, parse_bytes
+from lamp3d.plan.hardware import known_hardware
+from lamp3d.report import cells_picture, time_line_picture
 from lamp3d.volume import write_atomically
 
 VERIFY_TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
@@ -26,12 +27,18 @@ Classes = Annotated[int, typer.Option(min=2, help="Organs and background.")]
 StemStride = Annotated[int, typer.Option(min=1, max=2, help="1: full resolution; 2: half.")]
 VolumeOption = Annotated[str, typer.Option(help="Voxels, such as 64 or 352x256x288.")]
 Batch = Annotated[int, typer.Option(min=1, help="Cases a step.")]
-Memory = Annotated[Optional[str], typer.Option(help="Limit per device, such as 16GB.")]  # noqa: UP045
-MicroBatches = Annotated[Optional[int], typer.Option(min=1, help="Default: one a case.")]  # noqa: UP045
-ScheduleOption = Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULES)}.")]
-Data = Annotated[int, typer.Option(min=1, help="Replicas, each with a share of the batch.")]
-Space = Annotated[str, typer.Option(help="Slabs that every volume is cut into, such as 2 or 2x2.")]
-RecomputeOption = Annotated[Optional[str], typer.Option(help="never, always; default: if needed.")]  # noqa: UP045
+Memory = Annotated[Optional[str], typer.Option(help="Limit per device, such as 16GB; default: what it has.")]  # noqa: UP045
+MicroBatches = Annotated[Optional[int], typer.Option(min=1, help="Default: what is fastest.")]  # noqa: UP045
+ScheduleOption = Annotated[Optional[str], typer.Option(help=f"One of {', '.join(SCHEDULES)}.")]  # noqa: UP045
+Data = Annotated[Optional[int], typer.Option(min=1, help="Replicas, each with a share of the batch.")]  # noqa: UP045
+Pipe = Annotated[Optional[int], typer.Option(min=1, help="Devices of one pipeline.")]  # noqa: UP045
+Space = Annotated[Optional[str], typer.Option(help="Slabs that every volume is cut into, such as 2 or 2x2.")]  # noqa: UP045
+RecomputeOption = Annotated[Optional[str], typer.Option(help="never, always; default: as little as fits.")]  # noqa: UP045
+HardwareOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help=f"Devices that are not here: {', '.join(known_hardware())}, or a YAML file like theirs."),
+]
+LinkOption = Annotated[Optional[str], typer.Option(help="What joins them: pcie4, network100, 10GB, …")]  # noqa: UP045
 
 
 @app.command()
@@ -44,28 +51,38 @@ def plan(
     batch: Batch = 1,
     devices: Devices = 1,
     memory: Memory = None,
+    hardware: HardwareOption = None,
+    link: LinkOption = None,
     micro_batches: MicroBatches = None,
-    schedule: ScheduleOption = "gpipe",
-    data: Data = 1,
-    space: Space = "1",
+    schedule: ScheduleOption = None,
+    data: Data = None,
+    pipe: Pipe = None,
+    space: Space = None,
     recompute: RecomputeOption = None,
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option()] = "auto",
+    fresh: Annotated[bool, typer.Option(help="Time the cells even if that was done before.")] = False,
     json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the plan here.")] = None,  # noqa: UP045
-    picture: Annotated[Optional[Path], typer.Option(help="Draw the time line of a step here.")] = None,  # noqa: UP045
+    picture: Annotated[Optional[Path], typer.Option(help="Draw cells and the time line of a step here.")] = None,  # noqa: UP045
 ) -> None:
-    """Does it fit, how is it split, what does it cost? Measured on this machine, cell by cell."""
+    """Does it fit, how is it split, what does it cost? Every way to use the devices is considered."""
     limit = None if memory is None else parse_bytes(memory)  # before the profiling, which takes a while
     make, shape = _network(net, filters, classes, stem_stride, volume)
-    found = _make_plan(
-        make(), (batch, 1, *shape), devices, micro_batches, schedule, recompute, data=data, space=_slabs(space),
-        precision=precision, memory=limit,
+    if hardware is None:
+        network = make()
+    else:
+        with torch.device("meta"):
+            network = make()
+    found = _find_plans(
+        network, (batch, 1, *shape), devices, recompute, micro_batches=micro_batches, schedule=schedule, data=data,
+        pipe=pipe, space=_slabs(space), precision=precision, memory=limit, hardware=hardware, link=link, fresh=fresh,
     )  # fmt: skip
-    console.print(found.table())
+    console.print(found.plan.table())
+    console.print(found.alternatives())
     if json_path is not None:
-        found.save(json_path)
+        found.plan.save(json_path)
         say(f"Plan: {json_path}")
     if picture is not None:
-        plan_picture(found).savefig(picture, dpi=150)
+        cells_picture(found).savefig(picture, dpi=150)
         say(f"Picture: {picture}")
 
 
@@ -79,9 +96,10 @@ def verify_command(
     batch: Batch = 4,
     devices: Devices = 2,
     micro_batches: MicroBatches = None,
-    schedule: ScheduleOption = "gpipe",
-    data: Data = 1,
-    space: Space = "1",
+    schedule: ScheduleOption = None,
+    data: Data = None,
+    pipe: Pipe = None,
+    space: Space = None,
     recompute: RecomputeOption = None,
     plan_path: Annotated[Optional[Path], typer.Option("--plan", help="A plan in JSON to check instead.")] = None,  # noqa: UP045
     dtype: Annotated[Literal["float64", "float32"], typer.Option(help="In which to compute.")] = "float64",
@@ -90,10 +108,10 @@ def verify_command(
     """One step on one device and on the plan's: prints how far output, loss and gradients are apart."""
     make, shape = _network(net, filters, classes, stem_stride, volume)
     if plan_path is None:
-        found = _make_plan(
-            make(), (batch, 1, *shape), devices, micro_batches, schedule, recompute, data=data, space=_slabs(space),
-            precision="fp32",
-        )  # fmt: skip
+        found = _find_plans(
+            make(), (batch, 1, *shape), devices, recompute, micro_batches=micro_batches, schedule=schedule, data=data,
+            pipe=pipe, space=_slabs(space), precision="fp32",
+        ).plan  # fmt: skip
     else:
         found = Plan.load(plan_path)
     console.print(found.table())
@@ -139,31 +157,19 @@ def _network(
     return partial(settings.build, classes), shape
 
 
-def _slabs(text: str) -> tuple[int, ...]:
+def _slabs(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
     numbers = text.lower().split("x")
     if not all(number.isdigit() and int(number) for number in numbers):
         raise ConfigError(f"{text!r} is no number of slabs; write it like 2, or 2x2 for two axes.")
     return tuple(int(number) for number in numbers)
 
 
-def _make_plan(
-    network: nn.Module,
-    shape: tuple[int, ...],
-    devices: int,
-    micro_batches: int | None,
-    schedule: str,
-    recompute: str | None,
-    **settings: Any,
-) -> Plan:
+def _find_plans(
+    network: nn.Module, shape: tuple[int, ...], devices: int, recompute: str | None, **settings: Any
+) -> Planning:
     if recompute not in (None, "never", "always"):
         raise ConfigError(f"--recompute {recompute!r} is neither never nor always.")
-    with console.status("Profiling the network's cells"):
-        return make_plan(
-            network,
-            shape,
-            devices,
-            micro_batches=micro_batches,
-            schedule=schedule,
-            recompute=recompute,  # type: ignore[arg-type]
-            **settings,
-        )
+    with console.status("Profiling the network's cells, and trying plans"):
+        return find_plans(network, shape, devices, recompute=recompute, **settings)

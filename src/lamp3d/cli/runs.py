@@ -46,6 +46,7 @@ def train_command(
     out: Annotated[Optional[Path], typer.Option(help="Run folder; default: runs/NAME of the config.")] = None,  # noqa: UP045
     devices: Devices = 1,
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    auto_replan: Annotated[bool, typer.Option(help="If memory runs out, go on with the next safer plan.")] = False,
     timeline: Annotated[Optional[Path], typer.Option(help="Draw a step of every stage here (.png).")] = None,  # noqa: UP045
 ) -> None:
     """Train through the curriculum; leaves a run folder that predict, evaluate and report take."""
@@ -54,7 +55,7 @@ def train_command(
             raise ConfigError("give --config FILE, or --resume with --out RUN; experiments/ has files to start from.")
         config = out / "config.yaml"
     folder = out or Path("runs") / config.stem
-    run = train(dataset, load_config(config, overrides or []), devices, folder, resume=resume)
+    run = train(dataset, load_config(config, overrides or []), devices, folder, resume=resume, auto_replan=auto_replan)
     if timeline is not None:
         time_line_picture(run.time_lines()).savefig(timeline, dpi=150)
         say(f"Time lines: {timeline}; for chrome://tracing: {folder / 'timelines'}")

@@ -152,8 +152,9 @@ def _inference_plan(run: Run, devices: int, window: Window) -> Plan:
         same_layout = last.channels_last if last.device_type == device_type() else None
         shape = (1, last.image_shape[1], *sides)
         last = make_plan(
-            network, shape, devices, space=space, precision=last.precision, channels_last=same_layout, repeats=1
-        )
+            network, shape, devices, space=space, precision=last.precision, channels_last=same_layout, repeats=1,
+            memory="unlimited",  # what a training step needs is not asked here
+        )  # fmt: skip
     in_flight = 1 if window is None else 2 * devices
     return last.model_copy(update={"micro_batches": in_flight, "recompute": "never"})
 

@@ -12,18 +12,29 @@ from rich.console import Console
 from torch import Tensor
 
 from lamp3d.data import Batches, Case, CaseStore, Dataset, read_dataset
-from lamp3d.errors import ConfigError
+from lamp3d.errors import ConfigError, DeviceMemoryError, LampError, PlanError, WorkerKilledError
 from lamp3d.evaluate import dice_per_organ
 from lamp3d.experiment.config import ExperimentConfig
 from lamp3d.experiment.run import Run, cache_folder
 from lamp3d.parallel import Engine, launch
-from lamp3d.plan import Plan, make_plan
+from lamp3d.plan import Plan, format_bytes, make_plan
 from lamp3d.plan.hardware import cpu_cores
 from lamp3d.predict import Predictor
-from lamp3d.train import CurriculumStage, HybridLoss, Trainer
+from lamp3d.train import Checkpoint, CurriculumStage, HybridLoss, Trainer
+
+SAFER = 0.8
+"""Of the memory that was not enough: what the next plan may need."""
 
 
-def train(dataset_root: Path, config: ExperimentConfig, devices: int, out: Path, *, resume: bool = False) -> Run:
+def train(
+    dataset_root: Path,
+    config: ExperimentConfig,
+    devices: int,
+    out: Path,
+    *,
+    resume: bool = False,
+    auto_replan: bool = False,
+) -> Run:
     """Train through the curriculum and leave a run folder.
 
     Args:
@@ -32,6 +43,8 @@ def train(dataset_root: Path, config: ExperimentConfig, devices: int, out: Path,
         devices: worker processes, one a device.
         out: the run folder.
         resume: go on with the run in ``out``; a new one must not overwrite an old one.
+        auto_replan: where a device runs out of memory in spite of its plan, go on from the last checkpoint with the
+            next safer one.
 
     Raises:
         LampError: bad input, a plan that does not fit, a worker that failed; the run folder stays resumable.
@@ -42,17 +55,60 @@ def train(dataset_root: Path, config: ExperimentConfig, devices: int, out: Path,
         raise ConfigError(f"{out} already holds a run; add --resume to go on with it, or choose another --out.")
     train_cases, validation_cases = dataset.split("train"), _validation_cases(dataset)
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
-    store.prepare([*train_cases, *validation_cases], workers=cpu_cores())
     _check_batches(store, train_cases, config)
+    run = Run(out, config, dataset.root.resolve(), dataset.organs)
+    plans: dict[int, Plan] = {}
+    for reads_scans in (False, True):  # a plan that does not fit is better known before the scans are prepared
+        if reads_scans:
+            store.prepare([*train_cases, *validation_cases], workers=cpu_cores())
+        for index, stage in enumerate(config.train.curriculum):
+            if (stage.patch_shape is None) == reads_scans:
+                plans[index] = _stage_plan(run, index, store, train_cases, devices, resume=resume)
+                console.print(f"[bold]Stage {index + 1}[/]: {stage}")
+                console.print(plans[index].table())
     run = Run.create(out, config, dataset, devices)
     (out / "plans").mkdir(exist_ok=True)
-    for index, stage in enumerate(config.train.curriculum):
-        plan = _stage_plan(run, index, store, train_cases, devices, resume=resume)
+    for index, plan in plans.items():
         plan.save(run.plan_path(index))
-        console.print(f"[bold]Stage {index + 1}[/]: {stage}")
-        console.print(plan.table())
-    launch(_train_worker, devices, (out, resume))
-    return run
+    while True:
+        try:
+            launch(_train_worker, devices, (out, resume))
+            return run
+        except (DeviceMemoryError, WorkerKilledError) as error:
+            index, resume = Checkpoint(out / "last.safetensors").progress["stage"], True
+            if not auto_replan and isinstance(error, WorkerKilledError):
+                raise  # who knows by whom
+            plan = _safer_plan(run, index, store, train_cases, devices, error)
+            if not auto_replan:
+                raise DeviceMemoryError(
+                    f"{error} The next safer plan for stage {index + 1} takes {_cost(plan)}; go on with it by "
+                    "--resume --auto-replan."
+                ) from error
+            plan.save(run.plan_path(index))
+            console.print(f"[bold]Stage {index + 1}[/] ran out of memory; it goes on with a safer plan, {_cost(plan)}:")
+            console.print(plan.table())
+
+
+def _safer_plan(
+    run: Run, index: int, store: CaseStore, cases: tuple[Case, ...], devices: int, error: LampError
+) -> Plan:
+    """A plan that needs a fifth less memory than the one that failed.
+
+    Raises:
+        DeviceMemoryError: there is none.
+    """
+    failed = Plan.load(run.plan_path(index))
+    peak = max(device.peak_bytes for device in failed.per_device)
+    limit = round(SAFER * min(peak, failed.memory_limit_bytes or peak))
+    try:
+        return _make_plan(run, index, store, cases, devices, memory=limit)
+    except PlanError as impossible:
+        raise DeviceMemoryError(f"{error} No plan needs much less: {impossible}") from error
+
+
+def _cost(plan: Plan) -> str:
+    peak = max(device.peak_bytes for device in plan.per_device)
+    return f"{format_bytes(peak)} a device and {plan.step_seconds:.2f} s a step"
 
 
 def _validation_cases(dataset: Dataset) -> tuple[Case, ...]:
@@ -71,22 +127,27 @@ def _stage_plan(run: Run, index: int, store: CaseStore, cases: tuple[Case, ...],
     """The plan of a curriculum stage; a resumed run keeps its own where the number of devices is the same."""
     if resume and run.plan_path(index).exists() and (plan := Plan.load(run.plan_path(index))).devices == devices:
         return plan
+    return _make_plan(run, index, store, cases, devices, memory=run.config.memory)
+
+
+def _make_plan(
+    run: Run, index: int, store: CaseStore, cases: tuple[Case, ...], devices: int, *, memory: str | int | None
+) -> Plan:
     stage = run.config.train.curriculum[index]
     torch.manual_seed(run.config.train.seed)
     network = run.network()
-    data, space = stage.mesh(devices)
     return make_plan(
         network,
         (stage.batch, 1, *_largest_input(stage, store, cases, network.divisor)),
         devices,
-        data=data,
-        space=space,
+        data=stage.data,
+        space=stage.space,
+        # Whole volumes have shapes of their own, so that each is a micro-batch.
         micro_batches=stage.batch if stage.patch_shape is None else stage.micro_batches,
-        # Where a pipeline has one device: least memory, nothing to wait for.
-        schedule=stage.schedule if devices > data * space else "1f1b",
+        schedule=stage.schedule,
         recompute=stage.recompute,
         precision=run.config.train.precision,
-        memory=run.config.memory,
+        memory=memory,
     )
 
 
@@ -138,12 +199,16 @@ def _validate(engine: Engine, *, store: CaseStore, cases: tuple[Case, ...], divi
         return pixels
 
     predictor = Predictor(engine, store.config, divisor)
-    scores = torch.full((len(cases), len(store.dataset.organs)), math.nan, dtype=torch.float64)
-    for index, logits in enumerate(predictor.predict_prepared(image(case) for case in cases)):
+    own = cases[engine.replica :: engine.plan.data]  # replicas share the cases
+    scores: dict[str, Tensor] = {}
+    for case, logits in zip(own, predictor.predict_prepared(image(case) for case in own), strict=True):
         if logits is not None:
-            _, label = store.read(cases[index], image=False)
+            _, label = store.read(case, image=False)
             assert label is not None
-            scores[index] = dice_per_organ(logits, label, store.annotated(cases[index]))
+            scores[case.name] = dice_per_organ(logits, label, store.annotated(case))
     if engine.world_size > 1:
-        dist.broadcast(scores, engine.output_rank)
-    return dict(zip(store.dataset.organs, scores.nanmean(dim=0).tolist(), strict=True))
+        every: list[dict[str, Tensor]] = [{}] * engine.world_size
+        dist.all_gather_object(every, scores)
+        scores = {name: score for of_rank in every for name, score in of_rank.items()}
+    mean = torch.stack([scores[case.name].double() for case in cases]).nanmean(dim=0)
+    return dict(zip(store.dataset.organs, mean.tolist(), strict=True))

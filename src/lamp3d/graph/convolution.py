@@ -90,7 +90,7 @@ class Convolution:
                 rows.sum(0) if mask[2] else None,
             ]
         bias_sizes = [gradient.shape[1]]
-        if self.kernel is Kernel.TORCHS_CHOICE:
+        if self.kernel is Kernel.TORCHS_CHOICE or isinstance(image, FakeTensor):
             return list(
                 torch.ops.aten.convolution_backward(gradient, image, weight, bias_sizes, *self.settings, list(mask))
             )

@@ -40,8 +40,9 @@ class ValueSpec:
 
 
 def module_device(network: nn.Module) -> torch.device:
-    """The device of the network's first parameter (CPU for a network without parameters)."""
-    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    """The device of the network's first parameter; the CPU where there is none, or none with content."""
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 class _Runner(nn.Module):

@@ -116,17 +116,25 @@ class ShapedTracer(fx.Tracer):
                 if kind == "placeholder":
                     return torch.empty(tuple(self._input_shapes[target]), dtype=self._dtype, device=self._device)
                 if kind == "get_attr":
-                    return self._fakes.from_tensor(attribute(self.root, target))
+                    return self._stand_in(attribute(self.root, target))
                 if kind == "call_module":
                     module = self.root.get_submodule(target)
                     state = (*module.named_parameters(), *module.named_buffers())  # BatchNorm counts in a buffer
-                    fakes: dict[str, Tensor] = {name: self._fakes.from_tensor(tensor) for name, tensor in state}
+                    fakes: dict[str, Tensor] = {name: self._stand_in(tensor) for name, tensor in state}
                     return functional_call(module, fakes, args, kwargs)
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return target(*args, **kwargs)
         finally:
             self._evaluating = False
+
+    def _stand_in(self, tensor: Any) -> Any:
+        """A fake tensor for one of the network's; what has no content is supposed to be where the inputs are."""
+        if not isinstance(tensor, Tensor):
+            return tensor
+        if tensor.device.type != "meta":
+            return self._fakes.from_tensor(tensor)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
 
 
 class _ShapedProxy(fx.Proxy):

@@ -32,6 +32,7 @@ from lamp3d.parallel.stage import StageCells, StageRunner
 from lamp3d.parallel.step import LossFunction, MiniBatch, MiniBatchLoss, Program, Rank, concatenate
 from lamp3d.parallel.transfer import Transfer
 from lamp3d.plan import Action, Plan, TimeLine
+from lamp3d.plan.plan import blocks_of
 from lamp3d.plan.routes import Routes
 
 
@@ -99,14 +100,18 @@ class Engine:
     def _stages(self, graph: CellGraph) -> dict[int, StageCells]:
         """This rank's stages, on its device, each also in runs that are, or are not, computed again in backward."""
         plan = self.plan
-        again = [plan.recomputes(cell.name) for cell in graph.cells]
-        flips = {i for i in range(1, len(again)) if again[i] != again[i - 1]}
+        blocks = blocks_of(plan.recompute, [cell.name for cell in graph.cells])
+        flips = {i for i in range(1, len(blocks)) if blocks[i] != blocks[i - 1]}
         starts = sorted({*plan.starts, *flips})
         parts = list(zip(starts, graph.cut(starts), strict=True))
         stages = {}
         for index, (stage, whole) in enumerate(zip(plan.stages, graph.cut(plan.starts), strict=True)):
             if stage.rank == self._place.pipe_rank:
-                inside = [(p.to(self.device), again[i]) for i, p in parts if stage.first_cell <= i <= stage.last_cell]
+                inside = [
+                    (part.to(self.device), blocks[i] is not None)
+                    for i, part in parts
+                    if stage.first_cell <= i <= stage.last_cell
+                ]
                 stages[index] = StageCells(whole.to(self.device), inside)
         return stages
 
@@ -124,6 +129,11 @@ class Engine:
     def is_first_copy(self) -> bool:
         """Whether this rank is the first of those that hold the same parameters."""
         return self.replica == 0 and self._place.slab == 0
+
+    @property
+    def is_first_slab(self) -> bool:
+        """Whether this rank is the first of those that share its volumes."""
+        return self._place.slab == 0
 
     @property
     def random_stream(self) -> int:

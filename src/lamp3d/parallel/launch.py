@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lamp3d import errors
-from lamp3d.errors import ConfigError, LampError, PlanError, WorkerError
+from lamp3d.errors import ConfigError, DeviceMemoryError, LampError, PlanError, WorkerError, WorkerKilledError
 from lamp3d.parallel.allocator import keep_freed_memory
 from lamp3d.plan.hardware import device_count, device_type, worker_threads
 
@@ -54,6 +54,7 @@ def launch(
     Raises:
         ConfigError: workers cannot import ``fn``.
         LampError: as the worker raised it.
+        DeviceMemoryError: a worker ran out of memory.
         WorkerError: a worker failed otherwise (its own traceback is in the message) or was killed. All others have
             been ended.
     """
@@ -65,7 +66,7 @@ def launch(
     if devices == 1:
         if kind == "cpu":
             keep_freed_memory()
-        return [fn(*args)]
+        return [_reporting_memory(fn, args)]
     _check_importable(fn)
     config = LaunchConfig(
         min_nodes=1,
@@ -120,13 +121,28 @@ def _work(fn: Callable[..., Result], args: Sequence[Any], timeout: timedelta) ->
         # of the first in torchrun's store.
         atexit.register(_leave_group)
     try:
-        result = fn(*args)
+        result = _reporting_memory(fn, args)
     except RuntimeError as error:
         if _lost_peer(error):
             time.sleep(LOST_PEER_SECONDS)
         raise
     dist.all_reduce(torch.zeros(1))  # no one leaves while another still wants to hear from it
     return result
+
+
+def _reporting_memory(fn: Callable[..., Result], args: Sequence[Any]) -> Result:
+    """Call a function; that memory ran out is said in words that tell what to do."""
+    try:
+        return fn(*args)
+    except (RuntimeError, MemoryError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in first:
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            raise DeviceMemoryError(
+                f"device {rank} ran out of memory: {first}. Set a lower limit (memory), so that the plan recomputes "
+                "more or uses more devices; or take smaller volumes or batches."
+            ) from error
+        raise
 
 
 def _leave_group() -> None:
@@ -150,7 +166,8 @@ def _worker_error(rank: int, failure: ProcessFailure) -> LampError:
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         reason = " (often the system's reaction to memory running out)" if name == "SIGKILL" else ""
-        return WorkerError(
+        kind_of_error = WorkerKilledError if name == "SIGKILL" else WorkerError
+        return kind_of_error(
             f"worker {rank} was killed by {name}{reason}; all other workers have been ended. Nothing that was saved is "
             "lost: a training run goes on with --resume."
         )

@@ -1,7 +1,8 @@
 """Who does what: profile the cells, cut them optimally, predict the step, write it down as a plan."""
 
-from lamp3d.plan.plan import DevicePlan, Plan, StagePlan, check_schedule, format_bytes, parse_bytes
-from lamp3d.plan.planner import make_plan
+from lamp3d.plan.amounts import format_bytes, parse_bytes
+from lamp3d.plan.plan import DevicePlan, Plan, StagePlan, check_schedule
+from lamp3d.plan.planner import Planning, find_plans, make_plan
 from lamp3d.plan.schedule import SCHEDULES, Action
 from lamp3d.plan.simulate import TimeLine
 
@@ -10,9 +11,11 @@ __all__ = [
     "Action",
     "DevicePlan",
     "Plan",
+    "Planning",
     "StagePlan",
     "TimeLine",
     "check_schedule",
+    "find_plans",
     "format_bytes",
     "make_plan",
     "parse_bytes",

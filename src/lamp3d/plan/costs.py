@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lamp3d.graph import CellGraph
-from lamp3d.plan.plan import Recompute, recomputes
+from lamp3d.plan.partition import Matrix
+from lamp3d.plan.plan import Recompute, blocks_of
 from lamp3d.plan.profile import Profile
 
 OPTIMIZER_COPIES = 2
@@ -17,7 +21,7 @@ Held = dict[str, int]
 """Bytes by name. A value has the same name wherever it is held, so that a rank that holds it twice pays once."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class StageCosts:
     """Seconds and bytes of any contiguous run of cells.
 
@@ -25,7 +29,7 @@ class StageCosts:
         graph: the cells.
         profile: what each of them costs for one micro-batch.
         micro_batches: M.
-        recompute: "never", "always", or the names of the cells that are computed again in backward.
+        recompute: "never", "always", or the blocks of cells that are computed again in backward.
     """
 
     graph: CellGraph
@@ -33,12 +37,107 @@ class StageCosts:
     micro_batches: int
     recompute: Recompute
 
-    def __post_init__(self) -> None:
-        self._maker = {edge.value: edge.maker for edge in self.graph.edges}
-        self._users = {edge.value: edge.users for edge in self.graph.edges}
-        self._again = [recomputes(self.recompute, cell.name) for cell in self.graph.cells]
-        self.seconds = functools.cache(self._seconds)
-        self.held = functools.cache(self._held)
+    @cached_property
+    def _maker(self) -> dict[str, int]:
+        return {edge.value: edge.maker for edge in self.graph.edges}
+
+    @cached_property
+    def _users(self) -> dict[str, tuple[int, ...]]:
+        return {edge.value: edge.users for edge in self.graph.edges}
+
+    @cached_property
+    def blocks(self) -> list[int | None]:
+        """The block that each cell is computed again with."""
+        return blocks_of(self.recompute, [cell.name for cell in self.graph.cells])
+
+    @cached_property
+    def seconds(self) -> Matrix:
+        """Of every run."""
+        return _runs(np.cumsum([0.0, *self._cell_seconds]))
+
+    @cached_property
+    def held_and_again(self) -> tuple[Matrix, Matrix]:
+        """Of every run: what a micro-batch holds between forward and backward, and what its backward brings back.
+
+        The sums of :meth:`held` and of :meth:`again_bytes` (that may be less), a run's from that of one cell less.
+        """
+        n, sizes = len(self.graph.cells), self.profile.value_bytes
+        held_bytes, again_bytes = np.zeros((n + 1, n + 1)), np.zeros((n + 1, n + 1))
+        reads = [[v for v, users in self._users.items() if cell in users] for cell in range(n)]
+        for begin in range(n):
+            held: set[str] = set()
+            total, largest, brought, first = 0, 0, 0, begin
+            for cell in range(begin, n):
+                if self.blocks[cell] != self.blocks[max(first, cell - 1)]:
+                    first, brought = cell, 0
+                profile, recomputed = self.profile.cells[cell], self.blocks[cell] is not None
+                names = {v for v in reads[cell] if self._maker[v] < (first if recomputed else begin)}
+                names |= set() if recomputed else set(profile.saved_values)
+                names |= set(self.graph.outputs) if cell + 1 == n else set()
+                total += sum(sizes[name] for name in names - held) + (0 if recomputed else profile.internal_bytes)
+                held |= names
+                if recomputed:
+                    brought += profile.internal_bytes + sum(sizes[v] for v in profile.saved_values - held)
+                    largest = max(largest, brought)
+                held_bytes[begin, cell + 1], again_bytes[begin, cell + 1] = total, largest
+        return held_bytes, again_bytes
+
+    @cached_property
+    def static(self) -> Matrix:
+        """Of every run: what is needed whatever is in flight."""
+        parameters = _runs(np.cumsum([0.0, *(cell.parameter_bytes for cell in self.profile.cells)]))
+        needed = parameters * (2 + OPTIMIZER_COPIES)
+        needed[:-1, -1] += self.loss_bytes()
+        return needed
+
+    @cached_property
+    def crossing(self) -> NDArray[np.float64]:
+        """Before each cell: bytes of the values alive there, what one more cut would send, forward only."""
+        alive = np.zeros(len(self.graph.cells) + 1)
+        for value, maker in self._maker.items():
+            alive[maker + 1 : self._users[value][-1] + 1] += self.profile.value_bytes[value]
+        return alive
+
+    @cached_property
+    def exchanged(self) -> Matrix:
+        """Of every run: bytes of the values that pass between it and all others, forward only."""
+        n = len(self.graph.cells)
+        begins, ends = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
+        bytes_ = np.zeros((n + 1, n + 1))
+        for value, maker in self._maker.items():
+            inside = [(begins <= cell) & (cell < ends) for cell in (max(maker, 0), *self._users[value])]
+            bytes_ += self.profile.value_bytes[value] * (np.any(inside, axis=0) & ~np.all(inside, axis=0))
+        return np.triu(bytes_, 1)
+
+    @cached_property
+    def received_bytes(self) -> Matrix:
+        """Of every run: bytes of the values that it receives."""
+        n = len(self.graph.cells)
+        begins, ends = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
+        bytes_ = np.zeros((n + 1, n + 1))
+        for value, maker in self._maker.items():
+            used = np.any([(begins <= cell) & (cell < ends) for cell in self._users[value]], axis=0)
+            bytes_ += self.profile.value_bytes[value] * (used & (begins > maker))
+        return np.triu(bytes_, 1)
+
+    def peak(self, in_flight: int) -> Matrix:
+        """Of every run: peak memory with so many micro-batches in flight, if its rank has no other runs."""
+        held, again = self.held_and_again
+        return self.static + in_flight * held + again + self._workspace
+
+    @cached_property
+    def _workspace(self) -> Matrix:
+        n = len(self.graph.cells)
+        sizes = np.zeros((n + 1, n + 1))
+        sizes[:-1, 1:] = np.triu(np.broadcast_to([float(cell.workspace_bytes) for cell in self.profile.cells], (n, n)))
+        return np.maximum.accumulate(sizes, axis=1)
+
+    @property
+    def _cell_seconds(self) -> list[float]:
+        return [
+            cell.forward_seconds + cell.backward_seconds + (0.0 if block is None else cell.forward_seconds)
+            for cell, block in zip(self.profile.cells, self.blocks, strict=True)
+        ]
 
     def forward_seconds(self, begin: int, end: int) -> float:
         """One micro-batch's forward through the cells begin … end-1."""
@@ -46,15 +145,12 @@ class StageCosts:
 
     def backward_seconds(self, begin: int, end: int) -> float:
         """One micro-batch's backward, the second forward of recomputation included."""
-        cells = zip(self.profile.cells[begin:end], self._again[begin:end], strict=True)
-        return sum(cell.backward_seconds + (cell.forward_seconds if again else 0.0) for cell, again in cells)
+        cells = zip(self.profile.cells[begin:end], self.blocks[begin:end], strict=True)
+        return sum(cell.backward_seconds + (0.0 if block is None else cell.forward_seconds) for cell, block in cells)
 
     def weight_seconds(self, begin: int, end: int) -> float:
         """The part of the backward that may be computed apart."""
         return sum(cell.weight_seconds for cell in self.profile.cells[begin:end])
-
-    def _seconds(self, begin: int, end: int) -> float:
-        return self.forward_seconds(begin, end) + self.backward_seconds(begin, end)
 
     def received(self, begin: int, end: int) -> list[str]:
         """The values that a run of cells gets from earlier ones."""
@@ -78,7 +174,7 @@ class StageCosts:
         outputs = self.micro_batches * sum(self.profile.value_bytes[value] for value in self.graph.outputs)
         return outputs * (2 if self.micro_batches > 1 else 1)
 
-    def _held(self, begin: int, end: int) -> Held:
+    def held(self, begin: int, end: int) -> Held:
         """What one micro-batch holds between its forward and its backward."""
         held: Held = {}
         for first, last, again in self._parts(begin, end):
@@ -99,6 +195,10 @@ class StageCosts:
             default=0,
         )
 
+    def workspace_bytes(self, begin: int, end: int) -> int:
+        """The most that is alive beside it while one of the cells is at work."""
+        return max(cell.workspace_bytes for cell in self.profile.cells[begin:end])
+
     def deferred(self, begin: int, end: int) -> Held:
         """What one micro-batch holds between the two parts of a split backward."""
         held: Held = {}
@@ -115,35 +215,18 @@ class StageCosts:
         return {value: self.profile.value_bytes[value] for value in values}
 
     def _parts(self, begin: int, end: int) -> Iterator[tuple[int, int, bool]]:
-        """A run's cells in runs that are, or are not, computed again."""
+        """A run's cells in parts that are, or are not, computed again."""
         first = begin
         for cell in range(begin + 1, end + 1):
-            if cell == end or self._again[cell] != self._again[first]:
-                yield first, cell, self._again[first]
+            if cell == end or self.blocks[cell] != self.blocks[first]:
+                yield first, cell, self.blocks[first] is not None
                 first = cell
-
-    def peak_bytes(self, begin: int, end: int, in_flight: int) -> int:
-        """Peak memory of a run of cells with so many micro-batches in flight, if its rank has no other runs."""
-        flight = in_flight * sum(self.held(begin, end).values()) + self.again_bytes(begin, end)
-        return self.static_bytes(begin, end) + flight
-
-    def crossing_bytes(self, cell: int) -> int:
-        """Bytes of the values alive just before ``cell``: what one more cut there would send, forward only."""
-        return sum(
-            self.profile.value_bytes[value]
-            for value, maker in self._maker.items()
-            if maker < cell <= self._users[value][-1]
-        )
-
-    def exchanged_bytes(self, begin: int, end: int) -> int:
-        """Bytes of the values that pass between the cells begin … end-1 and all others, forward only."""
-        return sum(
-            self.profile.value_bytes[value]
-            for value, maker in self._maker.items()
-            if len({begin <= cell < end for cell in (max(maker, 0), *self._users[value])}) == 2
-        )
 
 
 def runs(starts: Sequence[int], n_cells: int) -> Iterator[tuple[int, int]]:
     """The (first, last + 1) cells of the stages that begin at ``starts``."""
     return zip(starts, [*starts[1:], n_cells], strict=True)
+
+
+def _runs(sums: NDArray[np.float64]) -> Matrix:
+    return np.triu(sums[None, :] - sums[:, None])

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from lamp3d.graph import Edge
 from lamp3d.plan.costs import StageCosts, runs
+from lamp3d.plan.hardware import Link
+from lamp3d.plan.integer import minimise_largest_rank
 from lamp3d.plan.memory import DeviceMemory, StageBytes, memory_use
-from lamp3d.plan.partition import Matrix, fold, minimise_largest, minimise_sum
+from lamp3d.plan.partition import fold, minimise_largest, minimise_sum
 from lamp3d.plan.routes import Routes
 from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, Actions, StageTimes, folded_placement, most_in_flight
-from lamp3d.plan.simulate import TimeLine, simulate
+from lamp3d.plan.simulate import TimeLine, Transfers, simulate
 
 TOLERANCES = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7)
 """How much slower than the least possible the slowest rank may be, for the sake of fewer bytes sent: all are tried."""
+
+
+FEW = 64
+"""So many cuts are all tried."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +36,14 @@ class Cut:
         costs: of the network's cells.
         schedule: its name.
         devices: K.
+        link: between the devices.
         starts: the first cell of every stage.
     """
 
     costs: StageCosts
     schedule: str
     devices: int
+    link: Link
     starts: list[int]
 
     @cached_property
@@ -47,24 +57,39 @@ class Cut:
         return PLACEMENTS[self.schedule](self.devices)
 
     @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """The values that pass between stages."""
+        return self.costs.graph.stage_edges(self.starts)
+
+    @cached_property
+    def routes(self) -> Routes:
+        """The messages of a step."""
+        values = set(self.costs.profile.value_bytes) - set(self.costs.graph.inputs)
+        return Routes(self.edges, self.ranks, self._actions, [values] * self.costs.micro_batches)
+
+    @cached_property
     def line(self) -> TimeLine:
         """The time line of a step."""
-        return simulate(self._actions, self._times)
+        return simulate(self._actions, self._times, Transfers(self.routes, self.costs.profile.value_bytes, self.link))
 
     @cached_property
     def memory(self) -> list[DeviceMemory]:
         """What every rank holds."""
         costs = self.costs
-        edges = costs.graph.stage_edges(self.starts)
-        values = set(costs.profile.value_bytes) - set(costs.graph.inputs)
         return memory_use(
             self.line,
-            Routes(edges, self.ranks, self._actions, [values] * costs.micro_batches),
-            edges,
+            self.routes,
+            self.edges,
             self.ranks,
             costs.profile.value_bytes,
             [
-                StageBytes(costs.held(*run), costs.deferred(*run), costs.static_bytes(*run), costs.again_bytes(*run))
+                StageBytes(
+                    costs.held(*run),
+                    costs.deferred(*run),
+                    costs.static_bytes(*run),
+                    costs.again_bytes(*run),
+                    costs.workspace_bytes(*run),
+                )
                 for run in self.bounds
             ],
         )
@@ -78,7 +103,7 @@ class Cut:
     def sent_bytes(self) -> list[int]:
         """Bytes of values and gradients that leave each stage for other ranks in one mini-batch."""
         sent = [0] * len(self.starts)
-        for edge in self.costs.graph.stage_edges(self.starts):
+        for edge in self.edges:
             size = self.costs.profile.value_bytes.get(edge.value, 0) * self.costs.micro_batches
             for rank in {self.ranks[user] for user in edge.users} - {self.ranks[edge.maker]}:
                 sent[edge.maker] += size
@@ -99,31 +124,64 @@ class Cut:
         return SCHEDULES[self.schedule](self._times, self.costs.micro_batches)
 
 
-def best_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, link: float) -> Cut | None:
+def best_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, link: Link) -> Cut | None:
     """The cut with the fastest step; None if no cut fits.
 
-    For each tolerance there is the cut with the fewest bytes sent among those whose slowest rank is within it of the
-    least possible. All of them are played through with the schedule. What they send counts as if nothing were done
-    meanwhile: on a CPU sending is work for the cores that compute, and elsewhere it decides between equals.
+    Few cuts are all played through. Where there are many, those of the dynamic program are: for each tolerance the cut
+    with the fewest bytes sent among those whose slowest rank is within it of the least possible. From the fastest of
+    them, stages are moved by a cell at a time for as long as that makes the step faster.
 
     Args:
         costs: of the network's cells.
         schedule: its name.
         devices: K.
         limit: of every rank's memory, in bytes.
-        link: bytes per second between two devices.
+        link: between two devices.
     """
-    cuts = []
+    stages, n = len(PLACEMENTS[schedule](devices)), len(costs.profile.cells)
+    if stages > n or not _might_fit(costs, stages, limit):
+        return None
+    known: dict[tuple[int, ...], Cut] = {}
+
+    def seconds(starts: Iterable[int]) -> float:
+        cut = known.setdefault(tuple(starts), Cut(costs, schedule, devices, link, list(starts)))
+        return cut.line.seconds if limit is None or cut.peak_bytes <= limit else math.inf
+
+    if math.comb(n - 1, stages - 1) <= FEW:
+        best = min(([0, *inner] for inner in itertools.combinations(range(1, n), stages - 1)), key=seconds)
+        return known[tuple(best)] if math.isfinite(seconds(best)) else None
     for tolerance in TOLERANCES:
-        cut = fitting_cut(costs, schedule, devices, limit, tolerance)
+        cut = fitting_cut(costs, schedule, devices, limit, link, tolerance)
         if cut is None:
             break  # a larger tolerance changes nothing about what fits
-        cuts.append(cut)
-    return min(cuts, key=lambda cut: cut.line.seconds + sum(cut.sent_bytes) / link, default=None)
+        known.setdefault(tuple(cut.starts), cut)
+    if not known:
+        return None
+    best = list(min(known, key=seconds))
+    while (nearby := min(_moved(best, n), key=seconds, default=best)) and seconds(nearby) < seconds(best):
+        best = nearby
+    return known[tuple(best)]
+
+
+def _might_fit(costs: StageCosts, stages: int, limit: int | None) -> bool:
+    """False where no cut can fit: where stages cannot even hold one micro-batch each."""
+    if limit is None:
+        return True
+    held, _ = costs.held_and_again
+    return minimise_largest(costs.seconds, [costs.static + held <= limit] * stages) is not None
+
+
+def _moved(starts: list[int], n: int) -> Iterator[list[int]]:
+    """All cuts with one stage beginning a cell earlier or later."""
+    bounds = [*starts, n]
+    for stage in range(1, len(starts)):
+        for step in (-1, 1):
+            if bounds[stage - 1] < starts[stage] + step < bounds[stage + 1]:
+                yield [*starts[:stage], starts[stage] + step, *starts[stage + 1 :]]
 
 
 def fitting_cut(
-    costs: StageCosts, schedule: str, devices: int, limit: int | None, tolerance: float = 1.0
+    costs: StageCosts, schedule: str, devices: int, limit: int | None, link: Link, tolerance: float = 1.0
 ) -> Cut | None:
     """A cut that fits; its slowest rank is within a factor ``tolerance`` of the least possible; None if none fits.
 
@@ -134,22 +192,22 @@ def fitting_cut(
         starts = _search(costs, schedule, devices, bound, tolerance)
         if starts is None:
             return None
-        cut = Cut(costs, schedule, devices, starts)
+        cut = Cut(costs, schedule, devices, link, starts)
         if limit is None or cut.peak_bytes <= limit:
             return cut
         bound *= 0.98 * limit / cut.peak_bytes  # unequal stages: more in flight than the search supposed
     return None
 
 
-def least_memory(costs: StageCosts, schedule: str, devices: int) -> int | None:
+def least_memory(costs: StageCosts, schedule: str, devices: int, link: Link) -> int | None:
     """The smallest limit, to a thousandth, under which a cut is found; None if there are too few cells."""
-    cut = fitting_cut(costs, schedule, devices, None)
+    cut = fitting_cut(costs, schedule, devices, None, link)
     if cut is None:
         return None
     low, high = 0, cut.peak_bytes
     while high - low > high // 1000:
         middle = (low + high) // 2
-        found = fitting_cut(costs, schedule, devices, middle)
+        found = fitting_cut(costs, schedule, devices, middle, link)
         if found is None:
             low = middle
         else:
@@ -164,28 +222,16 @@ def _search(costs: StageCosts, schedule: str, devices: int, bound: float, tolera
     flights = most_in_flight(SCHEDULES[schedule]([StageTimes(rank) for rank in ranks], costs.micro_batches))
     if len(ranks) > devices and ranks == folded_placement(devices):
         # A rank's two runs may hold the same skips, so that its memory is at most the sum of theirs.
-        sizes = [_matrix(n, lambda i, j, m=flights[rank]: costs.peak_bytes(i, j, m)) for rank in range(devices)]  # type: ignore[misc]
-        return fold(_matrix(n, costs.seconds), sizes, bound, _matrix(n, costs.exchanged_bytes), tolerance)
-    share = bound * devices / len(ranks)  # a rank with several runs: equal parts, enough though not all that could be
-
-    def fits(i: int, j: int, stage: int) -> bool:
-        return costs.peak_bytes(i, j, flights[stage]) <= share
-
-    fastest = minimise_largest(n, len(ranks), costs.seconds, fits)
+        sizes = [costs.peak(flights[rank]) for rank in range(devices)]
+        return fold(costs.seconds, sizes, bound, costs.exchanged, tolerance)
+    sizes = [costs.peak(flight) for flight in flights]
+    if len(ranks) > devices:  # runs that lie anywhere
+        found = minimise_largest_rank(costs.seconds, ranks, sizes, bound) if tolerance == 1.0 else None
+        return None if found is None else found.starts
+    fits = [size <= bound for size in sizes]
+    fastest = minimise_largest(costs.seconds, fits)
     if fastest is None:
         return None
-    slowest = tolerance * max(costs.seconds(i, j) for i, j in runs(fastest, n))
-    return minimise_sum(
-        n,
-        len(ranks),
-        lambda i, _: costs.crossing_bytes(i),
-        lambda i, j, stage: fits(i, j, stage) and costs.seconds(i, j) <= slowest,
-    )
-
-
-def _matrix(n: int, of: Callable[[int, int], float]) -> Matrix:
-    matrix = np.zeros((n + 1, n + 1))
-    for i in range(n):
-        for j in range(i + 1, n + 1):
-            matrix[i, j] = of(i, j)
-    return matrix
+    slowest = tolerance * max(costs.seconds[i, j] for i, j in runs(fastest, n)) * (1 + 1e-12)
+    crossing = np.repeat(costs.crossing[:, None], n + 1, axis=1)  # of a run: what crosses where it begins
+    return minimise_sum(crossing, [mask & (costs.seconds <= slowest) for mask in fits])

@@ -1,13 +1,171 @@
-"""What the devices at hand are: kind, number, threads for a worker, fast bf16."""
+"""What the devices are: those at hand (kind, number, threads for a worker, fast bf16), and those that are described.
+
+A description is a small YAML file (``devices/``, or the user's own): memory, rates of arithmetic and of memory, and the
+link that joins such devices, each figure with its source.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+
+from lamp3d.errors import ConfigError
+from lamp3d.plan.amounts import parse_bytes
 
 DeviceType = Literal["cpu", "cuda"]
+Description = TypeVar("Description", bound=BaseModel)
+
+_FOLDER = Path(__file__).parent
+_LINKS = _FOLDER / "links.yaml"
+_DEVICES = _FOLDER / "devices"
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+class Link(BaseModel):
+    """How devices are joined.
+
+    Attributes:
+        title: for people.
+        gbs: 10⁹ bytes a second in each direction.
+        seconds: that a message takes beside.
+        source: of these figures.
+        by_cores: whether sending and receiving keep the devices from computing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    gbs: PositiveFloat
+    seconds: float = Field(ge=0)
+    source: str
+    by_cores: bool = False
+
+    def of(self, size: float) -> float:
+        """Seconds until a message of ``size`` bytes has arrived."""
+        return self.seconds + size / (self.gbs * 1e9)
+
+
+class Hardware(BaseModel):
+    """A device that a plan can be made for without having it.
+
+    Attributes:
+        title: for people.
+        device_type: "cuda" or "cpu".
+        memory: bytes, or a text such as "16GiB".
+        peak_tflops: 10¹² floating-point operations a second, by precision (two for a multiplication and its addition).
+        sustained: the share of it that convolutions reach.
+        bandwidth_gbs: of the device's memory.
+        bandwidth_sustained: the share of it that pointwise operations reach.
+        launch_seconds: the least that an operation takes.
+        reserved: bytes of the device's memory that tensors never have: the context and the libraries' own.
+        allocator: bytes that the allocator takes from the device for one byte of tensors.
+        link: name of what joins such devices, from ``links.yaml``.
+        sources: of the figures.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    device_type: DeviceType
+    memory: PositiveInt
+    peak_tflops: dict[Literal["fp32", "bf16"], PositiveFloat]
+    sustained: dict[Literal["fp32", "bf16"], PositiveFloat]
+    bandwidth_gbs: PositiveFloat
+    bandwidth_sustained: PositiveFloat = 0.8
+    launch_seconds: float = 6e-6
+    reserved: int = 800_000_000
+    allocator: PositiveFloat = 1.05
+    link: str
+    sources: dict[str, str]
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _bytes(cls, memory: Any) -> int:
+        return parse_bytes(memory)
+
+    @property
+    def usable_bytes(self) -> int:
+        """What tensors can have of the memory."""
+        return round((self.memory - self.reserved) / self.allocator)
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Those that it computes fast in."""
+        return tuple(self.peak_tflops)
+
+    def seconds(self, flops: float, moved: float, precision: str) -> float:
+        """How long an operation takes: what is longer, its arithmetic or its way to memory and back.
+
+        Args:
+            flops: floating-point operations.
+            moved: bytes that are read and written.
+            precision: "fp32" or "bf16".
+        """
+        key: Literal["fp32", "bf16"] = "bf16" if precision == "bf16" and "bf16" in self.peak_tflops else "fp32"
+        computing = flops / (self.peak_tflops[key] * 1e12 * self.sustained[key])
+        moving = moved / (self.bandwidth_gbs * 1e9 * self.bandwidth_sustained)
+        return max(computing, moving) + self.launch_seconds
+
+
+def load_hardware(name: str) -> Hardware:
+    """A device by the name of its description, such as "a100-80g", or by the path of a YAML file.
+
+    Raises:
+        ConfigError: there is no such device, or the file does not describe one.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _DEVICES / f"{name.lower()}.yaml"
+    if not path.exists():
+        known = ", ".join(known_hardware())
+        raise ConfigError(f"no device {name!r}; there are {known}; or give the path of a YAML file like theirs.")
+    return _checked(Hardware, _read(path), str(path))
+
+
+def known_hardware() -> list[str]:
+    """The names of the devices that are described."""
+    return sorted(path.stem for path in _DEVICES.glob("*.yaml"))
+
+
+def load_link(text: str) -> Link:
+    """A link by its name in ``links.yaml``, or by what it carries in a second, such as "10GB".
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    links = _read(_LINKS)
+    if text in links:
+        return _checked(Link, links[text], str(_LINKS))
+    if not text[:1].isdigit():
+        raise ConfigError(f"no link {text!r}; there are {', '.join(links)}; or say what it carries, such as 10GB.")
+    return Link(title=f"{text} a second", gbs=parse_bytes(text) / 1e9, seconds=0.0, source="as given")
+
+
+def local_link(kind: DeviceType) -> Link:
+    """What joins the devices of this machine: gloo over loopback; or PCIe 4, a guess."""
+    return load_link("pcie4" if kind == "cuda" else "loopback")
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is no description: it should hold names and values.")
+    return content
+
+
+def _checked(model: type[Description], content: Mapping[str, Any], where: str) -> Description:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{where} does not describe a {model.__name__.lower()}: {error}") from error
 
 
 def device_type() -> DeviceType:
@@ -18,6 +176,28 @@ def device_type() -> DeviceType:
 def device_count(kind: DeviceType) -> int:
     """How many workers can have a device of their own; a CPU counts one a core."""
     return torch.cuda.device_count() if kind == "cuda" else cpu_cores()
+
+
+def device_memory(kind: DeviceType, workers: int) -> int:
+    """Bytes that the tensors of each worker on this machine can have."""
+    if kind == "cuda":
+        least = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+        return round((least - 800_000_000) / 1.05)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if _CGROUP_LIMIT.exists() and (text := _CGROUP_LIMIT.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return max(1, round(total / workers - 500_000_000))  # less what Python and its libraries take
+
+
+def device_name(kind: DeviceType) -> str:
+    """What the device calls itself."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
 def cpu_cores() -> int:
@@ -35,8 +215,3 @@ def has_fast_bf16(kind: DeviceType) -> bool:
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def link_bytes_per_second(kind: DeviceType) -> float:
-    """Roughly how fast values pass between two devices of one machine: gloo over loopback, or PCIe 4."""
-    return 20e9 if kind == "cuda" else 2e9

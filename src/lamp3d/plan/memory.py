@@ -44,12 +44,14 @@ class StageBytes:
         deferred: the same between the two parts of a split backward.
         static: whatever is in flight.
         again: what a backward brings back for as long as it runs.
+        workspace: the most that one of its cells needs beside, while it is at work.
     """
 
     held: Held
     deferred: Held
     static: int
     again: int
+    workspace: int = 0
 
 
 def memory_use(
@@ -89,9 +91,8 @@ def memory_use(
     for ledger, actions in zip(ledgers, line.actions, strict=True):
         after = ledger.at([end for _, _, end in actions])
         during = [
-            before + stages[action.stage].again
+            before + stages[action.stage].workspace + stages[action.stage].again * action.kind.startswith("backward")
             for before, (action, _, _) in zip([0, *after], actions, strict=False)
-            if action.kind in ("backward", "backward_input")
         ]
         own = sum(stages[stage].static for stage in {action.stage for action, _, _ in actions})
         found.append(DeviceMemory(max(after), own + max([*after, *during])))

@@ -1,62 +1,61 @@
 """Exact partitions of a sequence into runs: dynamic programming, no heuristics and no torch.
 
-Two kinds. *Contiguous*: K runs, one after the other. ``cost(i, j)`` is what a stage of the items i … j-1 costs,
-``fits(i, j, k)`` whether device k can hold it; both are asked at most K times for every pair, so a partition of n items
-takes O(K n²) steps. *Folded*: K ranks of which the outer ones have a run at either end and the innermost what is left;
-O(K n⁴) steps, all but n² of them inside numpy.
+Two kinds. *Contiguous*: K runs, one after the other, O(K n²) steps inside numpy. *Folded*: K ranks of which the outer
+ones have a run at either end and the innermost what is left; O(K n⁴) steps, all but n² of them inside numpy.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-Segment = Callable[[int, int], float]
-Fits = Callable[[int, int, int], bool]
 Matrix = NDArray[np.float64]
+"""``m[i, j]``: something about the run of items i … j-1, for 0 <= i < j <= n."""
+
+Mask = NDArray[np.bool_]
 
 
-def minimise_largest(n_items: int, stages: int, cost: Segment, fits: Fits) -> list[int] | None:
-    """Cut ``range(n_items)`` into ``stages`` non-empty runs that all fit, such that the largest cost is least.
+def minimise_largest(cost: Matrix, allowed: Sequence[Mask]) -> list[int] | None:
+    """Cut n items into as many non-empty runs as there are masks, such that the largest cost is least.
+
+    Args:
+        cost: of every run, (n + 1, n + 1).
+        allowed: for each run in turn, which ones it may be.
 
     Returns:
-        the first item of every stage, or None when no such cut exists.
+        the first item of every run, or None when no such cut exists.
     """
-    return _dynamic_program(n_items, stages, lambda i, j, k: cost(i, j) if fits(i, j, k) else math.inf, max)
+    return _dynamic_program(cost, allowed, np.maximum)
 
 
-def minimise_sum(n_items: int, stages: int, cost: Segment, fits: Fits) -> list[int] | None:
+def minimise_sum(cost: Matrix, allowed: Sequence[Mask]) -> list[int] | None:
     """The same with the least sum of costs (used to break ties, e.g. by the bytes that cross)."""
-    return _dynamic_program(n_items, stages, lambda i, j, k: cost(i, j) if fits(i, j, k) else math.inf, operator.add)
+    return _dynamic_program(cost, allowed, np.add)
 
 
-def _dynamic_program(
-    n_items: int, stages: int, cost: Callable[[int, int, int], float], join: Callable[[float, float], float]
-) -> list[int] | None:
-    if not 1 <= stages <= n_items:
+def _dynamic_program(cost: Matrix, allowed: Sequence[Mask], join: np.ufunc) -> list[int] | None:
+    n = len(cost) - 1
+    if not 1 <= len(allowed) <= n:
         return None
-    # best[j]: the best value for the first j items in k stages; cut[k][j]: where the last of these stages begins.
-    best = [math.inf] + [cost(0, j, 0) for j in range(1, n_items + 1)]
-    cuts: list[list[int]] = []
-    for k in range(2, stages + 1):
-        row, cut = [math.inf] * (n_items + 1), [0] * (n_items + 1)
-        for j in range(k, n_items + 1):
-            for i in range(j - 1, k - 2, -1):
-                if best[i] < row[j] and (value := join(best[i], cost(i, j, k - 1))) < row[j]:
-                    row[j], cut[j] = value, i
-        best = row
-        cuts.append(cut)
-    if math.isinf(best[n_items]):
+    runs = pairs(n)
+    # best[j]: the best value for the first j items; cuts: where the last of their runs begins.
+    best = np.full(n + 1, math.inf)
+    best[0] = -math.inf if join is np.maximum else 0.0
+    cuts = []
+    for mask in allowed:
+        value = np.where(runs & mask, join(best[:, None], cost), math.inf)
+        cuts.append(value.argmin(axis=0))
+        best = value.min(axis=0)
+    if math.isinf(best[n]):
         return None
-    starts = [n_items]
+    starts = [n]
     for cut in reversed(cuts):
-        starts.append(cut[starts[-1]])
-    return [0, *reversed(starts[1:])]
+        starts.append(int(cut[starts[-1]]))
+    return starts[:0:-1]
 
 
 def fold(cost: Matrix, sizes: Sequence[Matrix], limit: float, crossing: Matrix, tolerance: float) -> list[int] | None:
@@ -93,7 +92,7 @@ def _fold(
     """The nested cut with the least largest cost, or with the least sum of ``crossing`` if that is given."""
     # best[i, j]: the best value for the items i … j-1 on the ranks from k on; inner[k][i, j]: what rank k leaves.
     best = np.full((n + 1, n + 1), math.inf)
-    allowed = (cost <= bound) & (sizes[-1] <= limit) & _pairs(n)
+    allowed = (cost <= bound) & (sizes[-1] <= limit) & pairs(n)
     best[allowed] = cost[allowed] if crossing is None else 0.0
     inner: list[NDArray[np.int64]] = []
     for rank in range(ranks - 2, -1, -1):
@@ -125,6 +124,6 @@ def _fold(
     return front + back
 
 
-def _pairs(n: int) -> NDArray[np.bool_]:
+def pairs(n: int) -> NDArray[np.bool_]:
     """Where i < j."""
     return np.triu(np.ones((n + 1, n + 1), dtype=bool), 1)

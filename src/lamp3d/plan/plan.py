@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lamp3d.errors import ConfigError, PlanError
+from lamp3d.graph import Edge
 from lamp3d.graph.inputs import input_text
+from lamp3d.plan.amounts import format_bytes
+from lamp3d.plan.hardware import Link
+from lamp3d.plan.routes import Routes
 from lamp3d.plan.schedule import SCHEDULES, Actions, StageTimes, splits_backward
-from lamp3d.plan.simulate import TimeLine, simulate
+from lamp3d.plan.simulate import TimeLine, Transfers, simulate
 from lamp3d.volume import write_atomically
 
-Recompute = Literal["never", "always"] | tuple[str, ...]
+Recompute = Literal["never", "always"] | tuple[tuple[str, ...], ...]
+"""Which cells are computed again in backward: none, all, or those of some blocks; a block comes back as a whole."""
 Precision = Literal["fp32", "bf16"]
 
 
@@ -47,6 +52,25 @@ class StagePlan(BaseModel):
     sent_bytes: int
 
 
+class EdgePlan(BaseModel):
+    """A value that passes between stages.
+
+    Attributes:
+        value: its name.
+        maker, users: stages.
+        size: bytes of one micro-batch's.
+        gradient: whether one goes back.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: str
+    maker: int
+    users: tuple[int, ...]
+    size: int
+    gradient: bool
+
+
 class DevicePlan(BaseModel):
     """What one device is expected to hold in a training step.
 
@@ -74,9 +98,16 @@ class Plan(BaseModel):
         space_dims: for each of its axes, the dimension of a (B, C, D, H, W) tensor that is cut: 2, 3 or 4.
         least_planes: a level whose slabs have fewer planes is gathered and computed by every rank.
         micro_batches: M, of a replica's share.
-        recompute: "never" or "always", or the names of the cells that are computed again in backward.
+        recompute: "never" or "always", or blocks of cells, by their names, that are computed again in backward.
         stages: in the network's order; a device may have several.
         per_device: by rank of the pipeline.
+        edges: what passes between stages.
+        link: between the devices.
+        gathered: the cells of a cut volume that every rank computes, their slabs being too thin.
+        exchanged_bytes: that a rank sends in a step to those with which it shares volumes.
+        reduce_seconds: that a step waits for the sum of replicas' and slabs' gradients.
+        step_seconds, bubble: of a step, in training.
+        uncertainty: of the seconds, relative, as far as the measurements that they come from tell.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -98,8 +129,19 @@ class Plan(BaseModel):
     memory_limit_bytes: int | None
     stages: tuple[StagePlan, ...]
     per_device: tuple[DevicePlan, ...]
+    edges: tuple[EdgePlan, ...] = ()
+    link: Link | None = None
+    gathered: tuple[str, ...] = ()
+    exchanged_bytes: int = 0
+    reduce_seconds: float = 0.0
     step_seconds: float
     bubble: float
+    uncertainty: float = 0.0
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _in_blocks(cls, value: object) -> object:
+        return recompute_setting(value)
 
     @field_validator("schedule")
     @classmethod
@@ -149,13 +191,21 @@ class Plan(BaseModel):
         """Every rank's actions for a mini-batch of so many micro-batches."""
         return SCHEDULES[self.schedule](self.stage_times, micro_batches)
 
-    def recomputes(self, cell: str) -> bool:
-        """Whether a cell's activations are computed again in backward."""
-        return recomputes(self.recompute, cell)
+    @property
+    def blocks(self) -> list[int | None]:
+        """For each cell the number of the block that it is computed again with, None where it is not."""
+        return blocks_of(self.recompute, [cell for stage in self.stages for cell in stage.cells])
 
     def time_line(self) -> TimeLine:
         """The predicted time line of a step."""
-        return simulate(self.actions(self.micro_batches), self.stage_times)
+        actions = self.actions(self.micro_batches)
+        if self.link is None:
+            return simulate(actions, self.stage_times)
+        edges = [Edge(edge.value, edge.maker, edge.users) for edge in self.edges]
+        gradients = {edge.value for edge in self.edges if edge.gradient}
+        routes = Routes(edges, self.ranks, actions, [gradients] * self.micro_batches)
+        sizes = {edge.value: edge.size for edge in self.edges}
+        return simulate(actions, self.stage_times, Transfers(routes, sizes, self.link))
 
     def table(self) -> Table:
         """The plan as a table: stage, cells, seconds, memory, bytes sent."""
@@ -166,7 +216,8 @@ class Plan(BaseModel):
             f"{self.device_type}, {self.precision}{', channels-last' if self.channels_last else ''}",
             caption=f"{self.schedule}, {self.micro_batches} micro-batches, recompute {self._recompute_text()}: "
             f"{self.step_seconds:.2f} s a step, {self.bubble:.0%} bubble, peak memory "
-            f"{format_bytes(max(device.peak_bytes for device in self.per_device))}{limit} (predicted)",
+            f"{format_bytes(max(device.peak_bytes for device in self.per_device))}{limit} (predicted{self._spread()})"
+            f"{self._space_text()}",
         )
         for column in ("stage", "device", "cells"):
             table.add_column(column, overflow="fold")
@@ -186,12 +237,28 @@ class Plan(BaseModel):
             )
         return table
 
+    def _spread(self) -> str:
+        return f"; ± {self.uncertainty:.0%} of the seconds, by the spread of what was timed" if self.uncertainty else ""
+
+    def _space_text(self) -> str:
+        if self.slabs == 1:
+            return ""
+        axes = " and ".join(["depth", "height", "width"][dim - 2] for dim in self.space_dims)
+        text = (
+            f"\nvolumes cut along {axes}; a rank sends {format_bytes(self.exchanged_bytes)} of borders and sums a step"
+        )
+        if self.gathered:
+            text += f"; computed by every rank: {', '.join(map(_short, self.gathered))}"
+        return text
+
     def _devices_text(self) -> str:
         factors = [f"{self.data} replicas"] * (self.data > 1) + [f"{self.slabs} slabs"] * (self.slabs > 1)
         return " × ".join([*factors, str(self.pipe)]) + ("" if factors else " ×")
 
     def _recompute_text(self) -> str:
-        return self.recompute if isinstance(self.recompute, str) else f"{len(self.recompute)} cells"
+        if isinstance(self.recompute, str):
+            return self.recompute
+        return f"{sum(map(len, self.recompute))} cells in {len(self.recompute)} blocks"
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically."""
@@ -212,9 +279,29 @@ class Plan(BaseModel):
             raise PlanError(f"{path} is not a plan that this version of lamp3d reads: {error}") from error
 
 
-def recomputes(recompute: Recompute, cell: str) -> bool:
-    """Whether a cell's activations are computed again in backward."""
-    return recompute == "always" if isinstance(recompute, str) else cell in recompute
+def blocks_of(recompute: Recompute, cells: Sequence[str]) -> list[int | None]:
+    """For each cell the number of the block that it is computed again with, None where it is not.
+
+    Raises:
+        PlanError: a block names a cell that is not there.
+    """
+    if isinstance(recompute, str):
+        return [0 if recompute == "always" else None] * len(cells)
+    recompute = recompute_setting(recompute)
+    number = {cell: index for index, block in enumerate(recompute) for cell in block}
+    if unknown := set(number) - set(cells):
+        raise PlanError(
+            f"recompute names cells that the network has not: {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(cells[:8])}, …"
+        )
+    return [number.get(cell) for cell in cells]
+
+
+def recompute_setting(value: Any) -> Any:
+    """A setting as a plan keeps it: names of cells that are not in blocks are one block."""
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value):
+        return (tuple(value),)
+    return value
 
 
 def check_schedule(name: str) -> None:
@@ -229,32 +316,3 @@ def check_schedule(name: str) -> None:
 
 def _short(cell: str) -> str:
     return cell.split(" + ", maxsplit=1)[0]
-
-
-_UNITS: dict[str, int] = {"": 1, "B": 1} | {
-    f"{letter}{i}B": (1024 if i else 1000) ** (power + 1) for power, letter in enumerate("KMGT") for i in ("", "I")
-}
-
-
-def parse_bytes(text: str | int) -> int:
-    """Bytes from a number or a text such as ``"16GB"`` or ``"15.5 GiB"``.
-
-    Raises:
-        ConfigError: the text is not an amount of memory.
-    """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", str(text))
-    if not match or (unit := match[2].upper()) not in _UNITS or float(match[1]) <= 0:
-        raise ConfigError(f"{text!r} is not an amount of memory; write it like 16GB or 15.5GiB.")
-    return round(float(match[1]) * _UNITS[unit])
-
-
-def format_bytes(count: float, *, up: bool = False) -> str:
-    """A number of bytes for people: three digits, in powers of ten; with ``up`` never less than ``count``."""
-    for power, unit in enumerate(("B", "kB", "MB", "GB", "TB")):
-        size = 1000**power
-        digits = 0 if unit == "B" or count >= 99.95 * size else 1 if count >= 9.995 * size else 2
-        exact = math.ceil(count) * 10**digits  # a whole number, which does not round
-        shown = -(-exact // size) / 10**digits if up else round(count / size, digits)
-        if shown < 1000 or unit == "TB":
-            break
-    return f"{shown:g} {unit}"

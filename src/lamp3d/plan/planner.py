@@ -1,195 +1,211 @@
-"""Making a plan: profile the cells, cut the sequence optimally under the memory limit, predict the step."""
+"""Making a plan: profile the cells, search meshes, schedules and cuts, take the fastest that fits, write it down."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 from torch import nn
 
 from lamp3d.errors import PlanError
-from lamp3d.graph import CellGraph, lay_out_weights, trace
-from lamp3d.graph.inputs import InputShape, Shape, batch_of, with_batch
-from lamp3d.plan.costs import StageCosts
-from lamp3d.plan.cut import Cut, best_cut, fitting_cut, least_memory
-from lamp3d.plan.hardware import device_type, has_fast_bf16, link_bytes_per_second, worker_threads
-from lamp3d.plan.plan import (
-    DevicePlan,
-    Plan,
-    Precision,
-    Recompute,
-    StagePlan,
-    check_schedule,
-    format_bytes,
-    parse_bytes,
-)
-from lamp3d.plan.profile import profile_cells
-from lamp3d.plan.schedule import PLACEMENTS, splits_backward
-
-SPARE = 1.1
-"""Where a plan does not fit, what would is named with so much to spare: the next profile has other seconds, and what is
-on its way between two devices depends on them."""
+from lamp3d.graph.inputs import InputShape, batch_of, with_batch
+from lamp3d.plan.advice import does_not_fit
+from lamp3d.plan.amounts import format_bytes, parse_bytes
+from lamp3d.plan.hardware import Hardware, load_hardware, load_link, local_link
+from lamp3d.plan.hardware import device_type as local_device_type
+from lamp3d.plan.meter import MeasuringMeter, Meter, ModelMeter
+from lamp3d.plan.plan import DevicePlan, EdgePlan, Plan, Precision, Recompute, StagePlan, check_schedule
+from lamp3d.plan.plan import recompute_setting as in_blocks
+from lamp3d.plan.search import Answer, Found, Request, Search, meshes
+from lamp3d.plan.slabs import is_gathered, longest_axes
 
 
-def make_plan(
+@dataclass(frozen=True)
+class Planning:
+    """A plan, and what it was chosen from.
+
+    Attributes:
+        plan: the fastest that fits.
+        answer: all that was considered.
+    """
+
+    plan: Plan
+    answer: Answer
+
+    @property
+    def bound_seconds(self) -> float:
+        """Of a step: what no plan can beat, by the same profile, whatever the memory."""
+        return min(self.answer.bound, self.plan.step_seconds)
+
+    @property
+    def gap(self) -> float:
+        """How far the plan may be from the best one at most, relative."""
+        return self.plan.step_seconds / self.bound_seconds - 1
+
+    def alternatives(self, count: int = 10) -> Table:
+        """The best of the others, and why each lost."""
+        table = Table(
+            box=SIMPLE_HEAD,
+            title=f"Considered: {len(self.answer.found)} ways to use the devices",
+            caption=f"No plan can take less than {self.bound_seconds:.3g} s a step; the chosen one is within "
+            f"{self.gap:.0%} of that.",
+        )
+        table.add_column("plan", overflow="fold")
+        for column in ("s a step", "memory"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("", overflow="fold")
+        for index, found in enumerate(self.answer.found[: count + 1]):
+            table.add_row(*_row(found, self.plan, chosen=index == 0))
+        return table
+
+
+def make_plan(network: nn.Module, input_shape: InputShape, devices: int = 1, **settings: Any) -> Plan:
+    """The fastest plan that fits; the arguments are those of :func:`find_plans`.
+
+    Raises:
+        PlanError: none fits; the message says what would do.
+        ConfigError: the network cannot be traced or does not accept ``input_shape``.
+    """
+    return find_plans(network, input_shape, devices, **settings).plan
+
+
+def find_plans(
     network: nn.Module,
     input_shape: InputShape,
     devices: int = 1,
     *,
     micro_batches: int | None = None,
-    schedule: str = "gpipe",
-    recompute: Recompute | None = None,
+    schedule: str | None = None,
+    recompute: Recompute | Sequence[str] | None = None,
     precision: Precision | Literal["auto"] = "fp32",
     channels_last: bool | None = None,
     memory: str | int | None = None,
-    data: int = 1,
+    data: int | None = None,
     pipe: int | None = None,
-    space: int | Sequence[int] = 1,
+    space: int | Sequence[int] | None = None,
     least_planes: int = 1,
+    any_loss: bool = False,
+    hardware: str | Hardware | None = None,
     link: str | int | None = None,
     repeats: int = 3,
-) -> Plan:
-    """Profile ``network`` on this machine and find the fastest cut into ``devices`` stages that fits.
+    fresh: bool = False,
+    advise: bool = True,
+) -> Planning:
+    """Find the fastest way to run a training step of ``network`` on ``devices``; what is not given is searched.
 
     Args:
-        network: any traceable module; left as it is.
+        network: any traceable module; left as it is. With ``hardware``, its parameters may be on the meta device.
         input_shape: the mini-batch's shape, (B, C, D, H, W); for a network with several inputs the shape of each by the
             name of ``forward``'s parameter (parameters that are not named keep their defaults).
         devices: how many there are.
-        micro_batches: M, of a replica's share; by default one a case, which fills the pipeline best.
+        micro_batches: M, of a replica's share.
         schedule: the order of the micro-batches' forwards and backwards, and with it where stages lie: "gpipe" (any
             loss function), "1f1b" (least memory), "interleaved", "folded" (fewest bytes sent), "zero_bubble_v"
             (fastest); all but the first want a loss that is a mean over cases.
-        recompute: ``"never"`` or ``"always"`` recompute a stage's activations in backward, or the names of the cells
-            to do so; by default only where the plan does not fit otherwise.
+        recompute: ``"never"`` or ``"always"`` recompute activations in backward, or the cells to do so, in blocks of
+            names; by default as little as fits.
         precision: ``"fp32"``, ``"bf16"`` (autocast), or ``"auto"``: bf16 where the hardware is fast at it.
-        channels_last: memory layout of volumes; by default both are profiled and the faster one is taken.
-        memory: limit per device, such as ``"16GB"``.
-        data: replicas of the pipeline, each with an equal share of the mini-batch; their gradients are averaged.
-        pipe: K, the devices of one pipeline; by default ``devices / (data × space)``.
+        channels_last: memory layout of volumes; by default the faster one.
+        memory: limit per device, such as ``"16GB"``, or ``"unlimited"``; by default what the device has.
+        data: replicas of the pipeline, each with an equal share of the mini-batch; their gradients are averaged, which
+            wants a loss that is a mean over cases.
+        pipe: K, the devices of one pipeline.
         space: slabs that a volume is cut into along its longest axis; or two numbers, such as (2, 2), along its two
-            longest axes. The slabs' seconds and bytes are predicted without their halos.
+            longest axes.
         least_planes: a level of the network whose slabs have fewer planes is gathered and computed by every rank.
-        link: bytes that pass between two devices in a second, such as ``"10GB"``; by default a guess for this machine.
+        any_loss: only plans that are right for a loss that is no mean over cases.
+        hardware: the devices are not here: the name of a description, such as ``"a100-80g"``, or one's path. Seconds
+            are then worked out from arithmetic and bytes, and nothing is allocated.
+        link: between the devices: a name, such as ``"nvlink3"``, or what it carries in a second, ``"10GB"``.
         repeats: timed repetitions of each cell.
+        fresh: time the cells even if that was done before on this machine.
+        advise: where nothing fits, look for what would; that takes a while.
 
     Raises:
-        PlanError: no cut fits; the message says how many devices or how much memory would do.
-        ConfigError: the network cannot be traced or does not accept ``input_shape``.
+        PlanError: no plan fits; the message says what would do.
+        ConfigError: the network cannot be traced or does not accept ``input_shape``, or there is no such hardware.
     """
+    batch = batch_of(input_shape)
+    mesh = None if space is None else tuple(s for s in ([space] if isinstance(space, int) else space) if s != 1)
+    _check(devices, data, mesh, pipe, batch, micro_batches)
+    if schedule is not None:
+        check_schedule(schedule)
+    described = load_hardware(hardware) if isinstance(hardware, str) else hardware
+    kind = local_device_type() if described is None else described.device_type
+    joined = local_link(kind) if link is None and described is None else None
+    if joined is None:
+        joined = load_link(str(link if link is not None else described.link))  # type: ignore[union-attr]
+    smallest = (
+        1 if data is None or micro_batches is None else math.ceil(batch // data / min(micro_batches, batch // data))
+    )
+    meter: Meter
+    if described is None:
+        meter = MeasuringMeter(network, input_shape, smallest, joined, workers=devices, repeats=repeats, fresh=fresh)
+    else:
+        meter = ModelMeter(network, input_shape, smallest, described, joined)
+    chosen: Precision = meter.precision if precision == "auto" else precision  # type: ignore[assignment]
+    request = Request(
+        volume=tuple(next(iter(input_shape.values())) if isinstance(input_shape, Mapping) else input_shape),
+        devices=devices,
+        limit=meter.memory if memory is None else None if memory == "unlimited" else parse_bytes(memory),
+        precision=chosen,
+        channels_last=meter.fastest_layout(chosen) if channels_last is None else channels_last,
+        data=data,
+        space=mesh,
+        pipe=pipe,
+        micro_batches=micro_batches,
+        schedule=schedule,
+        recompute=in_blocks(recompute),
+        least_planes=least_planes,
+        any_loss=any_loss,
+    )
+    if mesh:
+        longest_axes(input_shape, mesh)  # or it says why they cannot be cut so
+    if not list(meshes(request)):
+        raise PlanError(f"{devices} devices cannot be arranged so: data={data}, space={space}, pipe={pipe}.")
+    answer = Search(meter, request).answer()
+    if answer.best is None:
+        few = {found.why for found in answer.found} - {"does not fit"}
+        if few and all(found.why in few for found in answer.found):
+            raise PlanError(f"the network has too few cells: {'; '.join(sorted(few))}.")
+        raise PlanError(does_not_fit(meter, request, advise=advise))
+    return Planning(_plan(answer.best, meter, request, type(network).__name__), answer)
+
+
+def _check(
+    devices: int,
+    data: int | None,
+    mesh: tuple[int, ...] | None,
+    pipe: int | None,
+    batch: int,
+    micro_batches: int | None,
+) -> None:
     if devices < 1:
         raise PlanError(f"a plan needs at least one device, not {devices}.")
-    mesh = [size for size in ([space] if isinstance(space, int) else space) if size != 1]
-    copies = data * math.prod(mesh)
-    if data < 1 or copies < 1 or copies * (devices // copies if pipe is None else pipe) != devices:
+    given = [number for number in (data, None if mesh is None else math.prod(mesh), pipe) if number is not None]
+    if (
+        any(number < 1 for number in given)
+        or devices % math.prod(given)
+        or (len(given) == 3 and math.prod(given) != devices)
+    ):
         raise PlanError(
-            f"data × space × pipe must be devices; data={data}, space={space}, pipe={pipe}, devices={devices} is not."
+            f"data × space × pipe must be devices; data={data}, space={mesh}, pipe={pipe}, devices={devices} is not."
         )
-    space_dims = _longest_axes(input_shape, mesh)
-    if (mini_batch := batch_of(input_shape)) % data:
+    if data is not None and batch % data:
         raise PlanError(
-            f"a mini-batch of {mini_batch} cannot be shared evenly among {data} replicas; take a multiple of {data}."
+            f"a mini-batch of {batch} cannot be shared evenly among {data} replicas; take a multiple of {data}."
         )
-    devices //= copies
-    check_schedule(schedule)
-    kind = device_type()
-    if precision == "auto":
-        precision = "bf16" if has_fast_bf16(kind) else "fp32"
-    batch = mini_batch // data
     if micro_batches is not None and micro_batches < 1:
         raise PlanError(f"a mini-batch is cut into at least one micro-batch; micro_batches={micro_batches} is not.")
-    micro_batches = min(batch, micro_batches or batch)
-    micro_batch = math.ceil(batch / micro_batches)
-    shape, share = _slab(with_batch(input_shape, micro_batch), mesh, space_dims, getattr(network, "divisor", 32))
-    profiles = {}
-    for layout in (False, True) if channels_last is None else (channels_last,):
-        with _worker_conditions(network, devices * copies, kind, layout) as twin:
-            graph = trace(twin, shape)
-            if (stages := len(PLACEMENTS[schedule](devices))) > len(graph.cells):
-                raise PlanError(f"the network has {len(graph.cells)} cells and cannot be cut into {stages} stages.")
-            profiles[layout] = profile_cells(
-                graph,
-                shape,
-                precision=precision,
-                channels_last=layout,
-                repeats=repeats,
-                split=splits_backward(schedule),
-            ).scaled(share)
-    channels_last = min(profiles, key=lambda layout: profiles[layout].seconds)
-    profile = profiles[channels_last]
-    limit = None if memory is None else parse_bytes(memory)
-    speed = link_bytes_per_second(kind) if link is None else float(parse_bytes(link))
-    choices: list[Recompute] = ["never", "always"] if recompute is None else [recompute]
-    for choice in choices:
-        _check_cells(graph, choice)
-        costs = StageCosts(graph, profile, micro_batches, choice)
-        if cut := best_cut(costs, schedule, devices, limit, speed):
-            settings = {
-                "network": type(network).__name__,
-                "input_shape": with_batch(input_shape, mini_batch),
-                "device_type": kind,
-                "precision": precision,
-                "channels_last": channels_last,
-                "memory_limit_bytes": limit,
-                "devices": devices * copies,
-                "data": data,
-                "space": tuple(mesh),
-                "space_dims": space_dims,
-                "least_planes": least_planes,
-            }
-            return _plan(cut, settings)
-    raise PlanError(_does_not_fit(costs, schedule, devices, limit or 0, micro_batch))
 
 
-def _longest_axes(input_shape: InputShape, mesh: Sequence[int]) -> tuple[int, ...]:
-    """The axes to cut, for the fewest bytes of halos: the longest ones, the most slabs along the longest."""
-    if not mesh:
-        return ()
-    volume = next(iter(input_shape.values())) if isinstance(input_shape, Mapping) else input_shape
-    if len(mesh) > 2 or len(volume) != 5:
-        raise PlanError(f"a (B, C, D, H, W) volume is cut along one axis or two; space={tuple(mesh)} is not that.")
-    longest = sorted((2, 3, 4), key=lambda dim: -volume[dim])[: len(mesh)]
-    order = sorted(range(len(mesh)), key=lambda axis: -mesh[axis])
-    dims = dict(zip(order, longest, strict=True))
-    for axis, size in enumerate(mesh):
-        if volume[dims[axis]] < size:
-            raise PlanError(f"{volume[dims[axis]]} planes cannot be cut into {size} slabs; take fewer.")
-    return tuple(dims[axis] for axis in range(len(mesh)))
-
-
-def _slab(
-    shape: Shape | dict[str, Shape], mesh: Sequence[int], dims: Sequence[int], divisor: int
-) -> tuple[Shape | dict[str, Shape], float]:
-    """A shape that the network takes, near to that of a slab, and a slab's part of its voxels."""
-    volumes = shape if isinstance(shape, dict) else {"": shape}
-    extents = next(iter(volumes.values()))
-    sides, share = list(extents), 1.0
-    for size, dim in zip(mesh, dims, strict=True):
-        # At least two of the coarsest voxels, for norms cannot do with one.
-        sides[dim] = min(extents[dim], max(2, math.ceil(extents[dim] / size / divisor)) * divisor)
-        share *= extents[dim] / size / sides[dim]
-
-    def cut(of: Shape) -> Shape:
-        return (*of[:2], *sides[2:]) if of[2:] == extents[2:] else of
-
-    slabs = {name: cut(of) for name, of in volumes.items()}
-    return slabs if isinstance(shape, dict) else slabs[""], share
-
-
-def _check_cells(graph: CellGraph, recompute: Recompute) -> None:
-    if not isinstance(recompute, str) and (unknown := set(recompute) - {cell.name for cell in graph.cells}):
-        known = ", ".join(cell.name for cell in graph.cells[:8])
-        raise PlanError(
-            f"recompute names cells that the network has not: {', '.join(sorted(unknown))}; it has {known}, …"
-        )
-
-
-def _plan(cut: Cut, settings: dict[str, Any]) -> Plan:
+def _plan(found: Found, meter: Meter, request: Request, network: str) -> Plan:
+    assert found.cut is not None
+    cut, option = found.cut, found.option
     costs = cut.costs
     stages = tuple(
         StagePlan(
@@ -205,59 +221,58 @@ def _plan(cut: Cut, settings: dict[str, Any]) -> Plan:
         )
         for rank, sent, (begin, end) in zip(cut.ranks, cut.sent_bytes, cut.bounds, strict=True)
     )
+    whole = meter.whole(request.precision, request.channels_last)
+    inputs = set(costs.graph.inputs)
     return Plan(
-        schedule=cut.schedule,
+        network=network,
+        input_shape=with_batch(meter.input_shape, request.batch),
+        devices=request.devices,
+        data=option.data,
+        space=option.slabs.mesh,
+        space_dims=option.slabs.dims,
+        least_planes=request.least_planes,
+        device_type=meter.kind,
         micro_batches=costs.micro_batches,
+        schedule=cut.schedule,
         recompute=costs.recompute,
+        precision=request.precision,
+        channels_last=request.channels_last,
+        memory_limit_bytes=request.limit,
         stages=stages,
         per_device=tuple(
             DevicePlan(saved_bytes=device.saved_bytes, peak_bytes=device.peak_bytes) for device in cut.memory
         ),
-        step_seconds=cut.line.seconds,
+        edges=tuple(
+            EdgePlan(
+                value=edge.value,
+                maker=edge.maker,
+                users=edge.users,
+                size=costs.profile.value_bytes.get(edge.value, 0),
+                gradient=edge.value not in inputs,
+            )
+            for edge in cut.edges
+        ),
+        link=cut.link,
+        gathered=tuple(cell.name for cell in whole.cells if option.slabs.mesh and is_gathered(cell, option.slabs)),
+        exchanged_bytes=sum(cell.exchanged_bytes for cell in costs.profile.cells) * costs.micro_batches,
+        reduce_seconds=found.reduce_seconds,
+        step_seconds=found.seconds,
         bubble=cut.line.bubble,
-        **settings,
+        uncertainty=costs.profile.uncertainty,
     )
 
 
-def _does_not_fit(costs: StageCosts, schedule: str, devices: int, limit: int, micro_batch: int) -> str:
-    """What would fit instead; everything that the message names has been tried, and with something to spare."""
-
-    def fits(costs: StageCosts, devices: int) -> bool:
-        return fitting_cut(costs, schedule, devices, round(limit / SPARE)) is not None
-
-    ways = []
-    if (memory := least_memory(costs, schedule, devices)) is not None:
-        ways.append(f"{format_bytes(memory * SPARE, up=True)} a device on {devices} device{'s' if devices > 1 else ''}")
-    more = range(devices + 1, min(len(costs.profile.cells), 64) + 1)
-    if (count := next((k for k in more if fits(costs, k)), None)) is not None:
-        ways.append(f"{count} devices of {format_bytes(limit)}")
-    if costs.recompute == "never" and fits(replace(costs, recompute="always"), devices):
-        ways.append("recompute='always'")
-    fewer = range(costs.micro_batches - 1, 0, -1)
-    if (count := next((m for m in fewer if fits(replace(costs, micro_batches=m), devices)), None)) is not None:
-        ways.append(f"a batch of {count * micro_batch}")
-    would = (
-        f"These would do: {'; '.join(ways)}. A smaller volume needs less as well." if ways else "Take a smaller one."
-    )
-    return (
-        f"the network does not fit {devices} device(s) of {format_bytes(limit)} with schedule={schedule!r} and "
-        f"recompute={costs.recompute!r}. {would}A smaller volume needs less as well."
-    )
-
-
-@contextmanager
-def _worker_conditions(
-    network: nn.Module, devices: int, kind: Literal["cpu", "cuda"], channels_last: bool
-) -> Iterator[nn.Module]:
-    """A copy of the network on the device, layout and number of threads that a worker will have."""
-    twin = copy.deepcopy(network)
-    lay_out_weights(twin, channels_last)
-    twin.to(kind).train()
-    threads = torch.get_num_threads()
-    if kind == "cpu":
-        torch.set_num_threads(worker_threads(devices))
-    try:
-        with torch.random.fork_rng([torch.cuda.current_device()] if kind == "cuda" else []):
-            yield twin
-    finally:
-        torch.set_num_threads(threads)
+def _row(found: Found, plan: Plan, *, chosen: bool) -> tuple[str, str, str, str]:
+    if found.cut is None:
+        return str(found.option), "–", "–", found.why
+    recompute = found.cut.costs.recompute
+    name = str(found.option) + ("" if recompute == "never" else ", with recomputation")
+    seconds, memory = f"{found.seconds:.3g}", format_bytes(found.cut.peak_bytes)
+    if chosen:
+        return name, seconds, memory, "chosen"
+    reasons = [f"{found.seconds / plan.step_seconds - 1:.0%} slower"]
+    if found.cut.line.bubble > 0.05:
+        reasons.append(f"devices idle {found.cut.line.bubble:.0%}")
+    if found.reduce_seconds > 0.02 * found.seconds:
+        reasons.append(f"gradients take {found.reduce_seconds:.2g} s")
+    return name, seconds, memory, ", ".join(reasons)

@@ -1,29 +1,41 @@
-"""What every cell costs on the device it will run on: seconds and bytes, measured with one micro-batch.
-
-A value may be saved for backward by its maker, by its user, or by both; a stage holds it once. The profile therefore
-names the saved values of a cell and counts only the rest (``internal_bytes``) by cell.
-"""
+"""What every cell costs one micro-batch: seconds, measured or worked out, and bytes."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lamp3d.graph import (
-    CellGraph,
-    DeferredWeights,
-    Stage,
-    arithmetic,
-    laid_out,
-    module_device,
-    preserved_buffers,
-)
+from lamp3d.graph import CellGraph, DeferredWeights, Stage, arithmetic, laid_out, module_device, preserved_buffers
 from lamp3d.graph.inputs import InputShape
+from lamp3d.plan.hardware import Hardware
+from lamp3d.plan.work import CellWork, Operation, Work, account
+
+
+@dataclass(frozen=True)
+class CellSeconds:
+    """How long a cell takes; ``backward`` is all of it, ``weight`` the part of it that may be done apart."""
+
+    forward: float
+    backward: float
+    weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The seconds of all cells.
+
+    Attributes:
+        cells: in order.
+        uncertainty: of their sum, relative: half of what lies between the fastest and the slowest repetition.
+    """
+
+    cells: tuple[CellSeconds, ...]
+    uncertainty: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -32,12 +44,14 @@ class CellProfile:
 
     Attributes:
         name: the cell's name.
-        forward_seconds, backward_seconds: medians over the repetitions.
+        forward_seconds, backward_seconds: with what a cut volume has to exchange.
         weight_seconds: the part of the backward that may be done apart (0 unless it was measured apart).
         internal_bytes: saved for backward, values of other cells and parameters not counted.
         saved_values: the values (edges of the graph) among what the cell saves for backward.
         parameter_bytes: the cell's parameters.
         deferred_bytes, deferred_values: what is held between the two parts of the backward, counted alike.
+        workspace_bytes: the most that is alive within its forward or backward beside what is saved.
+        exchanged_bytes: that a rank sends to those with which it shares a volume, forward and backward.
     """
 
     name: str
@@ -49,36 +63,66 @@ class CellProfile:
     weight_seconds: float = 0.0
     deferred_bytes: int = 0
     deferred_values: frozenset[str] = frozenset()
+    workspace_bytes: int = 0
+    exchanged_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Forward and backward."""
+        return self.forward_seconds + self.backward_seconds
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The cells' costs, and the bytes of every value that passes between cells."""
+    """The cells' costs, the bytes of every value that passes between cells, and how uncertain the seconds are."""
 
     cells: tuple[CellProfile, ...]
     value_bytes: dict[str, int]
+    uncertainty: float = 0.0
 
     @property
     def seconds(self) -> float:
         """One micro-batch's forward and backward through all cells."""
-        return sum(cell.forward_seconds + cell.backward_seconds for cell in self.cells)
+        return sum(cell.seconds for cell in self.cells)
 
-    def scaled(self, share: float) -> Profile:
-        """Of an input with that share of the voxels."""
-        if share == 1:
+    def times(self, factor: int) -> Profile:
+        """Of a micro-batch with so many times the cases."""
+        if factor == 1:
             return self
         cells = [
             replace(
                 cell,
-                forward_seconds=cell.forward_seconds * share,
-                backward_seconds=cell.backward_seconds * share,
-                weight_seconds=cell.weight_seconds * share,
-                internal_bytes=round(cell.internal_bytes * share),
-                deferred_bytes=round(cell.deferred_bytes * share),
+                forward_seconds=cell.forward_seconds * factor,
+                backward_seconds=cell.backward_seconds * factor,
+                weight_seconds=cell.weight_seconds * factor,
+                internal_bytes=cell.internal_bytes * factor,
+                deferred_bytes=cell.deferred_bytes * factor,
+                workspace_bytes=cell.workspace_bytes * factor,
+                exchanged_bytes=cell.exchanged_bytes * factor,
             )
             for cell in self.cells
         ]
-        return Profile(tuple(cells), {name: round(size * share) for name, size in self.value_bytes.items()})
+        return replace(self, cells=tuple(cells), value_bytes={n: size * factor for n, size in self.value_bytes.items()})
+
+
+def profile_of(work: Work, timing: Timing) -> Profile:
+    """What is known of the cells' bytes and of their seconds, together."""
+    cells = [
+        CellProfile(
+            name=cell.name,
+            forward_seconds=seconds.forward,
+            backward_seconds=seconds.backward,
+            weight_seconds=seconds.weight,
+            internal_bytes=cell.internal_bytes,
+            saved_values=cell.saved_values,
+            parameter_bytes=cell.parameter_bytes,
+            deferred_bytes=cell.deferred_bytes,
+            deferred_values=cell.deferred_values,
+            workspace_bytes=cell.workspace_bytes,
+        )
+        for cell, seconds in zip(work.cells, timing.cells, strict=True)
+    ]
+    return Profile(tuple(cells), work.value_bytes, timing.uncertainty)
 
 
 def profile_cells(
@@ -90,7 +134,52 @@ def profile_cells(
     repeats: int = 3,
     split: bool = False,
 ) -> Profile:
-    """Time forward and backward of every cell and record what it saves.
+    """Time every cell on the device where its parameters are, and find what it saves."""
+    settings = {"precision": precision, "channels_last": channels_last, "split": split}
+    timing = time_cells(graph, input_shape, repeats=repeats, **settings)  # type: ignore[arg-type]
+    return profile_of(account(graph, input_shape, device=module_device(graph.root), **settings), timing)  # type: ignore[arg-type]
+
+
+def model_cells(work: Work, hardware: Hardware, precision: str) -> Timing:
+    """The seconds of cells on a device that is only described: operation by operation, arithmetic or memory."""
+
+    def total(operations: Sequence[Operation]) -> float:
+        return sum(hardware.seconds(operation.flops, operation.moved, precision) for operation in operations)
+
+    return Timing(tuple(CellSeconds(total(c.forward), total(c.backward), total(c.weight)) for c in work.cells))
+
+
+def scale_timing(timing: Timing, measured: Work, wanted: Work) -> Timing:
+    """The seconds of a smaller volume's cells, brought to what the wanted volume's cells have to do.
+
+    Convolutions count by their arithmetic, all other cells by the bytes that they read and write.
+    """
+
+    def ratio(small: CellWork, large: CellWork) -> float:
+        def amounts(cell: CellWork) -> tuple[int, int]:
+            every = (*cell.forward, *cell.backward)
+            return sum(operation.flops for operation in every), sum(operation.moved for operation in every)
+
+        (flops, moved), (more_flops, more_moved) = amounts(small), amounts(large)
+        return more_flops / flops if flops else more_moved / moved if moved else 1.0
+
+    cells = []
+    for seconds, small, large in zip(timing.cells, measured.cells, wanted.cells, strict=True):
+        factor = ratio(small, large)
+        cells.append(CellSeconds(seconds.forward * factor, seconds.backward * factor, seconds.weight * factor))
+    return Timing(tuple(cells), timing.uncertainty)
+
+
+def time_cells(
+    graph: CellGraph,
+    input_shape: InputShape,
+    *,
+    precision: str,
+    channels_last: bool,
+    repeats: int = 3,
+    split: bool = False,
+) -> Timing:
+    """Time forward and backward of every cell.
 
     Args:
         graph: the network's cells; they run on the device where its parameters are.
@@ -109,8 +198,7 @@ def profile_cells(
         tensor = torch.randn(tuple(shapes[name]), device=device, dtype=dtype)
         values[value] = laid_out(tensor, True) if channels_last else tensor
     last_use = {edge.value: max(edge.users) for edge in graph.edges}
-    value_bytes = {name: value.nbytes for name, value in values.items()}
-    cells = []
+    every: list[list[CellSeconds]] = []
     gradients = [(p, p.grad) for p in graph.root.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None  # or backward would add to it
@@ -118,37 +206,28 @@ def profile_cells(
         with preserved_buffers(graph.root):
             for index, stage in enumerate(graph.cut(range(len(graph.cells)))):
                 inputs = {name: values[name] for name in stage.inputs}
-                cell, outputs = _profile_cell(stage, inputs, precision, device, repeats, split)
-                cells.append(cell)
+                seconds, outputs = _time_cell(stage, inputs, precision, device, repeats, split)
+                every.append(seconds)
                 values.update(outputs)
-                value_bytes.update({name: value.nbytes for name, value in outputs.items()})
                 for name in [name for name in values if last_use.get(name, -1) <= index]:
                     del values[name]
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-    return Profile(tuple(cells), value_bytes)
+    totals = [sum(cell.forward + cell.backward for cell in cells) for cells in zip(*every, strict=True)]
+    uncertainty = (max(totals) - min(totals)) / 2 / statistics.median(totals)
+    return Timing(tuple(_median(seconds) for seconds in every), uncertainty)
 
 
-def _profile_cell(
+def _time_cell(
     stage: Stage, inputs: dict[str, Tensor], precision: str, device: torch.device, repeats: int, split: bool
-) -> tuple[CellProfile, dict[str, Tensor]]:
-    parameters = stage.parameters_by_name()
-    seconds: list[tuple[float, float, float]] = []
+) -> tuple[list[CellSeconds], dict[str, Tensor]]:
+    seconds: list[CellSeconds] = []
     for _ in range(repeats + 1):
         leaves = [value.detach().requires_grad_(value.requires_grad) for value in inputs.values()]
-        saved: dict[int, Tensor] = {}
         later = DeferredWeights()
-
-        def pack(tensor: Tensor, saved: dict[int, Tensor] = saved) -> Tensor:
-            saved[_address(tensor)] = tensor
-            return tensor
-
         begin = _now(device)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            arithmetic(device, precision, later if split else None),
-        ):
+        with arithmetic(device, precision, later if split else None):
             outputs = stage(*leaves)
         middle = _now(device)
         roots = [output for output in outputs if output.requires_grad]
@@ -157,38 +236,19 @@ def _profile_cell(
         if roots:
             torch.autograd.backward(roots, gradients)
         apart = _now(device)
-        deferred = {_address(tensor): tensor for tensor in later.tensors()}
         later.compute()
         end = _now(device)
-        seconds.append((middle - begin, end - start, end - apart if split else 0.0))
-    names = {_address(leaf): name for name, leaf in zip(inputs, leaves, strict=True)}
-    names |= {_address(output): name for name, output in zip(stage.outputs, outputs, strict=True)}
-    own = {_address(parameter) for parameter in (*parameters.values(), *stage.buffers_by_name().values())}
-
-    def internal(tensors: dict[int, Tensor]) -> int:
-        return sum(t.untyped_storage().nbytes() for a, t in tensors.items() if a not in names and a not in own)
-
-    forward, backward, weight = (statistics.median(column) for column in zip(*seconds[1:], strict=True))
-    profile = CellProfile(
-        name=" + ".join(cell.name for cell in stage.cells),
-        forward_seconds=forward,
-        backward_seconds=backward,
-        internal_bytes=internal(saved),
-        saved_values=frozenset(names[address] for address in saved if address in names),
-        parameter_bytes=sum(parameter.nbytes for parameter in parameters.values()),
-        weight_seconds=weight,
-        deferred_bytes=internal(deferred),
-        deferred_values=frozenset(names[address] for address in deferred if address in names),
-    )
+        seconds.append(CellSeconds(middle - begin, end - start, end - apart if split else 0.0))
     values = {
         name: output.detach().requires_grad_(output.requires_grad)
         for name, output in zip(stage.outputs, outputs, strict=True)
     }
-    return profile, values
+    return seconds[1:], values
 
 
-def _address(tensor: Tensor | nn.Parameter) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _median(seconds: Sequence[CellSeconds]) -> CellSeconds:
+    columns = zip(*((cell.forward, cell.backward, cell.weight) for cell in seconds), strict=True)
+    return CellSeconds(*(statistics.median(column) for column in columns))
 
 
 def _now(device: torch.device) -> float:

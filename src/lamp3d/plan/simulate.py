@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lamp3d.plan.hardware import Link
+from lamp3d.plan.routes import Message, Routes
 from lamp3d.plan.schedule import Action, StageTimes, needs
 
 
@@ -57,12 +59,65 @@ class TimeLine:
         return cls(tuple(tuple(ranks[rank]) for rank in sorted(ranks)))
 
 
-def simulate(schedule: Sequence[Sequence[Action]], stages: Sequence[StageTimes]) -> TimeLine:
+class Transfers:
+    """What a time line knows of messages: which action sends what, and how long it is on its way.
+
+    Messages from one rank to another follow each other. Where the cores do the sending, half of a message's time is the
+    sender's and half the receiver's.
+
+    Args:
+        routes: the messages of every action.
+        value_bytes: of one micro-batch's values, and of their gradients.
+        link: between any two ranks.
+    """
+
+    def __init__(self, routes: Routes, value_bytes: Mapping[str, int], link: Link):
+        self._routes, self._bytes, self._link = routes, value_bytes, link
+        self._arrives: dict[Message, float] = {}
+        self._free: dict[tuple[int, int], float] = defaultdict(float)
+
+    def work_before(self, action: Action) -> float:
+        """What receiving takes of the rank's own time."""
+        return self._own(self._routes.needed.get(action, ()))
+
+    def work_after(self, action: Action) -> float:
+        """What sending takes of the rank's own time."""
+        return self._own(self._routes.sent.get(action, ()))
+
+    def send(self, action: Action, when: float) -> None:
+        """The action is done: what it sends is on its way."""
+        for message in self._routes.sent.get(action, ()):
+            way = message.origin, message.to
+            begin = max(when, self._free[way])
+            arrives = begin + (self._link.seconds if self._link.by_cores else self._link.of(self._size(message)))
+            self._arrives[message] = arrives
+            self._free[way] = arrives - self._link.seconds
+
+    def ready(self, action: Action) -> float | None:
+        """When all that an action needs has arrived; None if something is not yet sent."""
+        needed = self._routes.needed.get(action, ())
+        if any(message not in self._arrives for message in needed):
+            return None
+        return max((self._arrives[message] for message in needed), default=0.0)
+
+    def _own(self, messages: Sequence[Message]) -> float:
+        if not self._link.by_cores:
+            return 0.0
+        return sum(self._size(message) for message in messages) / (self._link.gbs * 1e9) / 2
+
+    def _size(self, message: Message) -> int:
+        return self._bytes.get(message.value, 0)
+
+
+def simulate(
+    schedule: Sequence[Sequence[Action]], stages: Sequence[StageTimes], transfers: Transfers | None = None
+) -> TimeLine:
     """Run a schedule on paper: every rank does its actions in order, each as soon as what it needs is there.
 
     Args:
         schedule: the actions of every rank.
         stages: the expected seconds of each stage.
+        transfers: what passes between ranks; None: at once.
 
     Raises:
         ValueError: the schedule dead-locks; the message names the actions that wait for ever.
@@ -78,11 +133,16 @@ def simulate(schedule: Sequence[Sequence[Action]], stages: Sequence[StageTimes])
             while len(lines[rank]) < len(actions):
                 action = actions[len(lines[rank])]
                 needed = needs(action, last)
-                if not all(need in done for need in needed):
+                arrived = 0.0 if transfers is None else transfers.ready(action)
+                if arrived is None or not all(need in done for need in needed):
                     break
-                begin = max([free[rank], *(done[need] for need in needed)])
-                free[rank] = done[action] = begin + stages[action.stage].seconds(action.kind)
-                lines[rank].append((action, begin, done[action]))
+                begin = max([free[rank], arrived, *(done[need] for need in needed)])
+                end = begin + stages[action.stage].seconds(action.kind)
+                if transfers is not None:
+                    end += transfers.work_before(action) + transfers.work_after(action)
+                    transfers.send(action, end)
+                free[rank] = done[action] = end
+                lines[rank].append((action, begin, end))
                 progress = True
     waiting = [actions[len(line)] for actions, line in zip(schedule, lines, strict=True) if len(line) < len(actions)]
     if waiting:

@@ -149,31 +149,37 @@ def time_line_picture(lines: Mapping[str, TimeLine]) -> Figure:
         figure = _figure(_WIDTH, (0.85 + 0.38 * devices) * len(lines) + 0.55)
         panels = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, line) in zip(panels, lines.items(), strict=True):
-            for rank, actions in enumerate(line.actions):
-                first = min((action.stage for action, _, _ in actions), default=0)
-                for action, begin, end in actions:
-                    fill, ink = _ACTION_COLOURS[action.kind]
-                    axes.add_patch(Rectangle(
-                        (begin * 1e3, rank - 0.38), (end - begin) * 1e3, 0.76, facecolor=fill, edgecolor="white",
-                        linewidth=0.8, hatch="////" if action.stage != first else None,
-                    ))  # fmt: skip
-                    if end - begin > 0.018 * longest:
-                        axes.text(
-                            (begin + end) * 500, rank, str(action.micro_batch), ha="center", va="center", fontsize=8,
-                            color=ink,
-                        )  # fmt: skip
-            axes.set(
-                title=f"One step, {title}: {line.seconds:.3g} s, devices idle {line.bubble:.0%} of it",
-                xlim=(0, longest * 1e3), ylim=(devices - 0.45, -0.55),
-            )  # fmt: skip
-            axes.set_yticks(range(devices), [f"device {rank}" for rank in range(devices)], color=INK)
-            axes.tick_params(axis="y", length=0)
+            draw_time_line(axes, title, line, longest)
         panels[-1].set_xlabel("ms")
         figure.legend(
             handles=[Patch(color=_ACTION_COLOURS[kind][0], label=_ACTION_NAMES[kind]) for kind in kinds],
             loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=8,
         )  # fmt: skip
     return figure
+
+
+def draw_time_line(axes: Axes, title: str, line: TimeLine, longest: float) -> None:
+    """One step's time line; ``longest`` seconds fill the width."""
+    devices = len(line.actions)
+    for rank, actions in enumerate(line.actions):
+        first = min((action.stage for action, _, _ in actions), default=0)
+        for action, begin, end in actions:
+            fill, ink = _ACTION_COLOURS[action.kind]
+            axes.add_patch(Rectangle(
+                (begin * 1e3, rank - 0.38), (end - begin) * 1e3, 0.76, facecolor=fill, edgecolor="white",
+                linewidth=0.8, hatch="////" if action.stage != first else None,
+            ))  # fmt: skip
+            if end - begin > 0.018 * longest:
+                axes.text(
+                    (begin + end) * 500, rank, str(action.micro_batch), ha="center", va="center", fontsize=8,
+                    color=ink,
+                )  # fmt: skip
+    axes.set(
+        title=f"One step, {title}: {line.seconds:.3g} s, devices idle {line.bubble:.0%} of it",
+        xlim=(0, longest * 1e3), ylim=(devices - 0.45, -0.55),
+    )  # fmt: skip
+    axes.set_yticks(range(devices), [f"device {rank}" for rank in range(devices)], color=INK)
+    axes.tick_params(axis="y", length=0)
 
 
 def _figure(width: float, height: float) -> Figure:

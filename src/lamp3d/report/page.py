@@ -121,6 +121,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
                 "dice": max((epoch.mean_dice for epoch in epochs if epoch.mean_dice is not None), default=None),
                 "seconds": statistics.median(epoch.seconds_per_step for epoch in epochs),
                 "predicted_seconds": plan.step_seconds if plan else None,
+                "predicted_bytes": [device.peak_bytes for device in plan.per_device] if plan else None,
                 "peak_bytes": [max(peaks) for peaks in zip(*(epoch.peak_bytes for epoch in epochs), strict=False)],
                 "bad_steps": sum(epoch.bad_steps for epoch in epochs),
             }

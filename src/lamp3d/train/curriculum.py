@@ -30,11 +30,13 @@ class CurriculumStage(BaseModel):
     learning_rate: PositiveFloat = 1e-3
     patches_per_case: PositiveInt = 1
     """Patches drawn from each case in an epoch; whole volumes come once."""
-    schedule: str = "zero_bubble_v"
-    """The order of the micro-batches' forwards and backwards on several devices, one of `lamp3d.plan.SCHEDULES`."""
+    schedule: str | None = None
+    """The order of the micro-batches' forwards and backwards on several devices, one of `lamp3d.plan.SCHEDULES`; None:
+    the planner's choice."""
+    data: PositiveInt | None = None
+    """Replicas, each with a share of the batch; None: the planner's choice."""
     space: PositiveInt | None = None
-    """Slabs that every volume is cut into, each on a device; None: for whole volumes, as many as there are devices for
-    each case of the batch."""
+    """Slabs that every volume is cut into, each on a device; None: the planner's choice."""
     recompute: Literal["never", "always"] | None = None
     """Whether activations are computed a second time in the backward pass, to save memory; None: where it must be."""
 
@@ -45,23 +47,15 @@ class CurriculumStage(BaseModel):
 
     @field_validator("schedule")
     @classmethod
-    def _is_a_schedule(cls, name: str) -> str:
-        check_schedule(name)
+    def _is_a_schedule(cls, name: str | None) -> str | None:
+        if name is not None:
+            check_schedule(name)
         return name
 
     @property
     def patch_shape(self) -> tuple[int, int, int] | None:
         """Voxels of a patch; None for whole volumes."""
         return None if self.patch == "whole" else self.patch
-
-    def mesh(self, devices: int) -> tuple[int, int]:
-        """How many replicas, and slabs of a volume, so many devices are: the rest is the pipeline's."""
-        if self.space is not None:
-            return 1, self.space
-        if self.patch != "whole" or self.batch >= devices:
-            return 1, 1
-        data = math.gcd(self.batch, devices)
-        return data, devices // data
 
     def __str__(self) -> str:
         size = "whole volumes" if self.patch == "whole" else f"patches of {'x'.join(map(str, self.patch))}"

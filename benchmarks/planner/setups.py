@@ -1,0 +1,107 @@
+"""The paper's set-ups on devices that are described: what fits, how, and how fast; and strong scaling on paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.planner.predictions import network
+from lamp3d.errors import PlanError
+from lamp3d.graph.inputs import input_text
+from lamp3d.plan import find_plans, format_bytes
+
+NETWORKS = tuple((kind, filters) for kind in ("UNet", "SEUNet") for filters in (32, 64, 128))
+VOLUMES = ((64, 64, 64), (128, 128, 128), (192, 192, 192), (256, 256, 256), (352, 256, 288), (512, 512, 704))
+DEVICES = (1, 2, 4, 8)
+HARDWARE = ("v100-16g", "v100-32g", "a100-80g", "h100-80g")
+PAPER = {"data": 1, "space": 1, "schedule": "gpipe", "recompute": "always"}
+"""GPipe as in the paper: stages one after the other, activations computed again."""
+
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def measure(rounds: int, console: Console) -> dict[str, Any]:
+    """A table for every network: the plan for each volume, number of devices and device, beside the paper's GPipe."""
+    found: dict[str, Any] = {}
+    for kind, filters in NETWORKS:
+        with torch.device("meta"):
+            net = network(kind, filters)
+        table = Table(title=f"{kind}-{filters}, batch 1: seconds a step and memory a device; (GPipe as in the paper)")
+        for column in ("volume", "devices", *HARDWARE):
+            table.add_column(column)
+        rows = [(sides, devices) for sides in VOLUMES for devices in DEVICES]
+        for sides, devices in track(rows, description=f"{kind}-{filters}", console=console):
+            cells = []
+            for hardware in HARDWARE:
+                ours = _plan(net, sides, devices, hardware)
+                theirs = _plan(net, sides, devices, hardware, **PAPER)
+                found[f"{kind}-{filters}, {input_text(sides)}, {devices} × {hardware}"] = {
+                    "plan": ours,
+                    "gpipe": theirs,
+                }
+                cells.append(f"{_text(ours)} ({_text(theirs, short=True)})")
+            table.add_row(input_text(sides), str(devices), *cells)
+        console.print(table)
+    return found
+
+
+def _plan(net: Any, sides: tuple[int, ...], devices: int, hardware: str, **settings: Any) -> dict[str, Any] | None:
+    """The plan in short; None where nothing fits."""
+    precision = settings.pop("precision", "auto")
+    try:
+        found = find_plans(
+            net, (1, 1, *sides), devices, hardware=hardware, precision=precision, advise=False, **settings
+        )
+    except PlanError:
+        return None
+    plan = found.plan
+    recompute = plan.recompute if isinstance(plan.recompute, str) else f"{len(plan.recompute)} blocks"
+    return {
+        "seconds": plan.step_seconds,
+        "bytes": max(device.peak_bytes for device in plan.per_device),
+        "mesh": str(found.answer.found[0].option),
+        "recompute": recompute,
+        "precision": plan.precision,
+    }
+
+
+def _text(plan: dict[str, Any] | None, *, short: bool = False) -> str:
+    if plan is None:
+        return "–" if short else "no"
+    text = f"{plan['seconds']:.2g} s"
+    if short:
+        return text
+    return f"{text} {format_bytes(plan['bytes'])}{'' if plan['recompute'] == 'never' else ' R'}"
+
+
+def measure_scaling(rounds: int, console: Console) -> dict[str, Any]:
+    """Strong scaling of one step of U-Net-128 on 512×512×704, H100s joined by NVLink and by a 400 Gb/s network."""
+    with torch.device("meta"):
+        net = network("UNet", 128)
+    found: dict[str, Any] = {}
+    table = Table(title="U-Net-128, 512×512×704, batch 1, bf16, H100: seconds a step (× of the fewest that it fits)")
+    table.add_column("devices", justify="right")
+    links = ("nvlink4", "network400")
+    for link in links:
+        table.add_column(link)
+    first: dict[str, tuple[int, float]] = {}
+    for devices in track(RANKS, description="devices", console=console):
+        row = []
+        for link in links:
+            plan = _plan(net, (512, 512, 704), devices, "h100-80g", link=link)
+            found[f"{devices}, {link}"] = plan
+            if plan is None:
+                row.append("does not fit")
+                continue
+            ranks, seconds = first.setdefault(link, (devices, plan["seconds"]))
+            gain = seconds / plan["seconds"]
+            efficiency = gain * ranks / devices
+            plan["efficiency"] = efficiency
+            row.append(f"{plan['seconds']:.3g} s, {gain:.1f} ×, efficiency {efficiency:.2f}: {plan['mesh']}")
+        table.add_row(str(devices), *row)
+    console.print(table)
+    return found

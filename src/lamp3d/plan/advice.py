@@ -1,0 +1,82 @@
+"""What to do where nothing fits: the smallest changes that would do, each of them tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from lamp3d.graph.inputs import input_text
+from lamp3d.plan.amounts import format_bytes
+from lamp3d.plan.hardware import load_hardware
+from lamp3d.plan.meter import Meter, ModelMeter
+from lamp3d.plan.search import Request, Search
+
+SPARE = 1.1
+"""What would fit is named with so much to spare: the next profile has other seconds, and what is on its way between two
+devices depends on them."""
+
+MORE_DEVICES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+def does_not_fit(meter: Meter, request: Request, *, advise: bool) -> str:
+    """The message: what was asked for, and what would do.
+
+    Only bytes matter here, so that nothing is timed: seconds are those of some device that is described.
+    """
+    limit = request.limit or 0
+    model = ModelMeter(meter.network, meter.input_shape, meter.micro_batch, load_hardware("a100-80g"), meter.link)
+    ways = list(_ways(model, replace(request, limit=round(limit / SPARE)))) if advise else []
+    settings = "".join(
+        f", {name}={getattr(request, name)!r}"
+        for name in ("schedule", "recompute", "data", "space", "pipe")
+        if getattr(request, name) not in (None, ())
+    )
+    would = f"These would do: {'; '.join(ways)}." if ways else "Take a smaller volume or network."
+    return (
+        f"the network does not fit {request.devices} device(s) of {format_bytes(limit)} with "
+        f"{input_text(meter.input_shape)} in {request.precision}{settings}. {would}"
+    )
+
+
+def _ways(meter: Meter, request: Request) -> Iterator[str]:
+    count = request.devices
+    if (memory := Search(meter, request).least_memory()) is not None:
+        yield f"{format_bytes(memory * SPARE, up=True)} a device on {count} device{'s' if count > 1 else ''}"
+    free = replace(request, pipe=None) if request.pipe is not None else request
+    for more in MORE_DEVICES:
+        if more > count and Search(meter, replace(free, devices=more)).fits():
+            yield f"{more} devices of {format_bytes(round((request.limit or 0) * SPARE))}"
+            break
+    if request.recompute is not None and Search(meter, replace(request, recompute=None)).fits():
+        yield "recompute left to the planner"
+    if request.precision == "fp32" and Search(meter, replace(request, precision="bf16")).fits():
+        yield "precision='bf16'"
+    batch = request.volume[0]
+    for cases in range(batch - 1, 0, -1):
+        smaller = replace(request, volume=(cases, *request.volume[1:]), micro_batches=None)
+        if Search(meter, smaller).fits():
+            yield f"a batch of {cases}"
+            break
+    if (shape := _smaller_volume(meter, request)) is not None:
+        yield f"volumes of {input_text(shape[2:])}"
+
+
+def _smaller_volume(meter: Meter, request: Request) -> tuple[int, ...] | None:
+    """The largest of the volumes that come from shortening the longest axis, a step of the network's at a time."""
+    if isinstance(meter.input_shape, dict) or len(request.volume) != 5:
+        return None
+    assert isinstance(meter, ModelMeter)
+    sides = list(request.volume)
+    steps = 0
+    while steps < 12:
+        longest = max(range(2, 5), key=lambda dim: sides[dim])
+        less = round(sides[longest] * 0.8 / meter.divisor) * meter.divisor
+        if less < 2 * meter.divisor or less >= sides[longest]:
+            return None
+        sides[longest] = less
+        steps += 1
+        shape = tuple(sides)
+        smaller = ModelMeter(meter.network, shape, meter.micro_batch, meter.hardware, meter.link)
+        if Search(smaller, replace(request, volume=shape)).fits():
+            return shape
+    return None

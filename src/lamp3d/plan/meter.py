@@ -1,0 +1,237 @@
+"""Profiles of one network for every micro-batch, cut and precision in question: measured here, or worked out.
+
+A volume whose step would take too long to time is timed on a smaller one: every cell's seconds then grow with what it
+has to compute. One micro-batch, the smallest in question, is timed; larger ones take in proportion.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lamp3d.graph import CellGraph, lay_out_weights, trace
+from lamp3d.graph.inputs import InputShape, Shape, with_batch
+from lamp3d.plan.cache import remembered
+from lamp3d.plan.hardware import (
+    DeviceType,
+    Hardware,
+    Link,
+    device_memory,
+    device_name,
+    device_type,
+    has_fast_bf16,
+    worker_threads,
+)
+from lamp3d.plan.profile import Profile, Timing, model_cells, profile_of, scale_timing, time_cells
+from lamp3d.plan.slabs import Slabs, shared, slab_shape
+from lamp3d.plan.work import Work, account
+
+BUDGET_SECONDS = 20.0
+"""What timing all cells may take; a volume that takes longer is timed on a smaller one."""
+
+SMALLEST_TIMED = 32
+"""Voxels along the sides of a volume below which seconds would no longer grow with the work."""
+
+
+class Meter(ABC):
+    """Profiles of one network.
+
+    Args:
+        network: any traceable module; left as it is. Its parameters may be on the meta device if nothing is timed.
+        input_shape: of the mini-batch.
+        micro_batch: the smallest in question.
+        link: between the devices.
+        kind: of the devices.
+
+    Attributes:
+        graph: the network's cells.
+    """
+
+    def __init__(self, network: nn.Module, input_shape: InputShape, micro_batch: int, link: Link, kind: DeviceType):
+        self.network = copy.deepcopy(network).train()
+        self.input_shape = input_shape
+        self.micro_batch = micro_batch
+        self.link = link
+        self.kind = kind
+        self.divisor: int = getattr(network, "divisor", 32)
+        self.graph = trace(self.network, self.shape)
+        self.work = functools.cache(self._work)
+        self.whole = functools.cache(self._whole)
+
+    @property
+    def shape(self) -> Shape | dict[str, Shape]:
+        """Of the smallest micro-batch's whole volumes."""
+        return with_batch(self.input_shape, self.micro_batch)
+
+    @property
+    @abstractmethod
+    def memory(self) -> int:
+        """Bytes that a device's tensors can have."""
+
+    @property
+    @abstractmethod
+    def precision(self) -> str:
+        """The fastest."""
+
+    @abstractmethod
+    def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
+        """Seconds of all cells for a volume near to a slab's size."""
+
+    def fastest_layout(self, precision: str) -> bool:
+        """Whether volumes are better laid out channels-last."""
+        seconds = {last: self.profile(Slabs(), precision, last, False).seconds for last in (False, True)}
+        return seconds[True] < seconds[False]
+
+    def profile(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Profile:
+        """What the cells cost a rank, for the smallest micro-batch."""
+        timing = self.timing(slabs, precision, channels_last, split)
+        near = self.work(slabs, precision, channels_last, split)
+        return shared(
+            profile_of(near, timing), near, self.whole(precision, channels_last), self.graph, slabs, self.link
+        )
+
+    def _work(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Work:
+        shape = slab_shape(self.shape, slabs, self.divisor)
+        return account(self._graph_for(shape), shape, precision=precision, channels_last=channels_last, split=split)
+
+    def _whole(self, precision: str, channels_last: bool) -> Work:
+        return self.work(Slabs(), precision, channels_last, False)
+
+    def _graph_for(self, shape: InputShape) -> CellGraph:
+        """The graph, for such inputs: another one where the network's code looks at their shape."""
+        return trace(self.network, shape) if self.graph.reads_shape else self.graph
+
+
+class ModelMeter(Meter):
+    """Profiles for devices that are only described."""
+
+    def __init__(self, network: nn.Module, input_shape: InputShape, micro_batch: int, hardware: Hardware, link: Link):
+        super().__init__(network, input_shape, micro_batch, link, hardware.device_type)
+        self.hardware = hardware
+
+    @property
+    def memory(self) -> int:
+        return self.hardware.usable_bytes
+
+    @property
+    def precision(self) -> str:
+        return self.hardware.precisions[-1]
+
+    def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
+        return model_cells(self.work(slabs, precision, channels_last, split), self.hardware, precision)
+
+    def fastest_layout(self, precision: str) -> bool:
+        return precision == "bf16"  # what cuDNN's kernels for tensor cores want; the model does not tell them apart
+
+
+class MeasuringMeter(Meter):
+    """Profiles that are timed on this machine, under the conditions of one of its workers.
+
+    Args:
+        workers: that will be at work at once.
+        repeats: timed repetitions of each cell.
+        fresh: time them even if that was done before.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        input_shape: InputShape,
+        micro_batch: int,
+        link: Link,
+        *,
+        workers: int,
+        repeats: int = 3,
+        fresh: bool = False,
+    ):
+        super().__init__(network, input_shape, micro_batch, link, device_type())
+        self.workers, self.repeats, self.fresh = workers, repeats, fresh
+        self.timing_of = functools.cache(self._timing)
+
+    @property
+    def memory(self) -> int:
+        return device_memory(self.kind, self.workers)
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if has_fast_bf16(self.kind) else "fp32"
+
+    def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
+        return self.timing_of(slabs, precision, channels_last, split)
+
+    def _timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
+        wanted = slab_shape(self.shape, slabs, self.divisor)
+        work = self.work(slabs, precision, channels_last, split)
+        shape = self._affordable(wanted, precision, channels_last)
+        timing = self._time(shape, precision, channels_last, split)
+        if shape == wanted:
+            return timing
+        settings = {"precision": precision, "channels_last": channels_last, "split": split}
+        return scale_timing(timing, account(self._graph_for(shape), shape, **settings), work)  # type: ignore[arg-type]
+
+    def _time(self, shape: InputShape, precision: str, channels_last: bool, split: bool) -> Timing:
+        settings = {"precision": precision, "channels_last": channels_last, "split": split}
+        threads = worker_threads(self.workers) if self.kind == "cpu" else None
+        key = {
+            "network": hashlib.sha256(self.graph.root.code.encode()).hexdigest(),
+            "layers": [str(module) for module in self.network.modules() if not list(module.children())],
+            "parameters": [tuple(parameter.shape) for parameter in self.network.parameters()],
+            "training": self.network.training,
+            "shape": shape,
+            "device": device_name(self.kind),
+            "threads": threads,
+            "repeats": self.repeats,
+            **settings,
+        }
+
+        def measure() -> Timing:
+            with self._worker_conditions(channels_last) as twin:
+                return time_cells(trace(twin, shape), shape, repeats=self.repeats, **settings)  # type: ignore[arg-type]
+
+        return remembered(key, measure, fresh=self.fresh)
+
+    def _affordable(
+        self, wanted: Shape | dict[str, Shape], precision: str, channels_last: bool
+    ) -> Shape | dict[str, Shape]:
+        """The largest volume whose timing stays within the budget, of those that halving the longest axis leads to."""
+        if self.graph.reads_shape or isinstance(wanted, dict):
+            return wanted  # another volume might be another graph
+        shapes = [wanted]
+        while (smaller := self._halved(shapes[-1])) is not None:
+            shapes.append(smaller)
+        least = shapes[-1]
+        if len(shapes) == 1:
+            return wanted
+        seconds = sum(c.forward + c.backward for c in self._time(least, precision, channels_last, False).cells)
+        affordable = BUDGET_SECONDS / (seconds * (self.repeats + 1)) * math.prod(least)
+        return next((shape for shape in shapes if math.prod(shape) <= affordable), least)
+
+    def _halved(self, shape: Shape) -> Shape | None:
+        longest = max(range(2, len(shape)), key=lambda dim: shape[dim])
+        half = -(-shape[longest] // 2 // self.divisor) * self.divisor
+        if half < max(SMALLEST_TIMED, 2 * self.divisor) or half >= shape[longest]:
+            return None
+        return (*shape[:longest], half, *shape[longest + 1 :])
+
+    @contextmanager
+    def _worker_conditions(self, channels_last: bool) -> Iterator[nn.Module]:
+        """A copy of the network on the device, in the layout and with the number of threads that a worker will have."""
+        twin = copy.deepcopy(self.network)
+        lay_out_weights(twin, channels_last)
+        twin.to(self.kind)
+        threads = torch.get_num_threads()
+        if self.kind == "cpu":
+            torch.set_num_threads(worker_threads(self.workers))
+        try:
+            with torch.random.fork_rng([torch.cuda.current_device()] if self.kind == "cuda" else []):
+                yield twin
+        finally:
+            torch.set_num_threads(threads)

@@ -1,0 +1,308 @@
+"""The search for the fastest plan that fits: every mesh, schedule, cut and way to recompute, as far as it may matter.
+
+Each *option* says all but where to cut and what to compute again. No plan of an option can take less than its *bound*;
+options are tried in the order of their bounds, so that those that cannot win are never played through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from lamp3d.plan.blocks import Blocks
+from lamp3d.plan.costs import StageCosts
+from lamp3d.plan.cut import Cut, best_cut, fitting_cut, least_memory
+from lamp3d.plan.hardware import Link
+from lamp3d.plan.meter import Meter
+from lamp3d.plan.plan import Recompute
+from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, splits_backward
+from lamp3d.plan.slabs import Slabs, longest_axes
+
+KEPT = 11
+"""How many plans are played through at least: the best and ten alternatives."""
+
+
+FRUGAL = 3
+"""Where only memory matters: of the ways to recompute, those that recompute most."""
+
+MOST_PASSES = 256
+"""Stages × micro-batches of the pipelines that are considered unasked; to play through longer ones takes seconds."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a plan decides before the network is cut.
+
+    Attributes:
+        data, slabs, pipe: the mesh.
+        micro_batches: M, of a replica's share.
+        schedule: the order of actions.
+    """
+
+    data: int
+    slabs: Slabs
+    pipe: int
+    micro_batches: int
+    schedule: str
+
+    def __str__(self) -> str:
+        mesh = [f"data {self.data}"] * (self.data > 1)
+        mesh += [f"space {'x'.join(map(str, self.slabs.mesh))}"] * bool(self.slabs.mesh)
+        mesh += [f"pipe {self.pipe}, {self.schedule}"] * (self.pipe > 1)
+        parts = f", {self.micro_batches} micro-batches" if self.micro_batches > 1 else ""
+        return (" × ".join(mesh) or "one device") + parts
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of an option.
+
+    Attributes:
+        option: it.
+        bound: seconds that no plan of it can beat.
+        cut: its best plan that fits; None if there is none, or if it was not looked for.
+        reduce_seconds: that a step waits for the sum of gradients.
+        why: it has no plan.
+    """
+
+    option: Option
+    bound: float
+    cut: Cut | None = None
+    reduce_seconds: float = 0.0
+    why: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step; infinite if there is no plan."""
+        return math.inf if self.cut is None else self.cut.line.seconds + self.reduce_seconds
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a search came to.
+
+    Attributes:
+        found: all options, those with a plan first, the fastest first.
+    """
+
+    found: tuple[Found, ...]
+
+    @property
+    def best(self) -> Found | None:
+        """The fastest that fits."""
+        return self.found[0] if self.found and self.found[0].cut is not None else None
+
+    @property
+    def bound(self) -> float:
+        """Seconds of a step that no plan can beat, whatever the memory."""
+        return min(found.bound for found in self.found)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be decided, and what is not.
+
+    Attributes:
+        volume: the mini-batch's shape (of the first input).
+        devices: how many there are.
+        limit: of each one's memory, in bytes; None: there is none.
+        precision, channels_last: of the plan.
+        data, space, pipe, micro_batches, schedule, recompute: what is fixed; None: what is best.
+        least_planes: a level whose slabs have fewer planes is gathered.
+        any_loss: whether the plan must do for losses that are no mean over cases.
+    """
+
+    volume: tuple[int, ...]
+    devices: int
+    limit: int | None
+    precision: str
+    channels_last: bool
+    data: int | None = None
+    space: tuple[int, ...] | None = None
+    pipe: int | None = None
+    micro_batches: int | None = None
+    schedule: str | None = None
+    recompute: Recompute | None = None
+    least_planes: int = 1
+    any_loss: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Cases of a mini-batch."""
+        return self.volume[0]
+
+
+def options(request: Request) -> Iterator[Option]:
+    """All that may be considered."""
+    for data, mesh, pipe in meshes(request):
+        if len(request.volume) == 5 and any(
+            extent < size
+            for extent, size in zip(sorted(request.volume[2:], reverse=True), sorted(mesh, reverse=True), strict=False)
+        ):
+            continue
+        slabs = longest_axes(request.volume, mesh, request.least_planes)
+        share = request.batch // data
+        for micro_batches in _divisors(share) if request.micro_batches is None else (request.micro_batches,):
+            for schedule in _schedules(request, pipe):
+                stages = len(PLACEMENTS[schedule](pipe))
+                unasked = request.pipe is None or request.micro_batches is None
+                if pipe > 1 and unasked and stages * micro_batches > MOST_PASSES:
+                    continue
+                if pipe > 1 and micro_batches == 1 and schedule != "1f1b" and request.schedule is None:
+                    continue  # nothing to put in order
+                yield Option(data, slabs, pipe, min(share, micro_batches), schedule)
+
+
+def meshes(request: Request) -> Iterator[tuple[int, tuple[int, ...], int]]:
+    """Every data × space × pipe that comes to so many devices."""
+    for data in _divisors(request.devices) if request.data is None else (request.data,):
+        if request.devices % data or request.batch % data or (request.any_loss and data > 1 and request.data is None):
+            continue
+        for mesh in _spaces(request.devices // data) if request.space is None else (request.space,):
+            count = math.prod(mesh)
+            pipe, rest = divmod(request.devices, data * count)
+            if not rest and request.pipe in (None, pipe):
+                yield data, mesh, pipe
+
+
+def _spaces(devices: int) -> Iterator[tuple[int, ...]]:
+    for count in _divisors(devices):
+        yield (count,) if count > 1 else ()
+        yield from ((a, count // a) for a in _divisors(count) if a > 1 and a <= count // a and count >= 8)
+
+
+def _schedules(request: Request, pipe: int) -> Sequence[str]:
+    if request.schedule is not None:
+        return (request.schedule,)
+    if request.any_loss:
+        return ("gpipe",)
+    return tuple(name for name in SCHEDULES if name != "gpipe") if pipe > 1 else ("1f1b",)
+
+
+def _mesh(option: Option) -> tuple[int, Slabs, int]:
+    """Replicas, slabs, devices of a pipeline."""
+    return option.data, option.slabs, option.pipe
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+class Search:
+    """Finds the fastest plan for a request.
+
+    Args:
+        meter: of the network's cells.
+        request: what is to be decided.
+        kept: how many plans are played through at least, if there are as many.
+    """
+
+    def __init__(self, meter: Meter, request: Request, kept: int = KEPT):
+        self.meter, self.request, self.kept = meter, request, kept
+        self._costs: dict[tuple[object, ...], StageCosts] = {}
+
+    def answer(self) -> Answer:
+        """Try the options, the most promising first."""
+        open_ = sorted(
+            (Found(option, self.bound(option)) for option in options(self.request)), key=lambda found: found.bound
+        )
+        done: list[Found] = []
+        for found in open_:
+            best = sorted(other.seconds for other in done if other.cut is not None)
+            if len(best) >= self.kept and found.bound > best[self.kept - 1]:
+                why = f"cannot be faster than {found.bound:.3g} s"
+                done.append(replace(found, why=why))
+                continue
+            done.append(self.try_out(found))
+        return Answer(tuple(sorted(done, key=lambda found: (found.seconds, found.bound))))
+
+    def costs(self, option: Option, recompute: Recompute) -> StageCosts:
+        """What a micro-batch of an option costs."""
+        cases = math.ceil(self.request.batch / option.data / option.micro_batches)
+        split = option.pipe > 1 and splits_backward(option.schedule)
+        key = option.slabs, split, cases, option.micro_batches, recompute
+        if key not in self._costs:
+            profile = self.meter.profile(option.slabs, self.request.precision, self.request.channels_last, split)
+            profile = profile.times(math.ceil(cases / self.meter.micro_batch))
+            self._costs[key] = StageCosts(self.meter.graph, profile, option.micro_batches, recompute)
+        return self._costs[key]
+
+    def bound(self, option: Option) -> float:
+        """Seconds that no plan of an option can beat.
+
+        A pipeline has all of the work to share, and one micro-batch has to go all the way (but for weight gradients
+        that are computed apart). With one stage a rank, stage r begins when a micro-batch has come through those before
+        it and ends that long before the step; if the stages' shares x of the work are best, all have the same
+        x₀ + … + xᵣ₋₁ + M xᵣ, from which follows the sum of a geometric series.
+        """
+        profile = self.costs(option, "never").profile
+        m, k = option.micro_batches, option.pipe
+        way = profile.seconds - sum(cell.weight_seconds for cell in profile.cells)
+        bounds = [profile.seconds * m / k, way if k > 1 else 0.0]
+        if len(PLACEMENTS[option.schedule](k)) == k and not splits_backward(option.schedule):
+            bounds.append(profile.seconds / (1 - (1 - 1 / m) ** k))
+        return max(bounds) + self.reduce_seconds(option)
+
+    def reduce_seconds(self, option: Option) -> float:
+        """What the sum of gradients over replicas and slabs takes beyond the backward that it runs beside."""
+        ranks = option.data * option.slabs.count
+        if ranks == 1:
+            return 0.0
+        profile = self.costs(option, "never").profile
+        size = sum(cell.parameter_bytes for cell in profile.cells) / option.pipe
+        link: Link = self.meter.link
+        takes = 2 * (ranks - 1) / ranks * size / (link.gbs * 1e9) + 2 * math.ceil(math.log2(ranks)) * link.seconds
+        behind = 0.0 if link.by_cores else sum(cell.backward_seconds for cell in profile.cells) / option.pipe
+        return max(link.seconds, takes - behind)
+
+    def try_out(self, found: Found) -> Found:
+        """The best plan of an option: without recomputation, with as little of it as fits, or with all of it."""
+        option, request, link = found.option, self.request, self.meter.link
+        stages = len(PLACEMENTS[option.schedule](option.pipe))
+        if stages > len(self.meter.graph.cells):
+            return replace(found, why=f"{len(self.meter.graph.cells)} cells cannot be cut into {stages} stages")
+        reduce_seconds = self.reduce_seconds(option)
+        for recompute in self.ways_to_recompute(option):
+            costs = self.costs(option, recompute)
+            if (cut := best_cut(costs, option.schedule, option.pipe, request.limit, link)) is not None:
+                return replace(found, cut=cut, reduce_seconds=reduce_seconds)
+        return replace(found, why="does not fit")
+
+    def fits(self) -> bool:
+        """Whether there is a plan among the frugal ones."""
+        link = self.meter.link
+        return any(
+            fitting_cut(costs, option.schedule, option.pipe, self.request.limit, link)
+            for option, costs in self._frugal()
+        )
+
+    def least_memory(self) -> int | None:
+        """The smallest limit, about, under which there is a plan; None if there are too few cells."""
+        link = self.meter.link
+        found = [least_memory(costs, option.schedule, option.pipe, link) for option, costs in self._frugal()]
+        return min((size for size in found if size is not None), default=None)
+
+    def _frugal(self) -> Iterator[tuple[Option, StageCosts]]:
+        """What needs the least memory: small micro-batches, few of them in flight, much computed again."""
+        every = list(options(self.request))
+        for option in every:
+            others = [other for other in every if _mesh(other) == _mesh(option)]
+            most = max(other.micro_batches for other in others)
+            schedules = {other.schedule for other in others}
+            if option.micro_batches == most and option.schedule == ("1f1b" if "1f1b" in schedules else min(schedules)):
+                for recompute in reversed([*self.ways_to_recompute(option)][-FRUGAL:]):
+                    yield option, self.costs(option, recompute)
+
+    def ways_to_recompute(self, option: Option) -> Iterator[Recompute]:
+        """Those to try, the fastest first."""
+        if self.request.recompute is not None:
+            yield self.request.recompute
+            return
+        yield "never"
+        yield from self.blocks(option).choices()
+        yield "always"
+
+    def blocks(self, option: Option) -> Blocks:
+        """The ways to recompute in blocks."""
+        return Blocks(self.costs(option, "never"))

@@ -1,0 +1,163 @@
+"""What a volume's cells cost a rank that has a slab of it: its share of the work, and what it exchanges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lamp3d.errors import PlanError
+from lamp3d.graph import CellGraph
+from lamp3d.graph.inputs import InputShape, Shape
+from lamp3d.plan.hardware import Link
+from lamp3d.plan.profile import CellProfile, Profile
+from lamp3d.plan.work import CellWork, Work
+
+
+@dataclass(frozen=True)
+class Slabs:
+    """How a volume is cut.
+
+    Attributes:
+        mesh: how many slabs along each axis that is cut: (4,) or (2, 2); empty for a whole volume.
+        dims: of a (B, C, D, H, W) tensor, the dimension that each of these axes is.
+        least: a level whose slabs have fewer planes is gathered and computed by every rank.
+    """
+
+    mesh: tuple[int, ...] = ()
+    dims: tuple[int, ...] = ()
+    least: int = 1
+
+    @property
+    def count(self) -> int:
+        """How many ranks share the volume."""
+        return math.prod(self.mesh)
+
+
+def longest_axes(input_shape: InputShape, mesh: Sequence[int], least: int = 1) -> Slabs:
+    """Cut along the longest axes, the most slabs along the longest of them: the fewest bytes of halos.
+
+    Raises:
+        PlanError: there are more than two axes to cut, or more slabs than planes.
+    """
+    if not mesh:
+        return Slabs((), (), least)
+    volume = next(iter(input_shape.values())) if isinstance(input_shape, Mapping) else input_shape
+    if len(mesh) > 2 or len(volume) != 5:
+        raise PlanError(f"a (B, C, D, H, W) volume is cut along one axis or two; space={tuple(mesh)} is not that.")
+    longest = sorted((2, 3, 4), key=lambda dim: -volume[dim])[: len(mesh)]
+    order = sorted(range(len(mesh)), key=lambda axis: -mesh[axis])
+    dims = dict(zip(order, longest, strict=True))
+    for axis, size in enumerate(mesh):
+        if volume[dims[axis]] < size:
+            raise PlanError(f"{volume[dims[axis]]} planes cannot be cut into {size} slabs; take fewer.")
+    return Slabs(tuple(mesh), tuple(dims[axis] for axis in range(len(mesh))), least)
+
+
+def slab_shape(shape: Shape | dict[str, Shape], slabs: Slabs, divisor: int) -> Shape | dict[str, Shape]:
+    """A shape that the network takes, near to that of a slab: at least two of the coarsest voxels, for norms."""
+    volumes = shape if isinstance(shape, dict) else {"": shape}
+    extents = next(iter(volumes.values()))
+    sides = list(extents)
+    for size, dim in zip(slabs.mesh, slabs.dims, strict=True):
+        sides[dim] = min(extents[dim], max(2, math.ceil(extents[dim] / size / divisor)) * divisor)
+
+    def cut(of: Shape) -> Shape:
+        return (*of[:2], *sides[2:]) if of[2:] == extents[2:] else of
+
+    near = {name: cut(of) for name, of in volumes.items()}
+    return near if isinstance(shape, dict) else near[""]
+
+
+def shared(profile: Profile, near: Work, whole: Work, graph: CellGraph, slabs: Slabs, link: Link) -> Profile:
+    """A slab's profile.
+
+    A rank has as many planes as the thickest slab. A border's planes travel behind the slab's own convolution, unless
+    the cores do the sending; what they add costs a third of a convolution of so many planes. A norm waits for the
+    others' sums in forward and in backward. What a level's slabs are too thin for is computed by every rank.
+
+    Args:
+        profile: of a volume near in size.
+        near: what its cells do.
+        whole: what the whole volume's cells do.
+        graph: the cells.
+        slabs: how the volume is cut.
+        link: between the ranks that share it.
+    """
+    if not slabs.mesh:
+        return profile
+    cells = [
+        _share(cell, small, large, slabs, link)
+        for cell, small, large in zip(profile.cells, near.cells, whole.cells, strict=True)
+    ]
+    names = {node: cell.index for cell in graph.cells for node in cell.nodes}
+    value_bytes = {}
+    for name, size in profile.value_bytes.items():
+        index = names.get(name, 0)
+        value_bytes[name] = round(size * part_of(near.cells[index], whole.cells[index], slabs))
+    return replace(profile, cells=tuple(cells), value_bytes=value_bytes)
+
+
+def part_of(near: CellWork, whole: CellWork, slabs: Slabs) -> float:
+    """A rank's planes over those of the volume whose cells are known."""
+    if near.extents is None or whole.extents is None:
+        return 1.0
+    part = 1.0
+    gathered = is_gathered(whole, slabs)
+    for size, dim in zip(slabs.mesh, slabs.dims, strict=True):
+        planes = whole.extents[dim - 2]
+        part *= (planes if gathered else -(-planes // size)) / near.extents[dim - 2]
+    return part
+
+
+def is_gathered(whole: CellWork, slabs: Slabs) -> bool:
+    """Whether every rank computes all of it."""
+    return whole.extents is not None and any(
+        whole.extents[dim - 2] < size * max(1, slabs.least) for size, dim in zip(slabs.mesh, slabs.dims, strict=True)
+    )
+
+
+def _share(cell: CellProfile, near: CellWork, whole: CellWork, slabs: Slabs, link: Link) -> CellProfile:
+    part = part_of(near, whole, slabs)
+    forward, backward = cell.forward_seconds * part, cell.backward_seconds * part
+    sent = saved = 0
+    if not is_gathered(whole, slabs) and whole.extents is not None:
+        inner = [min(size - 1, 2) for size in slabs.mesh]  # borders of the rank with the most of them
+        for halo in near.halos:
+            sizes = [
+                halo.bytes[dim - 2] * borders * part * near.extents[dim - 2] / -(-whole.extents[dim - 2] // size)
+                for size, dim, borders in zip(slabs.mesh, slabs.dims, inner, strict=True)
+                if near.extents is not None
+            ]
+            planes = sum(
+                borders / 3 / -(-whole.extents[dim - 2] // size)
+                for size, dim, borders in zip(slabs.mesh, slabs.dims, inner, strict=True)
+            )
+            arrives = sum(link.of(size) for size in sizes)
+            share = 1 / len(near.halos)  # of the cell's convolutions
+            forward += _beyond(arrives, forward * share, link) + forward * share * planes
+            if halo.gradient:
+                backward += _beyond(arrives, backward * share, link)
+            backward += backward * share * planes
+            sent += round(sum(sizes)) * (2 if halo.gradient else 1)
+            saved += round(sum(sizes))
+        turns = math.ceil(math.log2(slabs.count))
+        for numbers in near.sums:
+            waits = turns * link.of(4 * numbers)
+            forward, backward = forward + waits, backward + waits
+            sent += 2 * 4 * numbers
+    return replace(
+        cell,
+        forward_seconds=forward,
+        backward_seconds=backward,
+        weight_seconds=cell.weight_seconds * part,
+        internal_bytes=round(cell.internal_bytes * part) + saved,
+        deferred_bytes=round(cell.deferred_bytes * part),
+        workspace_bytes=round(cell.workspace_bytes * part),
+        exchanged_bytes=sent,
+    )
+
+
+def _beyond(arrives: float, behind: float, link: Link) -> float:
+    """What a message takes that travels behind other work; on cores that send themselves, all of it."""
+    return arrives if link.by_cores else max(0.0, arrives - behind)

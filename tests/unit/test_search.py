@@ -1,0 +1,324 @@
+"""The search: no plan is better than the one it finds, and what it says about the others is so."""
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torchgpipe.balance import blockpartition
+
+from lamp3d.errors import ConfigError, PlanError
+from lamp3d.graph import trace
+from lamp3d.nets import SEUNet, UNet
+from lamp3d.plan import Plan, find_plans, make_plan
+from lamp3d.plan.cache import remembered
+from lamp3d.plan.cut import Cut, best_cut
+from lamp3d.plan.hardware import Hardware, known_hardware, load_hardware, load_link
+from lamp3d.plan.meter import MeasuringMeter, ModelMeter
+from lamp3d.plan.partition import minimise_largest, pairs
+from lamp3d.plan.profile import CellSeconds, Timing, profile_cells
+from lamp3d.plan.schedule import PLACEMENTS
+from lamp3d.plan.search import Option, Request, Search, options
+from lamp3d.plan.slabs import Slabs
+from lamp3d.plan.work import account
+from tests.networks import conv
+
+NVLINK = load_link("nvlink3")
+A100 = load_hardware("a100-80g")
+
+
+class RandomMeter(ModelMeter):
+    """Cells with any seconds."""
+
+    def __init__(self, network: nn.Module, shape: tuple[int, ...], seed: int, link: str = "nvlink3"):
+        super().__init__(network, shape, 1, A100, load_link(link))
+        self.seed = seed
+
+    def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
+        draw = random.Random(self.seed)
+        scale = 1 / slabs.count
+        cells = []
+        for _ in self.graph.cells:
+            forward, backward = (scale * draw.choice((1e-3, 1e-2, 1e-1)) * draw.random() for _ in range(2))
+            cells.append(CellSeconds(forward, backward, backward * 0.5 if split else 0.0))
+        return Timing(tuple(cells))
+
+
+def chain(layers: int) -> nn.Module:
+    return nn.Sequential(*itertools.chain(*((conv(1 if i == 0 else 2, 2), nn.Tanh()) for i in range(layers // 2))))
+
+
+def every_cut(search: Search, option: Option) -> Iterator[Cut]:
+    """All there are, none recomputed."""
+    costs = search.costs(option, "never")
+    stages, n = len(PLACEMENTS[option.schedule](option.pipe)), len(costs.profile.cells)
+    for inner in itertools.combinations(range(1, n), stages - 1):
+        yield Cut(costs, option.schedule, option.pipe, search.meter.link, [0, *inner])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_plan_is_better(seed: int) -> None:
+    """Every mesh, schedule, number of micro-batches and cut, played through one by one."""
+    draw = random.Random(seed)
+    shape = (draw.choice((1, 2, 4)), 1, 8, 6, 4)
+    meter = RandomMeter(chain(2 * draw.randint(2, 4)), shape, seed, draw.choice(("nvlink3", "network100", "loopback")))
+    request = Request(shape, draw.choice((1, 2, 3, 4)), None, "fp32", False, recompute="never")
+    search = Search(meter, request)
+    peaks = sorted(cut.peak_bytes for option in options(request) for cut in every_cut(search, option))
+    assert peaks
+    limit = draw.choice((None, peaks[len(peaks) // 2], peaks[0]))
+    search = Search(meter, replace(request, limit=limit))
+    expected = min(
+        (
+            cut.line.seconds + search.reduce_seconds(option)
+            for option in options(request)
+            for cut in every_cut(search, option)
+            if limit is None or cut.peak_bytes <= limit
+        ),
+    )
+    answer = search.answer()
+    assert answer.best is not None
+    assert answer.best.seconds == pytest.approx(expected, rel=1e-12)
+    assert answer.bound <= expected * (1 + 1e-12)
+    for found in answer.found:  # nor is any option faster than its bound says
+        assert found.bound <= found.seconds * (1 + 1e-12)
+        if found.cut is None:
+            assert found.why
+
+
+def test_options_that_cannot_win_are_not_played_through() -> None:
+    shape = (8, 1, 16, 16, 16)
+    request = Request(shape, 8, None, "fp32", False)
+    all_of_them = Search(RandomMeter(chain(8), shape, 0), request, kept=1000).answer()
+    some = Search(RandomMeter(chain(8), shape, 0), request, kept=1).answer()
+    assert len(some.found) == len(all_of_them.found)
+    assert some.best is not None
+    assert all_of_them.best is not None
+    assert some.best.seconds == all_of_them.best.seconds
+    skipped = [found for found in some.found if "cannot be faster" in found.why]
+    assert skipped
+    assert all(found.bound > some.best.seconds for found in skipped)
+
+
+def test_never_worse_than_torchgpipes_blocks() -> None:
+    """torchgpipe 0.0.7 balances by block partitions, which minimise the difference between blocks."""
+    draw = random.Random(0)
+    better = 0
+    for _ in range(2000):
+        costs = [draw.choice((1, 1, 10, 100)) * draw.random() for _ in range(draw.randint(4, 40))]
+        stages = draw.randint(2, min(8, len(costs)))
+        theirs = max(map(sum, blockpartition.solve(costs, stages)))
+        sums = torch.tensor([0.0, *itertools.accumulate(costs)], dtype=torch.float64).numpy()
+        starts = minimise_largest(sums[None, :] - sums[:, None], [pairs(len(costs))] * stages)
+        assert starts is not None
+        ours = max(sum(costs[i:j]) for i, j in itertools.pairwise([*starts, len(costs)]))
+        assert ours <= theirs * (1 + 1e-12)
+        better += ours < theirs * 0.999
+    assert better > 200
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("make", [lambda: UNet(1, 3, filters=2), lambda: SEUNet(1, 2, filters=4, norm="batch")])
+def test_what_a_network_does_is_found_without_allocating_it(make, precision: str) -> None:  # type: ignore[no-untyped-def]
+    shape = (1, 1, 32, 16, 16)
+    with torch.device("meta"):
+        hollow = make()
+    assert all(parameter.is_meta for parameter in hollow.parameters())
+    settings = {"precision": precision, "channels_last": False}
+    of_hollow = account(trace(hollow, shape), shape, **settings)
+    of_real = account(trace(make(), shape), shape, **settings)
+    assert of_hollow == of_real
+    volumes = [cell for cell in of_real.cells if cell.halos]
+    assert len(volumes) == sum(
+        isinstance(module, nn.Conv3d) and module.kernel_size != (1, 1, 1) for module in hollow.modules()
+    )
+
+
+def test_arithmetic_is_counted_as_it_is() -> None:
+    network = nn.Conv3d(3, 5, 3, padding=1)
+    (cell,) = account(trace(network, (2, 3, 8, 8, 8)), (2, 3, 8, 8, 8), precision="fp32", channels_last=False).cells
+    forward = 2 * (2 * 8**3) * 3 * 5 * 27
+    assert sum(operation.flops for operation in cell.forward) == forward
+    assert sum(operation.flops for operation in cell.backward) == forward  # of the weight: the input has no gradient
+    assert cell.halos[0].bytes == tuple(2 * 3 * 8 * 8 * 4 for _ in range(3))
+    assert cell.extents == (8, 8, 8)
+
+
+def test_every_description_of_hardware_can_be_planned_for_and_names_its_sources() -> None:
+    assert {"v100-16g", "v100-32g", "a100-40g", "a100-80g", "h100-80g", "rtx3090", "rtx4090"} <= set(known_hardware())
+    with torch.device("meta"):
+        network = UNet(1, 3, filters=8)
+    for name in known_hardware():
+        hardware = load_hardware(name)
+        assert all(source.strip() for source in hardware.sources.values())
+        assert load_link(hardware.link).source
+        plan = make_plan(network, (2, 1, 64, 64, 64), 2, hardware=name, precision="auto")
+        assert plan.precision == ("fp32" if "v100" in name else "bf16")
+        assert 0 < plan.step_seconds < 10
+        assert max(device.peak_bytes for device in plan.per_device) <= hardware.usable_bytes
+
+
+def test_unknown_hardware_and_links_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no device 'b9000'; there are a100-40g"):
+        load_hardware("b9000")
+    with pytest.raises(ConfigError, match="no link 'string'; there are nvlink2"):
+        load_link("string")
+    path = tmp_path / "mine.yaml"
+    path.write_text("title: mine\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml does not describe a hardware"):
+        load_hardware(str(path))
+    path.write_text("[1, 2")
+    with pytest.raises(ConfigError, match=r"cannot read .*mine\.yaml"):
+        load_hardware(str(path))
+
+
+def test_a_users_own_hardware(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "title: mine\ndevice_type: cuda\nmemory: 4GiB\npeak_tflops: {fp32: 10}\nsustained: {fp32: 0.5}\n"
+        "bandwidth_gbs: 500\nlink: pcie3\nsources: {all: a guess}\n"
+    )
+    assert load_hardware(str(path)).memory == 4 * 2**30
+    plan = make_plan(UNet(1, 2, filters=4), (1, 1, 32, 32, 32), 1, hardware=str(path))
+    assert plan.memory_limit_bytes == load_hardware(str(path)).usable_bytes
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_tight_memory_is_met_by_recomputing_little(devices: int) -> None:
+    """Less memory never makes a plan faster, and every plan keeps to it."""
+    shape = (1, 1, 64, 64, 64)
+    with torch.device("meta"):
+        network = UNet(1, 4, filters=8)
+
+    def plan(limit: int | None = None) -> Plan:
+        return make_plan(network, shape, devices, hardware="rtx3090", memory=limit, pipe=1, data=1)
+
+    def peak(of: Plan) -> int:
+        return max(device.peak_bytes for device in of.per_device)
+
+    roomy = plan()
+    assert roomy.recompute == "never"
+    before, limit, blocks = roomy, peak(roomy), set()
+    for share in (0.9, 0.7, 0.55):
+        limit = round(share * peak(roomy))
+        tight = plan(limit)
+        assert peak(tight) <= limit
+        assert tight.recompute != "never"
+        assert tight.step_seconds >= before.step_seconds
+        blocks.add(tight.recompute)
+        before = tight
+    assert len(blocks) > 1  # how much is recomputed depends on what is needed
+    assert all(tight.step_seconds < 1.35 * roomy.step_seconds for _ in blocks)
+
+
+def test_more_devices_are_chosen_as_the_case_demands() -> None:
+    """Many cases: replicas. One volume: slabs. What fits no device alone: not replicas."""
+    with torch.device("meta"):
+        network = UNet(1, 4, filters=16)
+    many = make_plan(network, (8, 1, 64, 64, 64), 4, hardware="a100-80g")
+    one = make_plan(network, (1, 1, 128, 128, 128), 4, hardware="a100-80g")
+    assert many.data == 4
+    assert one.slabs == 4
+    large = make_plan(network, (4, 1, 128, 128, 128), 4, hardware="a100-80g", memory="2.2GB", recompute="never")
+    assert large.data < 4
+    assert max(device.peak_bytes for device in large.per_device) <= 2.2e9
+
+
+def test_the_table_says_why_the_others_lost() -> None:
+    found = find_plans(UNet(1, 3, filters=4), (4, 1, 32, 32, 32), 4, hardware="v100-16g")
+    console = Console(width=160, record=True)
+    console.print(found.alternatives())
+    text = console.export_text()
+    assert "chosen" in text
+    assert "slower" in text
+    assert "No plan can take less than" in text
+    assert found.gap >= 0
+    assert found.bound_seconds <= found.plan.step_seconds
+
+
+def test_what_does_not_fit_described_hardware_says_what_would() -> None:
+    with torch.device("meta"):
+        network = UNet(1, 10, filters=32)
+    small = Hardware.model_validate(A100.model_dump() | {"memory": "3GiB"})
+    shape = (1, 1, 192, 192, 192)
+    with pytest.raises(PlanError) as caught:
+        find_plans(network, shape, 1, hardware=small)
+    message = str(caught.value)
+    assert "does not fit 1 device(s)" in message
+    count = int(message.split(" devices of")[0].split()[-1])
+    assert find_plans(network, shape, count, hardware=small).plan.devices == count
+    sides = tuple(map(int, message.split("volumes of ")[1].rstrip(".").split("×")))
+    assert find_plans(network, (1, 1, *sides), 1, hardware=small).plan.devices == 1
+
+
+def test_a_modelled_profile_grows_with_the_volume() -> None:
+    network = UNet(1, 2, filters=4)
+    seconds = []
+    for side in (32, 64, 128):
+        meter = ModelMeter(network, (1, 1, side, side, side), 1, A100, NVLINK)
+        seconds.append(meter.profile(Slabs(), "fp32", False, False).seconds)
+    assert seconds == sorted(seconds)
+    assert math.isfinite(seconds[-1])
+    assert profile_cells(trace(network, (1, 1, 32, 32, 32)), (1, 1, 32, 32, 32), precision="fp32", channels_last=False)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_where_not_all_cuts_are_tried_the_best_is_nearly_always_found(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dynamic program, improved cell by cell, against every cut."""
+    draw = random.Random(seed)
+    shape = (4, 1, 8, 6, 4)
+    meter = RandomMeter(chain(10), shape, seed)
+    request = Request(shape, draw.choice((2, 3)), None, "fp32", False, data=1, space=(), recompute="never")
+    search = Search(meter, request)
+    option = draw.choice(list(options(request)))
+    expected = min(cut.line.seconds for cut in every_cut(search, option))
+    monkeypatch.setattr("lamp3d.plan.cut.FEW", 0)
+    found = best_cut(search.costs(option, "never"), option.schedule, option.pipe, None, NVLINK)
+    assert found is not None
+    assert expected * (1 - 1e-12) <= found.line.seconds <= expected * 1.08
+
+
+def test_timings_are_kept_and_measured_again_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMP3D_CACHE", str(tmp_path))
+    made: list[int] = []
+
+    def measure() -> Timing:
+        made.append(1)
+        return Timing((CellSeconds(1.0, 2.0, 0.5), CellSeconds(0.25, 0.125)), 0.03)
+
+    first = remembered({"shape": (1, 2)}, measure)
+    assert remembered({"shape": (1, 2)}, measure) == first
+    assert len(made) == 1
+    remembered({"shape": (1, 3)}, measure)
+    assert len(made) == 2
+    remembered({"shape": (1, 2)}, measure, fresh=True)
+    assert len(made) == 3
+    for path in tmp_path.rglob("*.json"):
+        path.write_text("{")
+    assert remembered({"shape": (1, 2)}, measure) == first
+    assert len(made) == 4
+    monkeypatch.setenv("LAMP3D_CACHE", "/dev/null/nowhere")  # a home that cannot be written to
+    assert remembered({"shape": (1, 2)}, measure) == first
+
+
+def test_a_volume_that_takes_long_is_timed_on_a_smaller_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMP3D_CACHE", str(tmp_path))
+    network, shape = UNet(1, 2, filters=2), (1, 1, 64, 64, 64)
+    meter = MeasuringMeter(network, shape, 1, NVLINK, workers=1, repeats=1)
+    real = meter.profile(Slabs(), "fp32", False, False)
+    monkeypatch.setattr("lamp3d.plan.meter.BUDGET_SECONDS", 0.0)
+    scaled = MeasuringMeter(network, shape, 1, NVLINK, workers=1, repeats=1).profile(Slabs(), "fp32", False, False)
+    assert scaled.value_bytes == real.value_bytes
+    assert [cell.internal_bytes for cell in scaled.cells] == [cell.internal_bytes for cell in real.cells]
+    assert scaled.seconds == pytest.approx(real.seconds, rel=0.9)
+    shapes = [json.loads(path.read_text())["key"]["shape"] for path in tmp_path.rglob("*.json")]
+    assert sorted(shapes)[0] == [1, 1, 32, 32, 32]
