@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lamp3d.plan.integer import minimise_largest_rank
 from lamp3d.plan.partition import Mask, Matrix, fold, minimise_largest, minimise_sum
 
 Segments = tuple[list[float], list[int], int | None]
@@ -143,33 +142,3 @@ def test_no_fold_is_better(
     bound = 1.1 * min(map(largest, possible))
     assert largest([*found, n]) <= bound
     assert sent([*found, n]) == min(sent(bounds) for bounds in possible if largest(bounds) <= bound)
-
-
-@settings(max_examples=60, deadline=None)
-@given(folds(), st.integers(1, 2))
-def test_no_looped_cut_is_better(
-    instance: tuple[int, NDArray[np.float64], NDArray[np.float64], float, NDArray[np.float64]], loops: int
-) -> None:
-    devices, cost, size, limit, _ = instance
-    n, ranks = len(cost) - 1, list(range(devices)) * loops
-    sizes = [size * (rank + 1) for rank in ranks]
-    best = math.inf
-    for cuts in itertools.combinations(range(1, n), len(ranks) - 1):
-        runs = list(itertools.pairwise([0, *cuts, n]))
-        of_rank, held = [0.0] * devices, [0.0] * devices
-        for stage, (rank, run) in enumerate(zip(ranks, runs, strict=True)):
-            of_rank[rank] += cost[run]
-            held[rank] += sizes[stage][run]
-        if max(held) <= limit:
-            best = min(best, max(of_rank))
-    found = minimise_largest_rank(cost, ranks, sizes, limit, seconds=20)
-    if math.isinf(best):
-        assert found is None
-        return
-    assert found is not None
-    assert found.gap <= 1e-6
-    runs = list(itertools.pairwise([*found.starts, n]))
-    assert len(runs) == len(ranks)
-    assert max(
-        sum(cost[run] for run, of in zip(runs, ranks, strict=True) if of == rank) for rank in range(devices)
-    ) == (pytest.approx(best))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,6 @@ import numpy as np
 from lamp3d.graph import Edge
 from lamp3d.plan.costs import StageCosts, runs
 from lamp3d.plan.hardware import Link
-from lamp3d.plan.integer import minimise_largest_rank
 from lamp3d.plan.memory import DeviceMemory, StageBytes, memory_use
 from lamp3d.plan.partition import fold, minimise_largest, minimise_sum
 from lamp3d.plan.routes import Routes
@@ -26,6 +26,13 @@ TOLERANCES = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7)
 
 FEW = 64
 """So many cuts are all tried."""
+
+
+SEEDS = 2
+"""Where there are more, so many of those that the dynamic program gives are improved, the fastest first ..."""
+
+STEPS = (-3, -1, 1, 3)
+"""... by moving where one stage begins by so many cells."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +131,14 @@ class Cut:
         return SCHEDULES[self.schedule](self._times, self.costs.micro_batches)
 
 
-def best_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, link: Link) -> Cut | None:
+def best_cut(
+    costs: StageCosts, schedule: str, devices: int, limit: int | None, link: Link, hopeless: float = math.inf
+) -> Cut | None:
     """The cut with the fastest step; None if no cut fits.
 
     Few cuts are all played through. Where there are many, those of the dynamic program are: for each tolerance the cut
     with the fewest bytes sent among those whose slowest rank is within it of the least possible. From the fastest of
-    them, stages are moved by a cell at a time for as long as that makes the step faster.
+    them on, a stage's beginning is moved for as long as that makes the step faster.
 
     Args:
         costs: of the network's cells.
@@ -137,6 +146,7 @@ def best_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, 
         devices: K.
         limit: of every rank's memory, in bytes.
         link: between two devices.
+        hopeless: seconds of a step; a slower cut than that is not improved.
     """
     stages, n = len(PLACEMENTS[schedule](devices)), len(costs.profile.cells)
     if stages > n or not _might_fit(costs, stages, limit):
@@ -157,10 +167,18 @@ def best_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, 
         known.setdefault(tuple(cut.starts), cut)
     if not known:
         return None
-    best = list(min(known, key=seconds))
-    while (nearby := min(_moved(best, n), key=seconds, default=best)) and seconds(nearby) < seconds(best):
-        best = nearby
+    best = min((_improved(list(s), n, seconds, hopeless) for s in sorted(known, key=seconds)[:SEEDS]), key=seconds)
     return known[tuple(best)]
+
+
+def _improved(best: list[int], n: int, seconds: Callable[[Iterable[int]], float], hopeless: float) -> list[int]:
+    """A cut, one stage's beginning moved at a time for as long as that makes it faster."""
+    while seconds(best) <= hopeless:
+        nearby = min(_moved(best, n), key=seconds, default=best)
+        if seconds(nearby) >= seconds(best):
+            break
+        best = nearby
+    return best
 
 
 def _might_fit(costs: StageCosts, stages: int, limit: int | None) -> bool:
@@ -172,10 +190,10 @@ def _might_fit(costs: StageCosts, stages: int, limit: int | None) -> bool:
 
 
 def _moved(starts: list[int], n: int) -> Iterator[list[int]]:
-    """All cuts with one stage beginning a cell earlier or later."""
+    """All cuts with one stage beginning some cells earlier or later."""
     bounds = [*starts, n]
     for stage in range(1, len(starts)):
-        for step in (-1, 1):
+        for step in STEPS:
             if bounds[stage - 1] < starts[stage] + step < bounds[stage + 1]:
                 yield [*starts[:stage], starts[stage] + step, *starts[stage + 1 :]]
 
@@ -215,20 +233,24 @@ def least_memory(costs: StageCosts, schedule: str, devices: int, link: Link) -> 
     return high
 
 
+@functools.cache
+def _flights(schedule: str, devices: int, micro_batches: int) -> list[int]:
+    """How many micro-batches each stage holds at most, if all take equally long."""
+    stages = [StageTimes(rank) for rank in PLACEMENTS[schedule](devices)]
+    return most_in_flight(SCHEDULES[schedule](stages, micro_batches))
+
+
 def _search(costs: StageCosts, schedule: str, devices: int, bound: float, tolerance: float) -> list[int] | None:
     n, ranks = len(costs.profile.cells), PLACEMENTS[schedule](devices)
     if len(ranks) > n:
         return None
-    flights = most_in_flight(SCHEDULES[schedule]([StageTimes(rank) for rank in ranks], costs.micro_batches))
+    flights = _flights(schedule, devices, costs.micro_batches)
     if len(ranks) > devices and ranks == folded_placement(devices):
         # A rank's two runs may hold the same skips, so that its memory is at most the sum of theirs.
         sizes = [costs.peak(flights[rank]) for rank in range(devices)]
         return fold(costs.seconds, sizes, bound, costs.exchanged, tolerance)
-    sizes = [costs.peak(flight) for flight in flights]
-    if len(ranks) > devices:  # runs that lie anywhere
-        found = minimise_largest_rank(costs.seconds, ranks, sizes, bound) if tolerance == 1.0 else None
-        return None if found is None else found.starts
-    fits = [size <= bound for size in sizes]
+    share = bound * devices / len(ranks)  # a rank with several runs: equal parts, enough though not all that could be
+    fits = [costs.peak(flight) <= share for flight in flights]
     fastest = minimise_largest(costs.seconds, fits)
     if fastest is None:
         return None

@@ -169,13 +169,18 @@ class MeasuringMeter(Meter):
 
     def _timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
         wanted = slab_shape(self.shape, slabs, self.divisor)
-        work = self.work(slabs, precision, channels_last, split)
-        shape = self._affordable(wanted, precision, channels_last)
-        timing = self._time(shape, precision, channels_last, split)
-        if shape == wanted:
-            return timing
+        shapes = self._affordable(wanted, precision, channels_last)
+        if shapes[-1] == wanted:
+            return self._time(wanted, precision, channels_last, split)
         settings = {"precision": precision, "channels_last": channels_last, "split": split}
-        return scale_timing(timing, account(self._graph_for(shape), shape, **settings), work)  # type: ignore[arg-type]
+        timings = [
+            (
+                self._time(shape, precision, channels_last, split),
+                account(self._graph_for(shape), shape, **settings),  # type: ignore[arg-type]
+            )
+            for shape in shapes
+        ]
+        return scale_timing(timings, self.work(slabs, precision, channels_last, split))
 
     def _time(self, shape: InputShape, precision: str, channels_last: bool, split: bool) -> Timing:
         settings = {"precision": precision, "channels_last": channels_last, "split": split}
@@ -200,19 +205,23 @@ class MeasuringMeter(Meter):
 
     def _affordable(
         self, wanted: Shape | dict[str, Shape], precision: str, channels_last: bool
-    ) -> Shape | dict[str, Shape]:
-        """The largest volume whose timing stays within the budget, of those that halving the longest axis leads to."""
+    ) -> list[Shape] | list[Shape | dict[str, Shape]]:
+        """What to time: the wanted volume, or the smallest and the largest within the budget.
+
+        Smaller volumes are those that halving the longest axis leads to.
+        """
         if self.graph.reads_shape or isinstance(wanted, dict):
-            return wanted  # another volume might be another graph
+            return [wanted]  # another volume might be another graph
         shapes = [wanted]
         while (smaller := self._halved(shapes[-1])) is not None:
             shapes.append(smaller)
         least = shapes[-1]
-        if len(shapes) == 1:
-            return wanted
+        if least == wanted:
+            return [wanted]
         seconds = sum(c.forward + c.backward for c in self._time(least, precision, channels_last, False).cells)
-        affordable = BUDGET_SECONDS / (seconds * (self.repeats + 1)) * math.prod(least)
-        return next((shape for shape in shapes if math.prod(shape) <= affordable), least)
+        voxels = BUDGET_SECONDS / (seconds * (self.repeats + 1)) * math.prod(least)
+        largest = next((shape for shape in shapes if math.prod(shape) <= voxels), least)
+        return [wanted] if largest == wanted else [least] * (largest != least) + [largest]
 
     def _halved(self, shape: Shape) -> Shape | None:
         longest = max(range(2, len(shape)), key=lambda dim: shape[dim])

@@ -149,25 +149,33 @@ def model_cells(work: Work, hardware: Hardware, precision: str) -> Timing:
     return Timing(tuple(CellSeconds(total(c.forward), total(c.backward), total(c.weight)) for c in work.cells))
 
 
-def scale_timing(timing: Timing, measured: Work, wanted: Work) -> Timing:
-    """The seconds of a smaller volume's cells, brought to what the wanted volume's cells have to do.
+def scale_timing(timings: Sequence[tuple[Timing, Work]], wanted: Work) -> Timing:
+    """The seconds of smaller volumes' cells, brought to what the wanted volume's cells have to do.
 
-    Convolutions count by their arithmetic, all other cells by the bytes that they read and write.
+    Convolutions count by their arithmetic, all other cells by the bytes that they read and write. From two volumes, the
+    line through both; from one, in proportion.
+
+    Args:
+        timings: of one volume or two, the smaller one first, and what their cells do.
+        wanted: what the wanted volume's cells do.
     """
-
-    def ratio(small: CellWork, large: CellWork) -> float:
-        def amounts(cell: CellWork) -> tuple[int, int]:
-            every = (*cell.forward, *cell.backward)
-            return sum(operation.flops for operation in every), sum(operation.moved for operation in every)
-
-        (flops, moved), (more_flops, more_moved) = amounts(small), amounts(large)
-        return more_flops / flops if flops else more_moved / moved if moved else 1.0
-
+    timing, work = timings[-1]
     cells = []
-    for seconds, small, large in zip(timing.cells, measured.cells, wanted.cells, strict=True):
-        factor = ratio(small, large)
+    for index, (seconds, large) in enumerate(zip(timing.cells, wanted.cells, strict=True)):
+        by_flops = any(operation.flops for operation in large.forward)
+        amount, wanted_amount = (_amount(cell, by_flops) for cell in (work.cells[index], large))
+        factor = wanted_amount / amount if amount else 1.0
+        if len(timings) > 1:
+            before, less = timings[0][0].cells[index], _amount(timings[0][1].cells[index], by_flops)
+            if amount > less and (now := seconds.forward + seconds.backward) > 0:
+                slope = max(0.0, now - before.forward - before.backward) / (amount - less)
+                factor = min(factor, (now + slope * (wanted_amount - amount)) / now)
         cells.append(CellSeconds(seconds.forward * factor, seconds.backward * factor, seconds.weight * factor))
     return Timing(tuple(cells), timing.uncertainty)
+
+
+def _amount(cell: CellWork, by_flops: bool) -> int:
+    return sum(op.flops if by_flops else op.moved for op in (*cell.forward, *cell.backward))
 
 
 def time_cells(

@@ -12,6 +12,7 @@ The backward of a stage may be split in two: ``backward_input`` gives the gradie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -258,6 +259,10 @@ class _Play:
         self.order: Actions = [[] for _ in self.free]
         self.forwards, self.backwards, self.weights = ([0] * len(stages) for _ in range(3))
         self.most_in_flight = 0
+        self._stages_of = [
+            [s for s, stage in enumerate(stages) if stage.rank == rank] for rank in range(len(self.free))
+        ]
+        self._known: list[list[tuple[float, Action]] | None] = [None] * len(self.free)
 
     @property
     def seconds(self) -> float:
@@ -266,17 +271,23 @@ class _Play:
 
     def candidates(self, rank: int) -> list[tuple[float, Action]]:
         """The rank's possible next actions, in order of preference, and when each could begin at the earliest."""
-        mine = [s for s, stage in enumerate(self.stages) if stage.rank == rank]
+        if (known := self._known[rank]) is None:
+            known = self._known[rank] = self._candidates(rank)
+        return known
+
+    def _candidates(self, rank: int) -> list[tuple[float, Action]]:
+        mine, last = self._stages_of[rank], len(self.stages) - 1
         found = []
         for make in (self._next_backward, self._next_forward, self._next_weight):
             # Deep stages first: a micro-batch that is nearly through frees what it holds soonest. GPipe has no
             # backward to hurry for; shallow stages first keep the other ranks fed.
             order = mine if self.loss_at_end and make == self._next_forward else reversed(mine)
             for stage in order:
-                action = make(stage)
-                if action is not None and all(need in self.end for need in self._needs(action)):
-                    ready = max((self.end[need] for need in self._needs(action)), default=0.0)
-                    found.append((max(ready, self.free[rank]), action))
+                if (action := make(stage)) is None:
+                    continue
+                ends = [self.end.get(need, math.inf) for need in needs(action, last)]
+                if (ready := max([self.free[rank], *ends])) < math.inf:
+                    found.append((ready, action))
         return found
 
     def take(self, begin: float, action: Action) -> None:
@@ -287,11 +298,10 @@ class _Play:
         done[action.stage] += 1
         self.order[stage.rank].append(action)
         let_go = self.weights if self.split else self.backwards
-        held = sum(self.forwards[s] - let_go[s] for s, other in enumerate(self.stages) if other.rank == stage.rank)
+        held = sum(self.forwards[s] - let_go[s] for s in self._stages_of[stage.rank])
         self.most_in_flight = max(self.most_in_flight, held)
-
-    def _needs(self, action: Action) -> list[Action]:
-        return needs(action, len(self.stages) - 1)
+        for other in range(max(0, action.stage - 1), min(len(self.stages), action.stage + 2)):
+            self._known[self.stages[other].rank] = None  # something that it waits for may be there
 
     def _next_forward(self, stage: int) -> Action | None:
         micro_batch = self.forwards[stage]

@@ -23,6 +23,9 @@ KEPT = 11
 """How many plans are played through at least: the best and ten alternatives."""
 
 
+HOPELESS = 1.1
+"""A cut that much slower than the best plan so far is not improved."""
+
 FRUGAL = 3
 """Where only memory matters: of the ways to recompute, those that recompute most."""
 
@@ -214,7 +217,7 @@ class Search:
                 why = f"cannot be faster than {found.bound:.3g} s"
                 done.append(replace(found, why=why))
                 continue
-            done.append(self.try_out(found))
+            done.append(self.try_out(found, hopeless=HOPELESS * best[0] if best else math.inf))
         return Answer(tuple(sorted(done, key=lambda found: (found.seconds, found.bound))))
 
     def costs(self, option: Option, recompute: Recompute) -> StageCosts:
@@ -256,8 +259,13 @@ class Search:
         behind = 0.0 if link.by_cores else sum(cell.backward_seconds for cell in profile.cells) / option.pipe
         return max(link.seconds, takes - behind)
 
-    def try_out(self, found: Found) -> Found:
-        """The best plan of an option: without recomputation, with as little of it as fits, or with all of it."""
+    def try_out(self, found: Found, hopeless: float = math.inf) -> Found:
+        """The best plan of an option: without recomputation, with as little of it as fits, or with all of it.
+
+        Args:
+            found: the option.
+            hopeless: seconds of a step beyond which a cut is not improved.
+        """
         option, request, link = found.option, self.request, self.meter.link
         stages = len(PLACEMENTS[option.schedule](option.pipe))
         if stages > len(self.meter.graph.cells):
@@ -265,7 +273,7 @@ class Search:
         reduce_seconds = self.reduce_seconds(option)
         for recompute in self.ways_to_recompute(option):
             costs = self.costs(option, recompute)
-            if (cut := best_cut(costs, option.schedule, option.pipe, request.limit, link)) is not None:
+            if (cut := best_cut(costs, option.schedule, option.pipe, request.limit, link, hopeless)) is not None:
                 return replace(found, cut=cut, reduce_seconds=reduce_seconds)
         return replace(found, why="does not fit")
 
