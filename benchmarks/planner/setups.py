@@ -8,17 +8,23 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import nn
 
 from benchmarks.planner.predictions import network
 from lamp3d.errors import PlanError
+from lamp3d.graph import CellGraph
 from lamp3d.graph.inputs import input_text
-from lamp3d.plan import find_plans, format_bytes
+from lamp3d.plan import format_bytes
+from lamp3d.plan.hardware import load_hardware, load_link
+from lamp3d.plan.meter import ModelMeter
+from lamp3d.plan.planner import search_plans
+from lamp3d.plan.search import Request
 
 NETWORKS = tuple((kind, filters) for kind in ("UNet", "SEUNet") for filters in (32, 64, 128))
 VOLUMES = ((64, 64, 64), (128, 128, 128), (192, 192, 192), (256, 256, 256), (352, 256, 288), (512, 512, 704))
 DEVICES = (1, 2, 4, 8)
 HARDWARE = ("v100-16g", "v100-32g", "a100-80g", "h100-80g")
-PAPER = {"data": 1, "space": 1, "schedule": "gpipe", "recompute": "always"}
+PAPER: dict[str, Any] = {"data": 1, "space": (), "schedule": "gpipe", "recompute": "always"}
 """GPipe as in the paper: stages one after the other, activations computed again."""
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -33,29 +39,37 @@ def measure(rounds: int, console: Console) -> dict[str, Any]:
         table = Table(title=f"{kind}-{filters}, batch 1: seconds a step and memory a device; (GPipe as in the paper)")
         for column in ("volume", "devices", *HARDWARE):
             table.add_column(column)
-        rows = [(sides, devices) for sides in VOLUMES for devices in DEVICES]
-        for sides, devices in track(rows, description=f"{kind}-{filters}", console=console):
-            cells = []
-            for hardware in HARDWARE:
-                ours = _plan(net, sides, devices, hardware)
-                theirs = _plan(net, sides, devices, hardware, **PAPER)
-                found[f"{kind}-{filters}, {input_text(sides)}, {devices} × {hardware}"] = {
-                    "plan": ours,
-                    "gpipe": theirs,
-                }
-                cells.append(f"{_text(ours)} ({_text(theirs, short=True)})")
-            table.add_row(input_text(sides), str(devices), *cells)
+        meter = None
+        for sides in track(VOLUMES, description=f"{kind}-{filters}", console=console):
+            meter = _meter(net, sides, None if meter is None else meter.graph)
+            for devices in DEVICES:
+                row = []
+                for hardware in HARDWARE:
+                    ours = _plan(meter, sides, devices, hardware)
+                    theirs = _plan(meter, sides, devices, hardware, **PAPER)
+                    name = f"{kind}-{filters}, {input_text(sides)}, {devices} × {hardware}"
+                    found[name] = {"plan": ours, "gpipe": theirs}
+                    row.append(f"{_text(ours)} ({_text(theirs, short=True)})")
+                table.add_row(input_text(sides), str(devices), *row)
         console.print(table)
     return found
 
 
-def _plan(net: Any, sides: tuple[int, ...], devices: int, hardware: str, **settings: Any) -> dict[str, Any] | None:
+def _meter(net: nn.Module, sides: tuple[int, ...], graph: CellGraph | None = None) -> ModelMeter:
+    hardware = load_hardware(HARDWARE[0])
+    return ModelMeter(net, (1, 1, *sides), 1, hardware, load_link(hardware.link), graph)
+
+
+def _plan(
+    meter: ModelMeter, sides: tuple[int, ...], devices: int, name: str, link: str = "", **fixed: Any
+) -> dict[str, Any] | None:
     """The plan in short; None where nothing fits."""
-    precision = settings.pop("precision", "auto")
+    hardware = load_hardware(name)
+    here = meter.on(hardware, load_link(link or hardware.link))
+    precision = here.precision
+    request = Request((1, 1, *sides), devices, here.memory, precision, here.fastest_layout(precision), **fixed)
     try:
-        found = find_plans(
-            net, (1, 1, *sides), devices, hardware=hardware, precision=precision, advise=False, **settings
-        )
+        found = search_plans(here, request, advise=False, kept=1)
     except PlanError:
         return None
     plan = found.plan
@@ -82,6 +96,8 @@ def measure_scaling(rounds: int, console: Console) -> dict[str, Any]:
     """Strong scaling of one step of U-Net-128 on 512×512×704, H100s joined by NVLink and by a 400 Gb/s network."""
     with torch.device("meta"):
         net = network("UNet", 128)
+    sides = (512, 512, 704)
+    meter = _meter(net, sides)
     found: dict[str, Any] = {}
     table = Table(title="U-Net-128, 512×512×704, batch 1, bf16, H100: seconds a step (× of the fewest that it fits)")
     table.add_column("devices", justify="right")
@@ -92,7 +108,7 @@ def measure_scaling(rounds: int, console: Console) -> dict[str, Any]:
     for devices in track(RANKS, description="devices", console=console):
         row = []
         for link in links:
-            plan = _plan(net, (512, 512, 704), devices, "h100-80g", link=link)
+            plan = _plan(meter, sides, devices, "h100-80g", link)
             found[f"{devices}, {link}"] = plan
             if plan is None:
                 row.append("does not fit")

@@ -168,7 +168,7 @@ def test_what_the_message_suggests_does_fit(recompute: str | None, devices: int)
     layers = itertools.chain(*((conv(1 if i == 0 else 4, 4), nn.Tanh()) for i in range(6)))
     network = nn.Sequential(*layers, conv(4, 1))  # whose one output leaves the loss little to hold
     roomy = plan(network, SHAPE, devices, recompute=recompute or "always")
-    limit = peak(roomy) // (2 if recompute else 6)  # blocks come back one by one
+    limit = peak(roomy) // {"never": 2, "always": 3, None: 6}[recompute]  # blocks come back one by one
     with pytest.raises(PlanError, match="does not fit") as caught:
         plan(network, SHAPE, devices, memory=limit, recompute=recompute)
     memory, more = suggestions(caught.value)
@@ -216,7 +216,7 @@ def test_recomputation_is_chosen_only_where_it_is_needed() -> None:
     ("settings", "says"),
     [
         ({"devices": 0}, "at least one device, not 0"),
-        ({"devices": 999}, "cells and cannot be cut into 999 stages"),
+        ({"devices": 999}, "cells cannot be cut into 999 stages"),
         ({"space": 3}, r"space=\(3,\)"),
         ({"space": (2, 2, 2), "devices": 8}, r"space=\(2, 2, 2\)"),
         ({"space": 99, "devices": 99}, "planes cannot be cut into 99 slabs"),
@@ -314,7 +314,10 @@ def test_recomputation_keeps_what_was_received_and_one_micro_batch() -> None:
     static += never.workspace_bytes(begin, end)
     one = (never.peak(3)[begin, end] - static) // 3
     outputs = sum(never.profile.value_bytes[value] for value in never.graph.outputs)
-    assert always.peak(3)[begin, end] == static + 3 * (received + outputs) + (one - received - outputs)
+    assert sum(always.held(begin, end).values()) == received + outputs
+    assert always.again_bytes(begin, end) == one - received - outputs
+    # The search's bound: what is brought back may have been counted before it was known to be held.
+    assert 0 <= always.peak(3)[begin, end] - (static + 3 * (received + outputs) + (one - received - outputs)) < one
     assert always.forward_seconds(begin, end) < always.backward_seconds(begin, end)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ SPARE = 1.1
 """What would fit is named with so much to spare: the next profile has other seconds, and what is on its way between two
 devices depends on them."""
 
+VOLUMES_TRIED = 10
 MORE_DEVICES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -24,7 +26,9 @@ def does_not_fit(meter: Meter, request: Request, *, advise: bool) -> str:
     Only bytes matter here, so that nothing is timed: seconds are those of some device that is described.
     """
     limit = request.limit or 0
-    model = ModelMeter(meter.network, meter.input_shape, meter.micro_batch, load_hardware("a100-80g"), meter.link)
+    model = ModelMeter(
+        meter.network, meter.input_shape, meter.micro_batch, load_hardware("a100-80g"), meter.link, meter.graph
+    )
     ways = list(_ways(model, replace(request, limit=round(limit / SPARE)))) if advise else []
     settings = "".join(
         f", {name}={getattr(request, name)!r}"
@@ -57,26 +61,31 @@ def _ways(meter: Meter, request: Request) -> Iterator[str]:
         if Search(meter, smaller).fits():
             yield f"a batch of {cases}"
             break
-    if (shape := _smaller_volume(meter, request)) is not None:
+    if memory is not None and (shape := _smaller_volume(meter, request, memory)) is not None:
         yield f"volumes of {input_text(shape[2:])}"
 
 
-def _smaller_volume(meter: Meter, request: Request) -> tuple[int, ...] | None:
-    """The largest of the volumes that come from shortening the longest axis, a step of the network's at a time."""
+def _smaller_volume(meter: Meter, request: Request, memory: int) -> tuple[int, ...] | None:
+    """A volume that fits: the longest axes shortened, a step of the network's at a time.
+
+    Bytes grow with voxels, so the first one tried has the part of them that the limit is of the memory needed.
+    """
     if isinstance(meter.input_shape, dict) or len(request.volume) != 5:
         return None
     assert isinstance(meter, ModelMeter)
     sides = list(request.volume)
-    steps = 0
-    while steps < 12:
+    voxels = math.prod(sides) * (request.limit or 0) / memory
+    tries = 0
+    while tries < VOLUMES_TRIED:
         longest = max(range(2, 5), key=lambda dim: sides[dim])
-        less = round(sides[longest] * 0.8 / meter.divisor) * meter.divisor
-        if less < 2 * meter.divisor or less >= sides[longest]:
+        sides[longest] = (sides[longest] - 1) // meter.divisor * meter.divisor
+        if sides[longest] < 2 * meter.divisor:
             return None
-        sides[longest] = less
-        steps += 1
+        if math.prod(sides) > voxels:
+            continue
+        tries += 1
         shape = tuple(sides)
-        smaller = ModelMeter(meter.network, shape, meter.micro_batch, meter.hardware, meter.link)
+        smaller = ModelMeter(meter.network, shape, meter.micro_batch, meter.hardware, meter.link, meter.graph)
         if Search(smaller, replace(request, volume=shape)).fits():
             return shape
     return None

@@ -50,19 +50,28 @@ class Meter(ABC):
         micro_batch: the smallest in question.
         link: between the devices.
         kind: of the devices.
+        graph: the network's, where it is known already.
 
     Attributes:
         graph: the network's cells.
     """
 
-    def __init__(self, network: nn.Module, input_shape: InputShape, micro_batch: int, link: Link, kind: DeviceType):
-        self.network = copy.deepcopy(network).train()
+    def __init__(
+        self,
+        network: nn.Module,
+        input_shape: InputShape,
+        micro_batch: int,
+        link: Link,
+        kind: DeviceType,
+        graph: CellGraph | None = None,
+    ):
+        self.network = copy.deepcopy(network).train() if graph is None else network
         self.input_shape = input_shape
         self.micro_batch = micro_batch
         self.link = link
         self.kind = kind
         self.divisor: int = getattr(network, "divisor", 32)
-        self.graph = trace(self.network, self.shape)
+        self.graph = trace(self.network, self.shape) if graph is None or graph.reads_shape else graph
         self.work = functools.cache(self._work)
         self.whole = functools.cache(self._whole)
 
@@ -113,9 +122,23 @@ class Meter(ABC):
 class ModelMeter(Meter):
     """Profiles for devices that are only described."""
 
-    def __init__(self, network: nn.Module, input_shape: InputShape, micro_batch: int, hardware: Hardware, link: Link):
-        super().__init__(network, input_shape, micro_batch, link, hardware.device_type)
+    def __init__(
+        self,
+        network: nn.Module,
+        input_shape: InputShape,
+        micro_batch: int,
+        hardware: Hardware,
+        link: Link,
+        graph: CellGraph | None = None,
+    ):
+        super().__init__(network, input_shape, micro_batch, link, hardware.device_type, graph)
         self.hardware = hardware
+
+    def on(self, hardware: Hardware, link: Link) -> ModelMeter:
+        """The same cells on other devices; what they do need not be found again."""
+        other = copy.copy(self)
+        other.hardware, other.link, other.kind = hardware, link, hardware.device_type
+        return other
 
     @property
     def memory(self) -> int:

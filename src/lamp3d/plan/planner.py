@@ -20,7 +20,7 @@ from lamp3d.plan.hardware import device_type as local_device_type
 from lamp3d.plan.meter import MeasuringMeter, Meter, ModelMeter
 from lamp3d.plan.plan import DevicePlan, EdgePlan, Plan, Precision, Recompute, StagePlan, check_schedule
 from lamp3d.plan.plan import recompute_setting as in_blocks
-from lamp3d.plan.search import Answer, Found, Request, Search, meshes
+from lamp3d.plan.search import DOES_NOT_FIT, KEPT, Answer, Found, Request, Search, meshes
 from lamp3d.plan.slabs import is_gathered, longest_axes
 
 
@@ -167,13 +167,28 @@ def find_plans(
         longest_axes(input_shape, mesh)  # or it says why they cannot be cut so
     if not list(meshes(request)):
         raise PlanError(f"{devices} devices cannot be arranged so: data={data}, space={space}, pipe={pipe}.")
-    answer = Search(meter, request).answer()
+    return search_plans(meter, request, advise=advise)
+
+
+def search_plans(meter: Meter, request: Request, *, advise: bool = True, kept: int = KEPT) -> Planning:
+    """The fastest plan for a request.
+
+    Args:
+        meter: of the network.
+        request: what is to be decided.
+        advise: where nothing fits, look for what would.
+        kept: how many plans to compare at least.
+
+    Raises:
+        PlanError: no plan fits.
+    """
+    answer = Search(meter, request, kept).answer()
     if answer.best is None:
-        few = {found.why for found in answer.found} - {"does not fit"}
+        few = {found.why for found in answer.found} - {DOES_NOT_FIT}
         if few and all(found.why in few for found in answer.found):
-            raise PlanError(f"the network has too few cells: {'; '.join(sorted(few))}.")
+            raise PlanError(f"{'; '.join(sorted(few))}.")
         raise PlanError(does_not_fit(meter, request, advise=advise))
-    return Planning(_plan(answer.best, meter, request, type(network).__name__), answer)
+    return Planning(_plan(answer.best, meter, request, type(meter.network).__name__), answer)
 
 
 def _check(

@@ -19,6 +19,8 @@ from lamp3d.plan.plan import Recompute
 from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, splits_backward
 from lamp3d.plan.slabs import Slabs, longest_axes
 
+DOES_NOT_FIT = "does not fit"
+
 KEPT = 11
 """How many plans are played through at least: the best and ten alternatives."""
 
@@ -150,7 +152,7 @@ def options(request: Request) -> Iterator[Option]:
             for schedule in _schedules(request, pipe):
                 stages = len(PLACEMENTS[schedule](pipe))
                 unasked = request.pipe is None or request.micro_batches is None
-                if pipe > 1 and unasked and stages * micro_batches > MOST_PASSES:
+                if pipe > 1 and unasked and request.schedule is None and stages * micro_batches > MOST_PASSES:
                     continue
                 if pipe > 1 and micro_batches == 1 and schedule != "1f1b" and request.schedule is None:
                     continue  # nothing to put in order
@@ -275,7 +277,7 @@ class Search:
             costs = self.costs(option, recompute)
             if (cut := best_cut(costs, option.schedule, option.pipe, request.limit, link, hopeless)) is not None:
                 return replace(found, cut=cut, reduce_seconds=reduce_seconds)
-        return replace(found, why="does not fit")
+        return replace(found, why=DOES_NOT_FIT)
 
     def fits(self) -> bool:
         """Whether there is a plan among the frugal ones."""

@@ -37,8 +37,7 @@ def cells_picture(planning: Planning) -> Figure:
         panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
         _draw_cells(panels[0], cut)
         panels[0].set_title(
-            f"{plan.network}, one micro-batch on its way: {best.option}; {plan.step_seconds:.3g} s a step, "
-            f"at most {format_bytes(cut.peak_bytes)} a device"
+            f"{plan.network}: {best.option}; {plan.step_seconds:.3g} s a step, {format_bytes(cut.peak_bytes)} a device"
         )
         if has_line:
             line = plan.time_line()
@@ -67,19 +66,18 @@ def _draw_cells(axes: Axes, cut: Cut) -> None:
         )  # fmt: skip
         if seconds[index] > LABELLED * total:
             axes.text(
-                (left[index] + right[index]) * 500, bytes_[index] + 0.015 * top, cell.name.split(" + ")[0],
+                (left[index] + right[index]) * 500, bytes_[index] + 0.02 * top, cell.name.split(" + ")[0],
                 rotation=90, ha="center", va="bottom", fontsize=6.5, color=MUTED,
             )  # fmt: skip
     _draw_edges(axes, cut, left * 1e3, right * 1e3, top)
-    axes.set(xlim=(0, total * 1e3), ylim=(-0.42 * top, 1.45 * top))
     axes.set_xlabel("forward and backward (ms)")
     axes.set_ylabel("held for backward (MB)")
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= top * 1.05])
-    axes.set_ylim(-0.42 * top, 1.45 * top)
+    axes.set(xlim=(0, total * 1e3), ylim=(-0.42 * top, 1.6 * top))
     handles = [Patch(color=colour, label=f"device {rank}") for rank, colour in enumerate(colours)]
     if any(block is not None for block in costs.blocks):
         handles.append(Patch(facecolor="white", edgecolor=INK, hatch="....", label="computed again in backward"))
-    axes.legend(handles=handles, loc="upper right", ncols=min(6, len(handles)), frameon=False, fontsize=8)
+    axes.legend(handles=handles, loc="lower right", ncols=min(6, len(handles)), frameon=False, fontsize=8)
 
 
 def _draw_edges(axes: Axes, cut: Cut, left: np.ndarray, right: np.ndarray, top: float) -> None:
