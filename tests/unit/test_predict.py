@@ -27,7 +27,7 @@ class OneRankEngine:
     """The surface of Engine that prediction uses, for one rank with any role; two volumes in flight."""
 
     device = torch.device("cpu")
-    is_first_copy = True
+    is_first_slab = True
     plan = SimpleNamespace(micro_batches=3)
 
     def __init__(self, net: nn.Module, reads_input: bool = True, holds_output: bool = True):

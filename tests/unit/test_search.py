@@ -215,7 +215,7 @@ def test_a_tight_memory_is_met_by_recomputing_little(devices: int) -> None:
         blocks.add(tight.recompute)
         before = tight
     assert len(blocks) > 1  # how much is recomputed depends on what is needed
-    assert before.step_seconds < 1.4 * roomy.step_seconds
+    assert before.step_seconds < 1.6 * roomy.step_seconds
 
 
 def test_more_devices_are_chosen_as_the_case_demands() -> None:
