@@ -13,6 +13,7 @@ import torch.distributed as dist
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from monai.networks.nets import DynUNet
 from rich.console import Console
 from rich.progress import track
@@ -185,5 +186,9 @@ def _scatter(found: dict[str, dict[str, Any]]) -> Figure:
                 xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel=f"measured ({unit})",
                 ylabel=f"predicted ({unit})", title={"seconds": "A training step", "bytes": "Peak memory"}[what],
             )  # fmt: skip
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter(NullFormatter())
             axes.legend(frameon=False, loc="upper left", fontsize=8)
     return figure

@@ -31,6 +31,9 @@ HOPELESS = 1.1
 FRUGAL = 3
 """Where only memory matters: of the ways to recompute, those that recompute most."""
 
+MOST_FOLDED = 4
+"""Devices of the longest pipelines with two runs a rank that are considered unasked: to cut longer ones takes long."""
+
 MOST_PASSES = 256
 """Stages × micro-batches of the pipelines that are considered unasked; to play through longer ones takes seconds."""
 
@@ -153,6 +156,8 @@ def options(request: Request) -> Iterator[Option]:
                 stages = len(PLACEMENTS[schedule](pipe))
                 unasked = request.pipe is None or request.micro_batches is None
                 if pipe > 1 and unasked and request.schedule is None and stages * micro_batches > MOST_PASSES:
+                    continue
+                if pipe > MOST_FOLDED and stages > pipe and request.schedule is None:
                     continue
                 if pipe > 1 and micro_batches == 1 and schedule != "1f1b" and request.schedule is None:
                     continue  # nothing to put in order
