@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.patches import Arc, Rectangle
 from rich.console import Console
 from torch import nn
 from torchgpipe.balance import blockpartition
@@ -28,6 +29,7 @@ from lamp3d.plan.schedule import PLACEMENTS
 from lamp3d.plan.search import Option, Request, Search, options
 from lamp3d.plan.slabs import Slabs
 from lamp3d.plan.work import account
+from lamp3d.report import cells_picture
 from tests.networks import conv
 
 NVLINK = load_link("nvlink3")
@@ -325,3 +327,20 @@ def test_a_volume_that_takes_long_is_timed_on_a_smaller_one(tmp_path: Path, monk
     assert 0.1 * real.seconds < scaled.seconds < 10 * real.seconds  # of small volumes overheads are most
     shapes = [json.loads(path.read_text())["key"]["shape"] for path in tmp_path.rglob("*.json")]
     assert sorted(shapes)[0] == [1, 1, 32, 32, 32]
+
+
+def test_the_picture_shows_every_cell_and_what_passes_between_devices() -> None:
+    found = find_plans(
+        UNet(1, 3, filters=4), (4, 1, 32, 32, 32), 2, hardware="v100-16g", pipe=2, schedule="folded", micro_batches=4
+    )
+    figure = cells_picture(found)
+    cells, line = figure.axes
+    boxes = [patch for patch in cells.patches if isinstance(patch, Rectangle)]
+    assert len(boxes) == sum(len(stage.cells) for stage in found.plan.stages)
+    assert len({box.get_facecolor() for box in boxes}) == 2
+    assert sum(box.get_width() for box in boxes) == pytest.approx(cells.get_xlim()[1])
+    assert [patch for patch in cells.patches if isinstance(patch, Arc)]
+    assert len(line.patches) == 4 * 2 * len(found.plan.stages)
+    ticks = cells.get_yticks()
+    assert len(ticks) > 2
+    assert max(box.get_height() for box in boxes) >= max(ticks) * 0.9

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Arc, Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from lamp3d.plan import Planning, format_bytes
 from lamp3d.plan.cut import Cut
@@ -72,7 +73,7 @@ def _draw_cells(axes: Axes, cut: Cut) -> None:
     _draw_edges(axes, cut, left * 1e3, right * 1e3, top)
     axes.set_xlabel("forward and backward (ms)")
     axes.set_ylabel("held for backward (MB)")
-    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= top * 1.05])
+    axes.set_yticks([tick for tick in MaxNLocator(5).tick_values(0, top) if tick <= 1.05 * top])
     axes.set(xlim=(0, total * 1e3), ylim=(-0.42 * top, 1.6 * top))
     handles = [Patch(color=colour, label=f"device {rank}") for rank, colour in enumerate(colours)]
     if any(block is not None for block in costs.blocks):
