@@ -42,7 +42,7 @@ class Blocks:
 
     def __init__(self, costs: StageCosts):
         self._costs = costs
-        saved, received = self._saved(), costs.received_bytes
+        saved, received = costs.held_bytes, costs.received_bytes
         self._every = {part: self._cut(saved, received, saved[0, -1] / part) for part in PARTS}
 
     def choices(self) -> Iterator[tuple[tuple[str, ...], ...]]:
@@ -59,11 +59,6 @@ class Blocks:
                     key = tuple(tuple(names[block.begin : block.end]) for block in chosen)
                     found[key] = sum(block.seconds for block in chosen)
         yield from sorted(found, key=lambda blocks: found[blocks])
-
-    def _saved(self) -> Matrix:
-        """Of every run: what its cells save for backward."""
-        held, _ = self._costs.held_and_again
-        return held
 
     def _cut(self, saved: Matrix, received: Matrix, most: float) -> list[Block]:
         """The network in blocks that save at most so much, or are one cell, and receive as little as possible."""

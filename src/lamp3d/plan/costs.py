@@ -56,20 +56,22 @@ class StageCosts:
         return _runs(np.cumsum([0.0, *self._cell_seconds]))
 
     @cached_property
-    def held_and_again(self) -> tuple[Matrix, Matrix]:
+    def _memory(self) -> tuple[Matrix, Matrix, Matrix]:
         """Of every run: what a micro-batch holds between forward and backward, and what its backward brings back.
 
-        The sums of :meth:`held` and of :meth:`again_bytes` (that may be less), a run's from that of one cell less.
+        The latter at most, and when its last cell's backward begins. The sums of :meth:`held` and of
+        :meth:`again_bytes` (which may be less), a run's from that of one cell less.
         """
         n, sizes = len(self.graph.cells), self.profile.value_bytes
-        held_bytes, again_bytes = np.zeros((n + 1, n + 1)), np.zeros((n + 1, n + 1))
+        held_bytes, again_bytes, last_bytes = (np.zeros((n + 1, n + 1)) for _ in range(3))
         reads = [[v for v, users in self._users.items() if cell in users] for cell in range(n)]
         for begin in range(n):
             held: set[str] = set()
+            again: set[str] = set()
             total, largest, brought, first = 0, 0, 0, begin
             for cell in range(begin, n):
                 if self.blocks[cell] != self.blocks[max(first, cell - 1)]:
-                    first, brought = cell, 0
+                    first, brought, again = cell, 0, set()
                 profile, recomputed = self.profile.cells[cell], self.blocks[cell] is not None
                 names = {v for v in reads[cell] if self._maker[v] < (first if recomputed else begin)}
                 names |= set() if recomputed else set(profile.saved_values)
@@ -77,10 +79,18 @@ class StageCosts:
                 total += sum(sizes[name] for name in names - held) + (0 if recomputed else profile.internal_bytes)
                 held |= names
                 if recomputed:
-                    brought += profile.internal_bytes + sum(sizes[v] for v in profile.saved_values - held)
+                    names = set(profile.saved_values) - held - again
+                    brought += profile.internal_bytes + sum(sizes[name] for name in names)
+                    again |= names
                     largest = max(largest, brought)
-                held_bytes[begin, cell + 1], again_bytes[begin, cell + 1] = total, largest
-        return held_bytes, again_bytes
+                run = begin, cell + 1
+                held_bytes[run], again_bytes[run], last_bytes[run] = total, largest, brought * recomputed
+        return held_bytes, again_bytes, last_bytes
+
+    @property
+    def held_bytes(self) -> Matrix:
+        """Of every run: what a micro-batch holds between its forward and its backward."""
+        return self._memory[0]
 
     @cached_property
     def static(self) -> Matrix:
@@ -122,7 +132,7 @@ class StageCosts:
 
     def peak(self, in_flight: int) -> Matrix:
         """Of every run: peak memory with so many micro-batches in flight, if its rank has no other runs."""
-        held, again = self.held_and_again
+        held, again, _ = self._memory
         return self.static + in_flight * held + again + self._workspace
 
     @cached_property
@@ -198,6 +208,17 @@ class StageCosts:
     def workspace_bytes(self, begin: int, end: int) -> int:
         """The most that is alive beside it while one of the cells is at work."""
         return max(cell.workspace_bytes for cell in self.profile.cells[begin:end])
+
+    def backward_bytes(self, begin: int, end: int) -> int:
+        """What the backward of one micro-batch needs at most beside what was held before it.
+
+        When a cell's backward runs, what later cells held is free again; what the run has received is not.
+        """
+        held, _, brought = self._memory
+        ends = np.arange(begin + 1, end + 1)
+        received = self.received_bytes[begin, end] - self.received_bytes[begin, ends]
+        at_work = np.array([cell.workspace_bytes for cell in self.profile.cells[begin:end]])
+        return int((held[begin, ends] - held[begin, end] + received + brought[begin, ends] + at_work).max())
 
     def deferred(self, begin: int, end: int) -> Held:
         """What one micro-batch holds between the two parts of a split backward."""

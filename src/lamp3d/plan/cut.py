@@ -90,13 +90,7 @@ class Cut:
             self.ranks,
             costs.profile.value_bytes,
             [
-                StageBytes(
-                    costs.held(*run),
-                    costs.deferred(*run),
-                    costs.static_bytes(*run),
-                    costs.again_bytes(*run),
-                    costs.workspace_bytes(*run),
-                )
+                StageBytes(costs.held(*run), costs.deferred(*run), costs.static_bytes(*run), costs.backward_bytes(*run))
                 for run in self.bounds
             ],
         )
@@ -185,8 +179,7 @@ def _might_fit(costs: StageCosts, stages: int, limit: int | None) -> bool:
     """False where no cut can fit: where stages cannot even hold one micro-batch each."""
     if limit is None:
         return True
-    held, _ = costs.held_and_again
-    return minimise_largest(costs.seconds, [costs.static + held <= limit] * stages) is not None
+    return minimise_largest(costs.seconds, [costs.static + costs.held_bytes <= limit] * stages) is not None
 
 
 def _moved(starts: list[int], n: int) -> Iterator[list[int]]:

@@ -43,15 +43,13 @@ class StageBytes:
         held: by a micro-batch between forward and backward.
         deferred: the same between the two parts of a split backward.
         static: whatever is in flight.
-        again: what a backward brings back for as long as it runs.
-        workspace: the most that one of its cells needs beside, while it is at work.
+        backward: what a micro-batch's backward needs beside, at its fullest moment.
     """
 
     held: Held
     deferred: Held
     static: int
-    again: int
-    workspace: int = 0
+    backward: int
 
 
 def memory_use(
@@ -91,8 +89,9 @@ def memory_use(
     for ledger, actions in zip(ledgers, line.actions, strict=True):
         after = ledger.at([end for _, _, end in actions])
         during = [
-            before + stages[action.stage].workspace + stages[action.stage].again * action.kind.startswith("backward")
+            before + stages[action.stage].backward
             for before, (action, _, _) in zip([0, *after], actions, strict=False)
+            if action.kind in ("backward", "backward_input")
         ]
         own = sum(stages[stage].static for stage in {action.stage for action, _, _ in actions})
         found.append(DeviceMemory(max(after), own + max([*after, *during])))
