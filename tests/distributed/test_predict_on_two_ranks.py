@@ -43,7 +43,17 @@ def test_two_ranks_predict_what_one_does():
     net = network()
     shape = (2, 1, 32, 16, 16)
     alone, pipeline, slabs = (
-        make_plan(net, shape, devices=k, data=1, space=space, micro_batches=2, channels_last=False, repeats=1)
+        make_plan(
+            net,
+            shape,
+            devices=k,
+            data=1,
+            space=space,
+            micro_batches=2,
+            schedule="gpipe",
+            channels_last=False,
+            repeats=1,
+        )  # fmt: skip
         for k, space in ((1, 1), (2, 1), (2, 2))
     )
     expected = predict(alone)
