@@ -53,7 +53,7 @@ def test_two_ranks_predict_what_one_does():
             schedule="gpipe",
             channels_last=False,
             repeats=1,
-        )  # fmt: skip
+        )
         for k, space in ((1, 1), (2, 1), (2, 2))
     )
     expected = predict(alone)
