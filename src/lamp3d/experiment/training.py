@@ -98,8 +98,7 @@ def _safer_plan(
         DeviceMemoryError: there is none.
     """
     failed = Plan.load(run.plan_path(index))
-    peak = max(device.peak_bytes for device in failed.per_device)
-    limit = round(SAFER * min(peak, failed.memory_limit_bytes or peak))
+    limit = round(SAFER * min(failed.peak_bytes, failed.memory_limit_bytes or failed.peak_bytes))
     try:
         return _make_plan(run, index, store, cases, devices, memory=limit)
     except PlanError as impossible:
@@ -107,8 +106,7 @@ def _safer_plan(
 
 
 def _cost(plan: Plan) -> str:
-    peak = max(device.peak_bytes for device in plan.per_device)
-    return f"{format_bytes(peak)} a device and {plan.step_seconds:.2f} s a step"
+    return f"{format_bytes(plan.peak_bytes)} a device and {plan.step_seconds:.2f} s a step"
 
 
 def _validation_cases(dataset: Dataset) -> tuple[Case, ...]:

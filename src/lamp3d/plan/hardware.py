@@ -25,6 +25,9 @@ _FOLDER = Path(__file__).parent
 _LINKS = _FOLDER / "links.yaml"
 _DEVICES = _FOLDER / "devices"
 
+CUDA_RESERVED, CUDA_ALLOCATOR = 800_000_000, 1.05
+"""Bytes that the context and the libraries take, and bytes that torch's allocator takes for one byte of tensors."""
+
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -80,8 +83,8 @@ class Hardware(BaseModel):
     bandwidth_gbs: PositiveFloat
     bandwidth_sustained: PositiveFloat = 0.8
     launch_seconds: float = 6e-6
-    reserved: int = 800_000_000
-    allocator: PositiveFloat = 1.05
+    reserved: int = CUDA_RESERVED
+    allocator: PositiveFloat = CUDA_ALLOCATOR
     link: str
     sources: dict[str, str]
 
@@ -182,7 +185,7 @@ def device_memory(kind: DeviceType, workers: int) -> int:
     """Bytes that the tensors of each worker on this machine can have."""
     if kind == "cuda":
         least = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-        return round((least - 800_000_000) / 1.05)
+        return round((least - CUDA_RESERVED) / CUDA_ALLOCATOR)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if _CGROUP_LIMIT.exists() and (text := _CGROUP_LIMIT.read_text().strip()).isdigit():
         total = min(total, int(text))

@@ -73,7 +73,6 @@ class Meter(ABC):
         self.divisor: int = getattr(network, "divisor", 32)
         self.graph = trace(self.network, self.shape) if graph is None or graph.reads_shape else graph
         self.work = functools.cache(self._work)
-        self.whole = functools.cache(self._whole)
 
     @property
     def shape(self) -> Shape | dict[str, Shape]:
@@ -111,7 +110,8 @@ class Meter(ABC):
         shape = slab_shape(self.shape, slabs, self.divisor)
         return account(self._graph_for(shape), shape, precision=precision, channels_last=channels_last, split=split)
 
-    def _whole(self, precision: str, channels_last: bool) -> Work:
+    def whole(self, precision: str, channels_last: bool) -> Work:
+        """What the cells do with whole volumes."""
         return self.work(Slabs(), precision, channels_last, False)
 
     def _graph_for(self, shape: InputShape) -> CellGraph:

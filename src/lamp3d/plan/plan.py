@@ -165,6 +165,11 @@ class Plan(BaseModel):
         return math.prod(self.space)
 
     @property
+    def peak_bytes(self) -> int:
+        """What the fullest device holds."""
+        return max(device.peak_bytes for device in self.per_device)
+
+    @property
     def starts(self) -> list[int]:
         """The first cell of every stage."""
         return [stage.first_cell for stage in self.stages]
@@ -216,7 +221,7 @@ class Plan(BaseModel):
             f"{self.device_type}, {self.precision}{', channels-last' if self.channels_last else ''}",
             caption=f"{self.schedule}, {self.micro_batches} micro-batches, recompute {self._recompute_text()}: "
             f"{self.step_seconds:.2f} s a step, {self.bubble:.0%} bubble, peak memory "
-            f"{format_bytes(max(device.peak_bytes for device in self.per_device))}{limit} (predicted{self._spread()})"
+            f"{format_bytes(self.peak_bytes)}{limit} (predicted{self._spread()})"
             f"{self._space_text()}",
         )
         for column in ("stage", "device", "cells"):

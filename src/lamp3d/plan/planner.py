@@ -93,7 +93,6 @@ def find_plans(
     link: str | int | None = None,
     repeats: int = 3,
     fresh: bool = False,
-    advise: bool = True,
 ) -> Planning:
     """Find the fastest way to run a training step of ``network`` on ``devices``; what is not given is searched.
 
@@ -123,7 +122,6 @@ def find_plans(
         link: between the devices: a name, such as ``"nvlink3"``, or what it carries in a second, ``"10GB"``.
         repeats: timed repetitions of each cell.
         fresh: time the cells even if that was done before on this machine.
-        advise: where nothing fits, look for what would; that takes a while.
 
     Raises:
         PlanError: no plan fits; the message says what would do.
@@ -135,10 +133,10 @@ def find_plans(
     if schedule is not None:
         check_schedule(schedule)
     described = load_hardware(hardware) if isinstance(hardware, str) else hardware
-    kind = local_device_type() if described is None else described.device_type
-    joined = local_link(kind) if link is None and described is None else None
-    if joined is None:
-        joined = load_link(str(link if link is not None else described.link))  # type: ignore[union-attr]
+    if link is not None:
+        joined = load_link(str(link))
+    else:
+        joined = local_link(local_device_type()) if described is None else load_link(described.link)
     smallest = (
         1 if data is None or micro_batches is None else math.ceil(batch // data / min(micro_batches, batch // data))
     )
@@ -167,7 +165,7 @@ def find_plans(
         longest_axes(input_shape, mesh)  # or it says why they cannot be cut so
     if not list(meshes(request)):
         raise PlanError(f"{devices} devices cannot be arranged so: data={data}, space={space}, pipe={pipe}.")
-    return search_plans(meter, request, advise=advise)
+    return search_plans(meter, request)
 
 
 def search_plans(meter: Meter, request: Request, *, advise: bool = True, kept: int = KEPT) -> Planning:
