@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamp3d.graph import CellGraph
+from lamp3d.plan.kept import Keeping
 from lamp3d.plan.partition import Matrix
 from lamp3d.plan.plan import Recompute, blocks_of
 from lamp3d.plan.profile import Profile
@@ -59,33 +60,27 @@ class StageCosts:
     def _memory(self) -> tuple[Matrix, Matrix, Matrix]:
         """Of every run: what a micro-batch holds between forward and backward, and what its backward brings back.
 
-        The latter at most, and when its last cell's backward begins. The sums of :meth:`held` and of
-        :meth:`again_bytes` (which may be less), a run's from that of one cell less.
+        The latter at most, and when its last cell's backward begins.
         """
-        n, sizes = len(self.graph.cells), self.profile.value_bytes
-        held_bytes, again_bytes, last_bytes = (np.zeros((n + 1, n + 1)) for _ in range(3))
-        reads = [[v for v, users in self._users.items() if cell in users] for cell in range(n)]
-        for begin in range(n):
-            held: set[str] = set()
-            again: set[str] = set()
-            total, largest, brought, first = 0, 0, 0, begin
-            for cell in range(begin, n):
-                if self.blocks[cell] != self.blocks[max(first, cell - 1)]:
-                    first, brought, again = cell, 0, set()
-                profile, recomputed = self.profile.cells[cell], self.blocks[cell] is not None
-                names = {v for v in reads[cell] if self._maker[v] < (first if recomputed else begin)}
-                names |= set() if recomputed else set(profile.saved_values)
-                names |= set(self.graph.outputs) if cell + 1 == n else set()
-                total += sum(sizes[name] for name in names - held) + (0 if recomputed else profile.internal_bytes)
-                held |= names
-                if recomputed:
-                    names = set(profile.saved_values) - held - again
-                    brought += profile.internal_bytes + sum(sizes[name] for name in names)
-                    again |= names
-                    largest = max(largest, brought)
-                run = begin, cell + 1
-                held_bytes[run], again_bytes[run], last_bytes[run] = total, largest, brought * recomputed
-        return held_bytes, again_bytes, last_bytes
+        names = {name: index for index, name in enumerate(self.profile.value_bytes)}
+        reads, saves = (np.zeros((len(self.profile.cells), len(names)), dtype=bool) for _ in range(2))
+        maker = np.full(len(names), len(self.profile.cells))  # no edge: no other cell gets it
+        for edge in self.graph.edges:
+            maker[names[edge.value]] = edge.maker
+            reads[list(edge.users), names[edge.value]] = True
+        for index, cell in enumerate(self.profile.cells):
+            saves[index, [names[value] for value in cell.saved_values]] = True
+        output = np.zeros(len(names), dtype=bool)
+        output[[names[value] for value in self.graph.outputs]] = True
+        return Keeping(
+            sizes=np.array(list(self.profile.value_bytes.values()), dtype=float),
+            maker=maker,
+            reads=reads,
+            saves=saves,
+            output=output,
+            internal=np.array([cell.internal_bytes for cell in self.profile.cells], dtype=float),
+            blocks=self.blocks,
+        ).of_runs()
 
     @property
     def held_bytes(self) -> Matrix:
@@ -133,10 +128,11 @@ class StageCosts:
     def peak(self, in_flight: int) -> Matrix:
         """Of every run: peak memory with so many micro-batches in flight, if its rank has no other runs."""
         held, again, _ = self._memory
-        return self.static + in_flight * held + again + self._workspace
+        return self.static + in_flight * held + again + self.workspace_bytes
 
     @cached_property
-    def _workspace(self) -> Matrix:
+    def workspace_bytes(self) -> Matrix:
+        """Of every run: the most that is alive beside it while one of its cells is at work."""
         n = len(self.graph.cells)
         sizes = np.zeros((n + 1, n + 1))
         sizes[:-1, 1:] = np.triu(np.broadcast_to([float(cell.workspace_bytes) for cell in self.profile.cells], (n, n)))
@@ -192,22 +188,6 @@ class StageCosts:
         if end == len(self.profile.cells):
             held |= self._values(self.graph.outputs)  # until the loss has seen them
         return held | self._values(self.received(begin, end))
-
-    def again_bytes(self, begin: int, end: int) -> int:
-        """What the backward of one micro-batch brings back for as long as it runs: its largest recomputed part."""
-        held = self.held(begin, end)
-        return max(
-            (
-                sum(size for name, size in self._saved(first, last).items() if name not in held)
-                for first, last, again in self._parts(begin, end)
-                if again
-            ),
-            default=0,
-        )
-
-    def workspace_bytes(self, begin: int, end: int) -> int:
-        """The most that is alive beside it while one of the cells is at work."""
-        return max(cell.workspace_bytes for cell in self.profile.cells[begin:end])
 
     def backward_bytes(self, begin: int, end: int) -> int:
         """What the backward of one micro-batch needs at most beside what was held before it.

@@ -15,7 +15,7 @@ from lamp3d.graph import Edge
 from lamp3d.plan.costs import StageCosts, runs
 from lamp3d.plan.hardware import Link
 from lamp3d.plan.memory import DeviceMemory, StageBytes, memory_use
-from lamp3d.plan.partition import fold, minimise_largest, minimise_sum
+from lamp3d.plan.partition import Mask, Matrix, fold_largest, fold_sum, joined, minimise_largest, minimise_sum
 from lamp3d.plan.routes import Routes
 from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, Actions, StageTimes, folded_placement, most_in_flight
 from lamp3d.plan.simulate import TimeLine, Transfers, simulate
@@ -26,6 +26,10 @@ TOLERANCES = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7)
 
 FEW = 64
 """So many cuts are all tried."""
+
+
+MOST_FOLDED_CELLS = 64
+"""A longer network's cells are joined, the shortest first, before it is folded; what is found is then improved."""
 
 
 SEEDS = 2
@@ -78,6 +82,11 @@ class Cut:
     def line(self) -> TimeLine:
         """The time line of a step."""
         return simulate(self._actions, self._times, Transfers(self.routes, self.costs.profile.value_bytes, self.link))
+
+    @property
+    def working_seconds(self) -> float:
+        """Of a step, if messages arrived at once."""
+        return simulate(self._actions, self._times).seconds
 
     @cached_property
     def memory(self) -> list[DeviceMemory]:
@@ -140,7 +149,7 @@ def best_cut(
         devices: K.
         limit: of every rank's memory, in bytes.
         link: between two devices.
-        hopeless: seconds of a step; a slower cut than that is not improved.
+        hopeless: seconds of a step; what is slower than that, messages aside, is not improved.
     """
     stages, n = len(PLACEMENTS[schedule](devices)), len(costs.profile.cells)
     if stages > n or not _might_fit(costs, stages, limit):
@@ -154,11 +163,14 @@ def best_cut(
     if math.comb(n - 1, stages - 1) <= FEW:
         best = min(([0, *inner] for inner in itertools.combinations(range(1, n), stages - 1)), key=seconds)
         return known[tuple(best)] if math.isfinite(seconds(best)) else None
+    program = _Program(costs, schedule, devices)
     for tolerance in TOLERANCES:
-        cut = fitting_cut(costs, schedule, devices, limit, link, tolerance)
+        cut = _fitting(program, limit, link, tolerance)
         if cut is None:
             break  # a larger tolerance changes nothing about what fits
         known.setdefault(tuple(cut.starts), cut)
+        if cut.working_seconds > hopeless:
+            return cut  # fewer bytes sent would not save it
     if not known:
         return None
     best = min((_improved(list(s), n, seconds, hopeless) for s in sorted(known, key=seconds)[:SEEDS]), key=seconds)
@@ -191,19 +203,22 @@ def _moved(starts: list[int], n: int) -> Iterator[list[int]]:
                 yield [*starts[:stage], starts[stage] + step, *starts[stage + 1 :]]
 
 
-def fitting_cut(
-    costs: StageCosts, schedule: str, devices: int, limit: int | None, link: Link, tolerance: float = 1.0
-) -> Cut | None:
+def fitting_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, link: Link) -> Cut | None:
+    """A cut that fits, with the least slowest rank of those that the search finds to fit; None if there is none."""
+    return _fitting(_Program(costs, schedule, devices), limit, link, 1.0)
+
+
+def _fitting(program: _Program, limit: int | None, link: Link, tolerance: float) -> Cut | None:
     """A cut that fits; its slowest rank is within a factor ``tolerance`` of the least possible; None if none fits.
 
     The search bounds a rank's memory from above; what it finds is then played through.
     """
     bound = math.inf if limit is None else float(limit)
     for _ in range(4):
-        starts = _search(costs, schedule, devices, bound, tolerance)
+        starts = program.cut(bound, tolerance)
         if starts is None:
             return None
-        cut = Cut(costs, schedule, devices, link, starts)
+        cut = Cut(program.costs, program.schedule, program.devices, link, starts)
         if limit is None or cut.peak_bytes <= limit:
             return cut
         bound *= 0.98 * limit / cut.peak_bytes  # unequal stages: more in flight than the search supposed
@@ -233,20 +248,68 @@ def _flights(schedule: str, devices: int, micro_batches: int) -> list[int]:
     return most_in_flight(SCHEDULES[schedule](stages, micro_batches))
 
 
-def _search(costs: StageCosts, schedule: str, devices: int, bound: float, tolerance: float) -> list[int] | None:
-    n, ranks = len(costs.profile.cells), PLACEMENTS[schedule](devices)
-    if len(ranks) > n:
-        return None
-    flights = _flights(schedule, devices, costs.micro_batches)
-    if len(ranks) > devices and ranks == folded_placement(devices):
+class _Program:
+    """The dynamic program that cuts a network for a schedule.
+
+    Args:
+        costs: of the network's cells.
+        schedule: its name.
+        devices: K.
+    """
+
+    def __init__(self, costs: StageCosts, schedule: str, devices: int):
+        self.costs, self.schedule, self.devices = costs, schedule, devices
+        self._ranks = PLACEMENTS[schedule](devices)
+        self._folded = len(self._ranks) > devices and self._ranks == folded_placement(devices)
+        flights = _flights(schedule, devices, costs.micro_batches)
         # A rank's two runs may hold the same skips, so that its memory is at most the sum of theirs.
-        sizes = [costs.peak(flights[rank]) for rank in range(devices)]
-        return fold(costs.seconds, sizes, bound, costs.exchanged, tolerance)
-    share = bound * devices / len(ranks)  # a rank with several runs: equal parts, enough though not all that could be
-    fits = [costs.peak(flight) <= share for flight in flights]
-    fastest = minimise_largest(costs.seconds, fits)
-    if fastest is None:
-        return None
-    slowest = tolerance * max(costs.seconds[i, j] for i, j in runs(fastest, n)) * (1 + 1e-12)
-    crossing = np.repeat(costs.crossing[:, None], n + 1, axis=1)  # of a run: what crosses where it begins
-    return minimise_sum(crossing, [mask & (costs.seconds <= slowest) for mask in fits])
+        self._sizes = [costs.peak(flight) for flight in (flights[:devices] if self._folded else flights)]
+        self._joints = joined(costs.seconds, MOST_FOLDED_CELLS)
+        if self._folded:
+            self._sizes = [self._at_joints(size) for size in self._sizes]
+        self._slowest = functools.cache(self._find_slowest)
+
+    def cut(self, bound: float, tolerance: float) -> list[int] | None:
+        """The fewest bytes sent, with the slowest rank within a factor ``tolerance`` of the least possible.
+
+        Args:
+            bound: of a rank's memory.
+            tolerance: at least 1.
+        """
+        if (slowest := self._slowest(bound)) is None:
+            return None
+        most, seconds = slowest * tolerance * (1 + 1e-12), self.costs.seconds
+        if self._folded:
+            return self._unjoined(
+                fold_sum(self._at_joints(seconds), self._sizes, bound, self._at_joints(self.costs.exchanged), most)
+            )
+        # Of a run: what crosses where it begins.
+        crossing = np.repeat(self.costs.crossing[:, None], len(seconds), axis=1)
+        return minimise_sum(crossing, [mask & (seconds <= most) for mask in self._fits(bound)])
+
+    def _find_slowest(self, bound: float) -> float | None:
+        seconds = self.costs.seconds
+        if self._folded:
+            starts = self._unjoined(fold_largest(self._at_joints(seconds), self._sizes, bound))
+        else:
+            starts = minimise_largest(seconds, self._fits(bound))
+        if starts is None:
+            return None
+        of_rank = [0.0] * self.devices
+        for rank, run in zip(self._ranks, runs(starts, len(seconds) - 1), strict=True):
+            if self._folded:
+                of_rank[rank] += seconds[run]
+            else:
+                of_rank[rank] = max(of_rank[rank], seconds[run])
+        return max(of_rank)
+
+    def _at_joints(self, matrix: Matrix) -> Matrix:
+        return matrix[np.ix_(self._joints, self._joints)]
+
+    def _unjoined(self, starts: list[int] | None) -> list[int] | None:
+        return None if starts is None else [int(self._joints[start]) for start in starts]
+
+    def _fits(self, bound: float) -> list[Mask]:
+        # A rank with several runs: equal parts, enough though not all that could be.
+        share = bound * self.devices / len(self._ranks)
+        return [size <= share for size in self._sizes]

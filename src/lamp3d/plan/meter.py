@@ -93,6 +93,10 @@ class Meter(ABC):
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
         """Seconds of all cells for a volume near to a slab's size."""
 
+    def near(self, slabs: Slabs) -> Slabs:
+        """The slabs that `timing` is near to."""
+        return slabs
+
     def fastest_layout(self, precision: str) -> bool:
         """Whether volumes are better laid out channels-last."""
         seconds = {last: self.profile(Slabs(), precision, last, False).seconds for last in (False, True)}
@@ -101,7 +105,7 @@ class Meter(ABC):
     def profile(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Profile:
         """What the cells cost a rank, for the smallest micro-batch."""
         timing = self.timing(slabs, precision, channels_last, split)
-        near = self.work(slabs, precision, channels_last, split)
+        near = self.work(self.near(slabs), precision, channels_last, split)
         return shared(
             profile_of(near, timing), near, self.whole(precision, channels_last), self.graph, slabs, self.link
         )
@@ -148,8 +152,11 @@ class ModelMeter(Meter):
     def precision(self) -> str:
         return self.hardware.precisions[-1]
 
+    def near(self, slabs: Slabs) -> Slabs:
+        return Slabs()  # what a slab does is in proportion, by this model
+
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
-        return model_cells(self.work(slabs, precision, channels_last, split), self.hardware, precision)
+        return model_cells(self.work(self.near(slabs), precision, channels_last, split), self.hardware, precision)
 
     def fastest_layout(self, precision: str) -> bool:
         return precision == "bf16"  # what cuDNN's kernels for tensor cores want; the model does not tell them apart

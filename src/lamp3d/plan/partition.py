@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ Matrix = NDArray[np.float64]
 """``m[i, j]``: something about the run of items i … j-1, for 0 <= i < j <= n."""
 
 Mask = NDArray[np.bool_]
+
+GUESS = 1.25
+"""Of the least largest cost, over an even share; where it was too low, it grows by the same factor."""
 
 
 def minimise_largest(cost: Matrix, allowed: Sequence[Mask]) -> list[int] | None:
@@ -32,22 +35,22 @@ def minimise_largest(cost: Matrix, allowed: Sequence[Mask]) -> list[int] | None:
     return _dynamic_program(cost, allowed, np.maximum)
 
 
-def minimise_sum(cost: Matrix, allowed: Sequence[Mask]) -> list[int] | None:
-    """The same with the least sum of costs (used to break ties, e.g. by the bytes that cross)."""
+def minimise_sum(cost: Matrix | Sequence[Matrix], allowed: Sequence[Mask]) -> list[int] | None:
+    """The same with the least sum of costs, which may be other ones for each run in turn."""
     return _dynamic_program(cost, allowed, np.add)
 
 
-def _dynamic_program(cost: Matrix, allowed: Sequence[Mask], join: np.ufunc) -> list[int] | None:
-    n = len(cost) - 1
-    if not 1 <= len(allowed) <= n:
+def _dynamic_program(cost: Matrix | Sequence[Matrix], allowed: Sequence[Mask], join: np.ufunc) -> list[int] | None:
+    if not allowed or len(allowed) > (n := len(allowed[0]) - 1):
         return None
+    costs = [cost] * len(allowed) if isinstance(cost, np.ndarray) else cost
     runs = pairs(n)
     # best[j]: the best value for the first j items; cuts: where the last of their runs begins.
     best = np.full(n + 1, math.inf)
     best[0] = -math.inf if join is np.maximum else 0.0
     cuts = []
-    for mask in allowed:
-        value = np.where(runs & mask, join(best[:, None], cost), math.inf)
+    for mask, of_run in zip(allowed, costs, strict=True):
+        value = np.where(runs & mask, join(best[:, None], of_run), math.inf)
         cuts.append(value.argmin(axis=0))
         best = value.min(axis=0)
     if math.isinf(best[n]):
@@ -58,38 +61,50 @@ def _dynamic_program(cost: Matrix, allowed: Sequence[Mask], join: np.ufunc) -> l
     return starts[:0:-1]
 
 
-def fold(cost: Matrix, sizes: Sequence[Matrix], limit: float, crossing: Matrix, tolerance: float) -> list[int] | None:
+def fold_largest(cost: Matrix, sizes: Sequence[Matrix], limit: float) -> list[int] | None:
     """Cut n items into 2 K - 1 non-empty runs of which rank k has number k and number 2 K - 2 - k.
 
-    Among the cuts whose largest rank's cost is within ``tolerance`` (a factor) of the least, the one with the least
-    crossing.
-
     Args:
-        cost: ``cost[i, j]`` of the run i … j-1, (n + 1, n + 1); a rank's is the sum of its runs'.
-        sizes: the same for the memory of each rank's runs.
+        cost: ``cost[i, j]`` of the run i … j-1, the sum of its items' costs, (n + 1, n + 1).
+        sizes: the same for the memory of each rank's runs, which need not be sums.
         limit: of a rank's memory.
-        crossing: ``crossing[i, j]``: what passes between the run i … j-1 and the items outside it.
-        tolerance: at least 1.
 
     Returns:
-        the first item of every run, or None when no cut fits.
+        the first item of every run, such that the largest cost of a rank is least, or None when no cut fits.
     """
     n, ranks = len(cost) - 1, len(sizes)
-    if n < 2 * ranks - 1:
-        return None
-    fastest = _fold(n, ranks, cost, sizes, limit, math.inf, None)
-    if fastest is None:
-        return None
-    bounds = [*fastest, n]
-    runs = [cost[a, b] for a, b in itertools.pairwise(bounds)]
-    largest = max(runs[rank] + (runs[-1 - rank] if rank < ranks - 1 else 0.0) for rank in range(ranks))
-    return _fold(n, ranks, cost, sizes, limit, largest * tolerance, crossing)
+    by_run = [*sizes[:-1], *sizes[::-1]]
+    small = minimise_sum(by_run, [size <= limit for size in by_run])
+    if (
+        small is None
+        or sum(m[run] for m, run in zip(by_run, itertools.pairwise([*small, n]), strict=True)) > ranks * limit
+    ):
+        return None  # however its runs are paired
+    # A low bound leaves few runs to look at; where there is a cut within it, the best one is among them.
+    bound = GUESS * float(cost[0, n]) / ranks
+    while bound < cost[0, n]:
+        if (found := _fold(cost, sizes, limit, bound, None)) is not None:
+            return found
+        bound *= GUESS
+    return _fold(cost, sizes, limit, math.inf, None)
+
+
+def fold_sum(cost: Matrix, sizes: Sequence[Matrix], limit: float, crossing: Matrix, bound: float) -> list[int] | None:
+    """The same cut with the least sum of what crosses, among those with no rank's cost above a bound.
+
+    Args:
+        crossing: ``crossing[i, j]``: what passes between the run i … j-1 and the items outside it.
+    """
+    return _fold(cost, sizes, limit, bound, crossing)
 
 
 def _fold(
-    n: int, ranks: int, cost: Matrix, sizes: Sequence[Matrix], limit: float, bound: float, crossing: Matrix | None
+    cost: Matrix, sizes: Sequence[Matrix], limit: float, bound: float, crossing: Matrix | None
 ) -> list[int] | None:
     """The nested cut with the least largest cost, or with the least sum of ``crossing`` if that is given."""
+    n, ranks = len(cost) - 1, len(sizes)
+    if n < 2 * ranks - 1:
+        return None
     # best[i, j]: the best value for the items i … j-1 on the ranks from k on; inner[k][i, j]: what rank k leaves.
     best = np.full((n + 1, n + 1), math.inf)
     allowed = (cost <= bound) & (sizes[-1] <= limit) & pairs(n)
@@ -97,19 +112,16 @@ def _fold(
     inner: list[NDArray[np.int64]] = []
     for rank in range(ranks - 2, -1, -1):
         outer, left = np.full((n + 1, n + 1), math.inf), np.zeros((n + 1, n + 1, 2), dtype=np.int64)
-        for i in range(n):
-            for j in range(i + 3, n + 1) if rank else (n,):
-                a, b = slice(i + 1, j - 1), slice(i + 2, j)  # the inner run's ends
-                own = cost[i, a, None] + cost[None, b, j]
-                held = sizes[rank][i, a, None] + sizes[rank][None, b, j]
-                value = np.maximum(own, best[a, b]) if crossing is None else crossing[a, b] + best[a, b]
-                value = np.where((own <= bound) & (held <= limit), value, math.inf)
-                where = int(value.argmin())
-                row, column = divmod(where, value.shape[1])
-                if value[row, column] < math.inf:
-                    outer[i, j], left[i, j] = value[row, column], (i + 1 + row, i + 2 + column)
-            if not rank:
-                break  # the outermost rank begins at the first item
+        for i, j in _outer_runs(cost, rank, ranks, bound):
+            a, b = slice(i + 1, j - 1), slice(i + 2, j)  # the inner run's ends
+            own = cost[i, a, None] + cost[None, b, j]
+            held = sizes[rank][i, a, None] + sizes[rank][None, b, j]
+            value = np.maximum(own, best[a, b]) if crossing is None else crossing[a, b] + best[a, b]
+            value = np.where((own <= bound) & (held <= limit), value, math.inf)
+            where = int(value.argmin())
+            row, column = divmod(where, value.shape[1])
+            if value[row, column] < math.inf:
+                outer[i, j], left[i, j] = value[row, column], (i + 1 + row, i + 2 + column)
         best = outer
         inner.insert(0, left)
     if math.isinf(best[0, n]):
@@ -122,6 +134,36 @@ def _fold(
         front.append(i)
         back.insert(0, j)
     return front + back
+
+
+def _outer_runs(cost: Matrix, rank: int, ranks: int, bound: float) -> Iterator[tuple[int, int]]:
+    """What the ranks from ``rank`` on may have: not too much for them, nor so little that the others have too much."""
+    n = len(cost) - 1
+    if rank == 0:
+        if n >= 3:
+            yield 0, n
+        return
+    slack = 1e-9 * cost[0, n]  # sums in another order
+    possible = (cost <= (ranks - rank) * bound + slack) & (cost >= cost[0, n] - rank * bound - slack)
+    for i, j in np.argwhere(np.triu(possible, 3)):
+        yield int(i), int(j)
+
+
+def joined(cost: Matrix, most: int) -> NDArray[np.int64]:
+    """Where to cut at all if there are more items than may be: those before which the most cost would be joined.
+
+    Args:
+        cost: of every run, the sum of its items' costs, (n + 1, n + 1).
+        most: items that are left.
+
+    Returns:
+        the first items of what is left, and n.
+    """
+    bounds = list(range(len(cost)))
+    while len(bounds) - 1 > most:
+        together = [cost[a, b] for a, b in zip(bounds, bounds[2:], strict=False)]
+        del bounds[1 + int(np.argmin(together))]
+    return np.array(bounds)
 
 
 def pairs(n: int) -> NDArray[np.bool_]:

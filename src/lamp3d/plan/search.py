@@ -6,6 +6,7 @@ options are tried in the order of their bounds, so that those that cannot win ar
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -211,6 +212,9 @@ class Search:
     def __init__(self, meter: Meter, request: Request, kept: int = KEPT):
         self.meter, self.request, self.kept = meter, request, kept
         self._costs: dict[tuple[object, ...], StageCosts] = {}
+        self._profile = functools.cache(
+            lambda slabs, split: meter.profile(slabs, request.precision, request.channels_last, split)
+        )
 
     def answer(self) -> Answer:
         """Try the options, the most promising first."""
@@ -224,7 +228,9 @@ class Search:
                 why = f"cannot be faster than {found.bound:.3g} s"
                 done.append(replace(found, why=why))
                 continue
-            done.append(self.try_out(found, hopeless=HOPELESS * best[0] if best else math.inf))
+            # What cannot win is shown beside the plan, and is worth no effort.
+            cannot_win = bool(best) and found.bound >= best[0]
+            done.append(self.try_out(found, 0.0 if cannot_win else HOPELESS * best[0] if best else math.inf))
         return Answer(tuple(sorted(done, key=lambda found: (found.seconds, found.bound))))
 
     def costs(self, option: Option, recompute: Recompute) -> StageCosts:
@@ -233,8 +239,7 @@ class Search:
         split = option.pipe > 1 and splits_backward(option.schedule)
         key = option.slabs, split, cases, option.micro_batches, recompute
         if key not in self._costs:
-            profile = self.meter.profile(option.slabs, self.request.precision, self.request.channels_last, split)
-            profile = profile.times(math.ceil(cases / self.meter.micro_batch))
+            profile = self._profile(option.slabs, split).times(math.ceil(cases / self.meter.micro_batch))
             self._costs[key] = StageCosts(self.meter.graph, profile, option.micro_batches, recompute)
         return self._costs[key]
 
