@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import lamp3d
 from benchmarks.pipeline.peers import PipeliningPeer, torchgpipe_unet
-from lamp3d.parallel.allocator import keep_freed_memory, peak_resident_bytes
+from lamp3d.graph.allocator import keep_freed_memory, peak_resident_bytes
 from lamp3d.plan import TimeLine
 
 FILTERS, CLASSES, WORKERS = 16, 8, 2

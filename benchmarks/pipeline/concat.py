@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.pipeline.single import CPU, timed
 from lamp3d.graph import arithmetic, laid_out
-from lamp3d.parallel.allocator import keep_freed_memory
+from lamp3d.graph.allocator import keep_freed_memory
 
 LEVELS = 4
 

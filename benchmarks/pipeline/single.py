@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import network
 from lamp3d.graph import arithmetic, laid_out, lay_out_weights
-from lamp3d.parallel.allocator import keep_freed_memory
+from lamp3d.graph.allocator import keep_freed_memory
 
 CPU = torch.device("cpu")
 LARGE = ((32, 48), (64, 32), (64, 48), (128, 32))

@@ -22,8 +22,8 @@ from torch import nn
 
 import lamp3d
 from benchmarks.harness import images, loss_fn
+from lamp3d.graph.allocator import keep_freed_memory
 from lamp3d.graph.footprint import LiveBytes
-from lamp3d.parallel.allocator import keep_freed_memory
 from lamp3d.plan import Plan, format_bytes, make_plan
 from lamp3d.plan.hardware import has_fast_bf16, worker_threads
 from lamp3d.report.style import ACCENT, FONT, INK, MUTED, WARM

@@ -20,8 +20,8 @@ import lamp3d
 from benchmarks.harness import WORKERS, alone
 from lamp3d.errors import ConfigError
 from lamp3d.graph import trace
+from lamp3d.graph.allocator import keep_freed_memory, peak_resident_bytes
 from lamp3d.graph.inputs import input_text
-from lamp3d.parallel.allocator import keep_freed_memory, peak_resident_bytes
 from lamp3d.plan import Plan, format_bytes, make_plan
 from lamp3d.plan.hardware import has_fast_bf16
 from lamp3d.train import HybridLoss, LossConfig

@@ -10,8 +10,8 @@ from rich.table import Table
 
 import lamp3d
 from benchmarks.harness import loss_fn, network
+from lamp3d.graph.allocator import peak_resident_bytes
 from lamp3d.graph.footprint import LiveBytes
-from lamp3d.parallel.allocator import peak_resident_bytes
 from lamp3d.plan import Plan, format_bytes, make_plan
 
 SIDE = 128

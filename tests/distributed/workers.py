@@ -25,8 +25,8 @@ from torch.utils import _pytree as pytree
 from lamp3d import Engine, SEUNet, UNet, mean_over_cases
 from lamp3d.errors import ConfigError, PlanError
 from lamp3d.graph import arithmetic
+from lamp3d.graph.allocator import return_freed_memory
 from lamp3d.graph.footprint import LiveBytes
-from lamp3d.parallel.allocator import return_freed_memory
 from lamp3d.parallel.sharded import whole
 from lamp3d.parallel.step import LossFunction
 from lamp3d.plan import SCHEDULES, Plan

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lamp3d.errors import LampError, PlanError
 from lamp3d.graph import CellGraph, infer_specs, lay_out_weights, refuse_tied_parameters, trace
+from lamp3d.graph.allocator import peak_resident_bytes, return_freed_memory
 from lamp3d.graph.inputs import Shape, batch_of, input_text, with_batch
-from lamp3d.parallel.allocator import peak_resident_bytes, return_freed_memory
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
 from lamp3d.parallel.handout import Handout, Inputs

@@ -24,7 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lamp3d import errors
 from lamp3d.errors import ConfigError, DeviceMemoryError, LampError, PlanError, WorkerError, WorkerKilledError
-from lamp3d.parallel.allocator import keep_freed_memory
+from lamp3d.graph.allocator import keep_freed_memory
 from lamp3d.plan.hardware import device_count, device_type, worker_threads
 
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ def launch(
     """Run ``fn(*args)`` in ``devices`` worker processes, one a device, joined in a ``torch.distributed`` group.
 
     With ``devices=1`` it runs in this process and without a group; on a CPU the process keeps the memory that it
-    frees from then on (:mod:`lamp3d.parallel.allocator`). Under ``torchrun`` every process is a worker
+    frees from then on (:mod:`lamp3d.graph.allocator`). Under ``torchrun`` every process is a worker
     already: ``fn`` runs in it, and the list holds this worker's result alone.
 
     Args:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lamp3d.graph import CellGraph, lay_out_weights, trace
+from lamp3d.graph.allocator import freed_memory_kept
 from lamp3d.graph.inputs import InputShape, Shape, with_batch
 from lamp3d.plan.cache import remembered
 from lamp3d.plan.hardware import (
@@ -262,15 +263,18 @@ class MeasuringMeter(Meter):
 
     @contextmanager
     def _worker_conditions(self, channels_last: bool) -> Iterator[nn.Module]:
-        """A copy of the network on the device, in the layout and with the number of threads that a worker will have."""
+        """A copy of the network on the device, in the layout, with the threads and the allocator that a worker has."""
         twin = copy.deepcopy(self.network)
         lay_out_weights(twin, channels_last)
         twin.to(self.kind)
+        if self.kind == "cuda":
+            with torch.random.fork_rng([torch.cuda.current_device()]):
+                yield twin
+            return
         threads = torch.get_num_threads()
-        if self.kind == "cpu":
-            torch.set_num_threads(worker_threads(self.workers))
+        torch.set_num_threads(worker_threads(self.workers))
         try:
-            with torch.random.fork_rng([torch.cuda.current_device()] if self.kind == "cuda" else []):
+            with torch.random.fork_rng([]), freed_memory_kept():
                 yield twin
         finally:
             torch.set_num_threads(threads)

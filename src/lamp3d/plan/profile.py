@@ -242,7 +242,11 @@ def _time_cell(
         gradients = [torch.ones_like(root) for root in roots]
         start = _now(device)
         if roots:
-            torch.autograd.backward(roots, gradients)
+            # Not `backward`, which copies the gradients of leaves where their layout is another one: within a stage,
+            # values are no leaves.
+            torch.autograd.grad(
+                roots, [t for t in (*leaves, *stage.parameters()) if t.requires_grad], gradients, allow_unused=True
+            )
         apart = _now(device)
         later.compute()
         end = _now(device)

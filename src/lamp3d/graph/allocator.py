@@ -11,10 +11,14 @@ import ctypes
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 """From glibc's malloc.h."""
+
+_DEFAULTS = {_M_TRIM_THRESHOLD: 128 * 2**10, _M_TOP_PAD: 128 * 2**10, _M_MMAP_MAX: 65536}
 
 _STATUS = Path("/proc/self/status")
 
@@ -29,6 +33,20 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
         libc.mallopt(_M_TOP_PAD, _TOP_PAD)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Keep freed memory for a while, as workers do for good; then glibc's defaults."""
+    keep_freed_memory()
+    try:
+        yield
+    finally:
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for parameter, default in _DEFAULTS.items():
+                libc.mallopt(parameter, default)
+        return_freed_memory()
 
 
 def return_freed_memory() -> None:
