@@ -154,37 +154,40 @@ def best_cut(
     stages, n = len(PLACEMENTS[schedule](devices)), len(costs.profile.cells)
     if stages > n or not _might_fit(costs, stages, limit):
         return None
-    known: dict[tuple[int, ...], Cut] = {}
-
-    def seconds(starts: Iterable[int]) -> float:
-        cut = known.setdefault(tuple(starts), Cut(costs, schedule, devices, link, list(starts)))
-        return cut.line.seconds if limit is None or cut.peak_bytes <= limit else math.inf
-
+    cut_at = functools.cache(lambda starts: Cut(costs, schedule, devices, link, list(starts)))
     if math.comb(n - 1, stages - 1) <= FEW:
-        best = min(([0, *inner] for inner in itertools.combinations(range(1, n), stages - 1)), key=seconds)
-        return known[tuple(best)] if math.isfinite(seconds(best)) else None
+        every = [cut_at((0, *inner)) for inner in itertools.combinations(range(1, n), stages - 1)]
+        return _fastest_that_fits(every, limit)
     program = _Program(costs, schedule, devices)
+    known: set[tuple[int, ...]] = set()
     for tolerance in TOLERANCES:
-        cut = _fitting(program, limit, link, tolerance)
-        if cut is None:
+        found = _fitting(program, limit, link, tolerance)
+        if found is None:
             break  # a larger tolerance changes nothing about what fits
-        known.setdefault(tuple(cut.starts), cut)
-        if cut.working_seconds > hopeless:
-            return cut  # fewer bytes sent would not save it
+        if found.working_seconds > hopeless:
+            return found  # fewer bytes sent would not save it
+        known.add(tuple(found.starts))
     if not known:
         return None
-    best = min((_improved(list(s), n, seconds, hopeless) for s in sorted(known, key=seconds)[:SEEDS]), key=seconds)
-    return known[tuple(best)]
+    seeds = sorted(map(cut_at, known), key=lambda cut: cut.line.seconds)[:SEEDS]
+    return min((_improved(seed, cut_at, limit, hopeless) for seed in seeds), key=lambda cut: cut.line.seconds)
 
 
-def _improved(best: list[int], n: int, seconds: Callable[[Iterable[int]], float], hopeless: float) -> list[int]:
+def _improved(best: Cut, cut_at: Callable[[tuple[int, ...]], Cut], limit: int | None, hopeless: float) -> Cut:
     """A cut, one stage's beginning moved at a time for as long as that makes it faster."""
-    while seconds(best) <= hopeless:
-        nearby = min(_moved(best, n), key=seconds, default=best)
-        if seconds(nearby) >= seconds(best):
+    while best.line.seconds <= hopeless:
+        nearby = map(cut_at, _moved(best.starts, len(best.costs.profile.cells)))
+        faster = [cut for cut in nearby if cut.line.seconds < best.line.seconds]
+        if (found := _fastest_that_fits(faster, limit)) is None:
             break
-        best = nearby
+        best = found
     return best
+
+
+def _fastest_that_fits(cuts: Iterable[Cut], limit: int | None) -> Cut | None:
+    """The first in the order of seconds that fits: to play a cut's memory through takes as long as its time line."""
+    ordered = sorted(cuts, key=lambda cut: cut.line.seconds)
+    return next((cut for cut in ordered if limit is None or cut.peak_bytes <= limit), None)
 
 
 def _might_fit(costs: StageCosts, stages: int, limit: int | None) -> bool:
@@ -194,13 +197,13 @@ def _might_fit(costs: StageCosts, stages: int, limit: int | None) -> bool:
     return minimise_largest(costs.seconds, [costs.static + costs.held_bytes <= limit] * stages) is not None
 
 
-def _moved(starts: list[int], n: int) -> Iterator[list[int]]:
+def _moved(starts: list[int], n: int) -> Iterator[tuple[int, ...]]:
     """All cuts with one stage beginning some cells earlier or later."""
     bounds = [*starts, n]
     for stage in range(1, len(starts)):
         for step in STEPS:
             if bounds[stage - 1] < starts[stage] + step < bounds[stage + 1]:
-                yield [*starts[:stage], starts[stage] + step, *starts[stage + 1 :]]
+                yield *starts[:stage], starts[stage] + step, *starts[stage + 1 :]
 
 
 def fitting_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, link: Link) -> Cut | None:
