@@ -54,6 +54,8 @@ def train(
     if (out / "last.safetensors").exists() and not resume:
         raise ConfigError(f"{out} already holds a run; add --resume to go on with it, or choose another --out.")
     train_cases, validation_cases = dataset.split("train"), _validation_cases(dataset)
+    loss = config.loss.resolved_for([case.annotated for case in train_cases], dataset.organs)
+    config = config.model_copy(update={"loss": loss})
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
     _check_batches(store, train_cases, config)
     run = Run(out, config, dataset.root.resolve(), dataset.organs)
