@@ -180,6 +180,7 @@ def _train_worker(out: Path, resume: bool) -> None:
             seed=(config.train.seed, stage, epoch),
             augment=config.augment,
             patches_per_case=settings.patches_per_case,
+            positive_fraction=settings.positive_fraction,
         )
 
     cases = _validation_cases(dataset)

@@ -31,6 +31,8 @@ class CurriculumStage(BaseModel):
     learning_rate: PositiveFloat = 1e-3
     patches_per_case: PositiveInt = 1
     """Patches drawn from each case in an epoch; whole volumes come once."""
+    positive_fraction: float = Field(default=1.0, ge=0, le=1)
+    """Share of the patches that show an organ for sure (paper §2.3: all); the others lie anywhere."""
     schedule: str | None = None
     """The order of the micro-batches' forwards and backwards on several devices, one of `lamp3d.plan.SCHEDULES`; None:
     the planner's choice."""
@@ -101,7 +103,7 @@ class TrainConfig(BaseModel):
         if self.lr_schedule == "constant":
             return full
         if self.lr_schedule == "poly":
-            return full * (FLOOR + (1 - FLOOR) * (1 - position) ** POLY_EXPONENT)
+            return full * (FLOOR + (1 - FLOOR) * math.pow(1 - position, POLY_EXPONENT))
         if position < WARM_UP:
             return full * position / WARM_UP
         swing = (1 + math.cos(math.pi * (position - WARM_UP) / (1 - WARM_UP))) / 2

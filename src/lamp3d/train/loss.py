@@ -35,8 +35,8 @@ class LossConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     class_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | Literal["annotation_counts"] = {}
-    """Weight by organ name, or of "background"; 1 for those not named. "annotation_counts": from the training cases, see
-    `resolved_for`."""
+    """Weight by organ name, or of "background"; 1 for those not named. "annotation_counts": by how few training cases
+    have the class annotated, see `resolved_for`."""
     focal_weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     """lambda, the weight of the focal term beside the Dice term."""
     focal_exponent: int = Field(default=2, ge=0)
@@ -91,7 +91,8 @@ class HybridLoss(nn.Module):
         classes = ["background", *organs]
         if isinstance(config.class_weights, str):
             raise ConfigError(
-                f"class_weights: {config.class_weights} depends on the training cases; call LossConfig.resolved_for first."
+                f"class_weights={config.class_weights!r} depends on the training cases: use what "
+                "LossConfig.resolved_for makes of them, or give the weights by name."
             )
         unknown = sorted(set(config.class_weights) - set(classes))
         if unknown:
