@@ -103,7 +103,7 @@ def test_hd95_is_that_of_point_sets(seed):
 
 
 def surface_corners(mask):
-    """Corners of voxels where the surface passes, and the area of the voxels' faces there: a quarter of each of twelve."""
+    """Voxels' corners where the surface passes, and the area of the faces there: a quarter of each of twelve."""
     window = np.lib.stride_tricks.sliding_window_view(np.pad(mask, 1).astype(np.int8), (2, 2, 2))
     area = sum(np.abs(np.diff(window, axis=axis)).sum((3, 4, 5)) for axis in (3, 4, 5)) / 4
     return np.argwhere(area > 0), area[area > 0]
