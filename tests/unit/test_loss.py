@@ -194,6 +194,22 @@ def test_weights_from_annotation_counts_give_every_class_the_same_say(missing: s
         HybridLoss(config, ORGANS)
 
 
+@pytest.mark.parametrize("missing", ["mask", "merge"])
+def test_levels_of_logits_weigh_half_of_those_before_them(missing: str) -> None:
+    logits, labels, annotated = example()
+    labels[-1][labels[-1] == 2] = 0  # as in a label map whose organ 2 was not contoured
+    levels = [logits, logits.flip(2), 0.5 * logits]
+    config = LossConfig.model_validate({"class_weights": WEIGHTS, "missing": missing})
+    parts = [HybridLoss(config, ORGANS)(level, (labels, annotated)) for level in levels]
+    stacked = torch.cat(levels, 1).requires_grad_()
+    loss = HybridLoss(config, ORGANS, heads=3)(stacked, (labels, annotated))
+    torch.testing.assert_close(loss, (4 * parts[0] + 2 * parts[1] + parts[2]) / 7)
+    loss.backward()
+    assert all(part.abs().max() > 0 for part in stacked.grad.chunk(3, 1))
+    with pytest.raises(ConfigError, match=r"8 channels.*4 classes.*3 levels"):
+        HybridLoss(config, ORGANS, heads=3)(stacked[:, :8], (labels, annotated))
+
+
 def test_errors_name_the_classes() -> None:
     with pytest.raises(ConfigError, match=r"Liver.*background, BrainStem"):
         HybridLoss(LossConfig(class_weights={"Liver": 1.0}), ORGANS)

@@ -185,7 +185,7 @@ def _train_worker(out: Path, resume: bool) -> None:
 
     cases = _validation_cases(dataset)
     validate = partial(_validate, store=store, cases=cases, divisor=network.divisor) if cases else None
-    loss = HybridLoss(config.loss, dataset.organs)
+    loss = HybridLoss(config.loss, dataset.organs, network.heads)
     Trainer(network, run.plans(), config.train, loss, batches, validate, out).fit(resume)
 
 
@@ -199,7 +199,7 @@ def _validate(engine: Engine, *, store: CaseStore, cases: tuple[Case, ...], divi
         assert pixels is not None
         return pixels
 
-    predictor = Predictor(engine, store.config, divisor)
+    predictor = Predictor(engine, store.config, divisor, classes=store.dataset.n_classes)
     own = cases[engine.replica :: engine.plan.data]  # replicas share the cases
     scores: dict[str, Tensor] = {}
     for case, logits in zip(own, predictor.predict_prepared(image(case) for case in own), strict=True):

@@ -77,6 +77,8 @@ class HybridLoss(nn.Module):
     Args:
         config: weights.
         organs: names of labels 1, 2, ...; label 0 is the background.
+        heads: logits of so many levels lie behind each other along the channels (deep supervision); each level's loss
+            weighs half of that before it, all together 1.
 
     Raises:
         ConfigError: a class weight names an unknown organ, or the weights are not resolved yet.
@@ -86,7 +88,7 @@ class HybridLoss(nn.Module):
     mean_over_cases = True
     """So a schedule may compute it a micro-batch at a time (`lamp3d.mean_over_cases`)."""
 
-    def __init__(self, config: LossConfig, organs: Sequence[str]) -> None:
+    def __init__(self, config: LossConfig, organs: Sequence[str], heads: int = 1) -> None:
         super().__init__()
         classes = ["background", *organs]
         if isinstance(config.class_weights, str):
@@ -101,13 +103,14 @@ class HybridLoss(nn.Module):
         self.register_buffer("class_weights", torch.tensor(weights, dtype=torch.float64), persistent=False)
         self.focal_weight, self.focal_exponent = config.focal_weight, config.focal_exponent
         self.merges = config.missing == "merge"
+        self.heads = heads
 
     def forward(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
         """The loss of a mini-batch.
 
         Args:
-            logits: (B, C, D, H, W), any floating type; computed in float32, or float64 if they are. Of a volume that
-                ranks share each adds up its slab; only the sums are exchanged.
+            logits: (B, heads * C, D, H, W), any floating type; computed in float32, or float64 if they are. Of a volume
+                that ranks share each adds up its slab; only the sums are exchanged.
             targets: labels (B, 1, D, H, W), integers; and annotated (B, C), bool: may the class be judged in the case?
 
         Returns:
@@ -117,25 +120,31 @@ class HybridLoss(nn.Module):
             ConfigError: the network's number of output channels is not the number of classes.
         """
         labels, annotated = targets
-        if logits.shape[1] != len(self.class_weights):
+        classes = len(self.class_weights)
+        if logits.shape[1] != self.heads * classes:
             raise ConfigError(
-                f"The network gives {logits.shape[1]} channels, but there are {len(self.class_weights)} classes "
-                "(background and the organs): set the network's out_channels to that number."
+                f"The network gives {logits.shape[1]} channels, but there are {classes} classes "
+                "(background and the organs): set the network's out_channels to that number"
+                + (f", with {self.heads} levels of logits." if self.heads > 1 else ".")
             )
         assert labels.shape == (logits.shape[0], 1, *logits.shape[2:]), (labels.shape, logits.shape)
-        assert annotated.shape == logits.shape[:2], (annotated.shape, logits.shape)
+        assert annotated.shape == (logits.shape[0], classes), (annotated.shape, logits.shape)
         annotated = annotated.to(logits.device)
         voxels, space = math.prod(logits.shape[2:]), None
         if isinstance(logits, ShardedVolume):
             space, placement = logits.space if logits.placement.cuts else None, logits.placement
             assert isinstance(labels, ShardedVolume), "the engine shares targets as it shares inputs"
             logits, labels = logits.local, labels.relaid(placement).local
-        if self.merges:
-            logits, annotated = _merged(logits, annotated)
-        weights = self.class_weights.to(logits.device) * annotated
-        loss: Tensor = _HybridLoss.apply(  # type: ignore[no-untyped-call]
-            logits, labels.to(logits.device), weights, self.focal_weight, self.focal_exponent, voxels, space
-        )
+        labels, loss = labels.to(logits.device), logits.new_zeros((), dtype=_working_dtype(logits))
+        for head in range(self.heads):
+            of_head, judged = logits[:, head * classes : (head + 1) * classes], annotated
+            if self.merges:
+                of_head, judged = _merged(of_head, annotated)
+            weights = self.class_weights.to(logits.device) * judged
+            share = 0.5**head / (2 - 0.5 ** (self.heads - 1))
+            loss = loss + share * _HybridLoss.apply(  # type: ignore[no-untyped-call]
+                of_head, labels, weights, self.focal_weight, self.focal_exponent, voxels, space
+            )
         return loss
 
 
