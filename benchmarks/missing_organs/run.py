@@ -57,9 +57,13 @@ def main() -> None:
     with get_context("spawn").Pool(WORKERS) as pool:
         for name, found in pool.imap_unordered(_run, missing):
             results[name] = found
-            text = json.dumps(dict(sorted(results.items())), indent=1) + "\n"
-            write_atomically(path, lambda temporary, text=text: temporary.write_text(text, "utf-8"))
+            _keep(path, results)
     _show([{"variant": job[0], **results[_name(*job)]} for job in wanted])
+
+
+def _keep(path: Path, results: dict[str, Any]) -> None:
+    text = json.dumps(dict(sorted(results.items())), indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def _name(variant: str, seed: int, steps: int) -> str:
