@@ -31,7 +31,7 @@ from lamp3d.train.optimizer import make_optimizer
 from lamp3d.volume import write_atomically
 
 HERE = Path(__file__).parent
-SHAPE, SPACING_MM = (48, 48, 64), (4.5, 4.5, 3.75)
+SHAPE, SPACING_MM = (32, 32, 32), (6.75, 6.75, 7.5)
 TRAINING, TEST = 32, 12
 PROBED = ("BrainStem", "Mandible", "ParotidLeft")  # each is missing in half of the training cases, drawn on its own
 VARIANTS = {

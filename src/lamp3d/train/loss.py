@@ -136,8 +136,9 @@ class HybridLoss(nn.Module):
             assert isinstance(labels, ShardedVolume), "the engine shares targets as it shares inputs"
             logits, labels = logits.local, labels.relaid(placement).local
         labels, loss = labels.to(logits.device), logits.new_zeros((), dtype=_working_dtype(logits))
-        for head in range(self.heads):
-            of_head, judged = logits[:, head * classes : (head + 1) * classes], annotated
+        # A slice, even of everything, would cost another gradient as large as the logits.
+        for head, of_head in enumerate(logits.split(classes, dim=1) if self.heads > 1 else (logits,)):
+            judged = annotated
             if self.merges:
                 of_head, judged = _merged(of_head, annotated)
             weights = self.class_weights.to(logits.device) * judged
