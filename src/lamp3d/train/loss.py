@@ -137,7 +137,7 @@ class HybridLoss(nn.Module):
             logits, labels = logits.local, labels.relaid(placement).local
         labels, loss = labels.to(logits.device), logits.new_zeros((), dtype=_working_dtype(logits))
         # A slice, even of everything, would cost another gradient as large as the logits.
-        for head, of_head in enumerate(logits.split(classes, dim=1) if self.heads > 1 else (logits,)):
+        for head, of_head in enumerate(logits.chunk(self.heads, dim=1) if self.heads > 1 else (logits,)):
             judged = annotated
             if self.merges:
                 of_head, judged = _merged(of_head, annotated)
