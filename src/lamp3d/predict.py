@@ -31,6 +31,7 @@ class Predictor:
         preprocess: how the scans that the network was trained on were prepared.
         divisor: what every side of the network's input must be a multiple of (16 for the U-Net with four levels).
         window: the sides of the sliding window in voxels (paper §3, "64³"); None predicts the whole volume at once.
+        classes: how many channels of the output to predict with, the rest being deep supervision; None: all.
 
     Raises:
         ConfigError: if the window's sides are not multiples of the divisor.
@@ -42,6 +43,7 @@ class Predictor:
         preprocess: PreprocessConfig,
         divisor: int,
         window: tuple[int, int, int] | None = None,
+        classes: int | None = None,
     ) -> None:
         if window is not None and any(side <= 0 or side % divisor for side in window):
             raise ConfigError(
@@ -52,6 +54,7 @@ class Predictor:
         self.preprocess = preprocess
         self.divisor = divisor
         self.window = window
+        self.classes = classes
         # Ranks that share a volume all learn the result; one of them is enough to hand it on.
         self.holds_result = engine.holds_output and engine.is_first_slab
 
@@ -97,7 +100,7 @@ class Predictor:
         for logits in self.engine.stream(padded()):
             _, depth, height, width = shapes.popleft()
             logits = whole(logits)
-            yield logits[0, :, :depth, :height, :width] if self.holds_result else None
+            yield logits[0, : self.classes, :depth, :height, :width] if self.holds_result else None
 
     def _pad(self, image: Tensor) -> Tensor:
         """Pads each axis at its end to a multiple of the divisor, with the image's minimum, as training does."""
@@ -130,4 +133,8 @@ class Predictor:
 
     def _forward(self, windows: Tensor) -> Tensor:
         logits = whole(self.engine.forward(windows if self.engine.reads_input else None))
-        return logits.float() if self.holds_result else windows.new_zeros(len(windows), 1, *windows.shape[2:])
+        return (
+            logits[:, : self.classes].float()
+            if self.holds_result
+            else windows.new_zeros(len(windows), 1, *windows.shape[2:])
+        )

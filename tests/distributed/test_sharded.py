@@ -74,7 +74,7 @@ def test_operations_on_slabs_are_those_on_one_device(
     check()
 
 
-def _loss_on_slabs(missing: Literal["mask", "merge"]) -> list[float]:
+def _loss_on_slabs(missing: Literal["mask", "merge"], exponent: int) -> list[float]:
     """How far loss and gradient of a shared volume are from those of the whole."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +82,8 @@ def _loss_on_slabs(missing: Literal["mask", "merge"]) -> list[float]:
     labels = torch.randint(0, 4, (2, 1, 9, 6, 7), generator=generator)
     annotated = torch.tensor([[True, True, True, True], [False, True, False, True]])
     labels[1][labels[1] == 2] = 0  # an organ without contours is in no label map
-    loss_fn = HybridLoss(LossConfig(class_weights={"b": 2.0}, missing=missing), ("a", "b", "c"))
+    config = LossConfig(class_weights={"b": 2.0}, missing=missing, focal_exponent=exponent)
+    loss_fn = HybridLoss(config, ("a", "b", "c"))
     whole = logits.clone().requires_grad_()
     expected = loss_fn(whole, (labels, annotated))
     expected.backward()
@@ -102,7 +103,7 @@ def _loss_on_slabs(missing: Literal["mask", "merge"]) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("missing", ["mask", "merge"])
-def test_the_hybrid_loss_of_a_shared_volume_is_that_of_the_whole(missing: str) -> None:
-    for differences in launch(_loss_on_slabs, 3, (missing,)):
+@pytest.mark.parametrize(("missing", "exponent"), [("mask", 2), ("merge", 0)])
+def test_the_hybrid_loss_of_a_shared_volume_is_that_of_the_whole(missing: str, exponent: int) -> None:
+    for differences in launch(_loss_on_slabs, 3, (missing, exponent)):
         assert max(differences) <= 1e-12

@@ -181,7 +181,8 @@ def trained(shared: Path, lamp3d: CommandLine, dataset: Path, config: Path) -> P
     """A run trained on two devices. Not to be changed, but for predictions, results and report."""
 
     def train() -> None:
-        done = lamp3d("train", dataset, "--config", config, "--out", shared / "run", "--devices", 2,
+        changed = ("loss.class_weights=annotation_counts", "network.deep_supervision=1")
+        done = lamp3d("train", dataset, *changed, "--config", config, "--out", shared / "run", "--devices", 2,
                       "--timeline", shared / "steps.png")  # fmt: skip
         assert done.code == 0, done.err
         (shared / "train.out").write_text(done.out, encoding="utf-8")

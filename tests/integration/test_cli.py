@@ -22,6 +22,8 @@ from tests.integration.conftest import CommandLine, environment
 def test_training_leaves_a_run_and_a_calm_log(trained: Path) -> None:
     run = Run.open(trained)
     assert run.organs == ORGANS
+    rare = {"Chiasm": 1.5, "background": 1.5}  # one of three training cases lacks the chiasm, and so its background
+    assert run.config.loss.class_weights == dict.fromkeys(ORGANS, 1.0) | rare
     assert [plan.devices for plan in run.plans()] == [2, 2]
     history = read_history(trained)
     assert [(record.stage, record.epoch) for record in history] == [(1, 1), (1, 2), (2, 1)]

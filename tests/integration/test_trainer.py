@@ -152,11 +152,12 @@ def bad_sometimes(stage: int, epoch: int, i: int) -> bool:
 
 VARIANTS = [
     {"optimizer": "rmsprop"},
+    {"optimizer": "sgd", "lr_schedule": "poly", "weight_decay": 3e-5},
     {"optimizer": "adamw", "weight_decay": 0.1, "lr_schedule": "cosine", "clip_norm": 0.5, "ema_decay": 0.9},
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=["rmsprop", "adamw"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant["optimizer"])
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path, variant: dict[str, Any]) -> None:
     config = settings(**variant)
     trainer(tmp_path / "straight", config, bad=bad_sometimes, validate=probe).fit()

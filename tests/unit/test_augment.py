@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 from torch.nn import functional
 
 from lamp3d.data import AugmentConfig
-from lamp3d.data.augment import Change, draw_change, label_swap, recoloured, sampling_grid, source_box, turned, unturned
+from lamp3d.data.augment import Change, draw_change, label_swap
+from lamp3d.data.intensity import recoloured, widened
+from lamp3d.data.sampling import elastic_shifts, sampling_grid, source_box, turned, unturned
 from lamp3d.errors import ConfigError
 
 ORGANS = ["BrainStem", "ParotidLeft", "ParotidRight"]
@@ -76,6 +79,41 @@ def test_linear_images_show_where_each_voxel_looks() -> None:
         np.testing.assert_allclose(got.numpy(), expected, atol=2e-4)
 
 
+def offsets(size: tuple[int, ...], mm: float) -> list[np.ndarray]:
+    return [(np.arange(n) - (n - 1) / 2) * mm for n in size]
+
+
+def test_equal_control_points_shift_everything_alike() -> None:
+    nodes = np.ones((3, 8, 8, 8)) * np.array([1.0, -2.0, 0.5])[:, None, None, None]
+    shifts = elastic_shifts(nodes, 16.0, offsets((5, 7, 9), 2.5))
+    expected = torch.tensor([1.0, -2.0, 0.5])[:, None, None, None].expand(3, 5, 7, 9)
+    torch.testing.assert_close(shifts, expected, rtol=1e-5, atol=1e-5)
+    # Half a voxel of a volume whose value is its coordinate: what is read is half a voxel further.
+    coordinate = torch.arange(30.0)[:, None, None].expand(30, 30, 30)
+    size, centre = (6, 6, 6), [14.5, 14.5, 14.5]
+    half = torch.tensor([0.5, 0, 0])[:, None, None, None].expand(3, *size)
+    box = source_box(centre, size, coordinate.shape, np.eye(3), margin=(0.5, 0, 0))
+    grid = sampling_grid(centre, size, box, np.eye(3), half)
+    moved = functional.grid_sample(coordinate[box][None, None], grid, align_corners=False)[0, 0]
+    torch.testing.assert_close(moved[:, 0, 0], torch.arange(12.0, 18.0) + 0.5, atol=1e-4, rtol=0)
+
+
+def test_elastic_deformations_are_smooth_bounded_and_never_fold() -> None:
+    """The largest that is allowed, by voxels of 1 mm: the Jacobian's determinant stays positive everywhere."""
+    config = AugmentConfig(elastic_probability=1.0, elastic_spacing_mm=10.0, elastic_mm=4.0)
+    change = draw_change(config, np.random.default_rng(3))
+    assert change.nodes_mm is not None
+    shifts = elastic_shifts(change.nodes_mm, 10.0, offsets((80, 80, 80), 1.0)).double().numpy()
+    assert 1.5 < np.abs(shifts).max() <= 4.0
+    jacobian = np.eye(3)[..., None, None, None] + np.stack([np.stack(np.gradient(shift)) for shift in shifts])
+    determinant = np.linalg.det(np.moveaxis(jacobian, (0, 1), (-2, -1)))
+    assert 0 < determinant.min() < 0.9
+    part = elastic_shifts(change.nodes_mm, 10.0, [offset[20:30] for offset in offsets((80, 80, 80), 1.0)])
+    np.testing.assert_allclose(part.numpy(), shifts[:, 20:30, 20:30, 20:30], atol=1e-5)
+    with pytest.raises(ValidationError, match=r"elastic_mm 4\.1 could fold tissue onto itself; at most 4 goes"):
+        AugmentConfig(elastic_mm=4.1, elastic_spacing_mm=10.0)
+
+
 def test_source_box_outside_the_scan_is_never_empty() -> None:
     matrix = Rotation.from_euler("z", 40, degrees=True).as_matrix()
     box = source_box((31.5, 31.5, 31.5), (64, 64, 64), (5, 40, 40), matrix)
@@ -131,6 +169,47 @@ def test_recoloured_is_gain_shift_and_bounded_noise() -> None:
     noise = recoloured(image, Change(noise=0.2), rng, all_of_it, size) - image
     assert 0.18 < noise.abs().max() <= 0.2 + 1e-6
     assert abs(noise.mean()) < 0.02
+
+
+ALL_OF_IT = (slice(0, 8), slice(0, 9), slice(0, 8))
+
+
+def test_blur_gamma_and_gaussian_noise() -> None:
+    image = torch.rand(1, 8, 9, 8, generator=torch.Generator().manual_seed(0))
+    rng = np.random.default_rng(2)
+    blurred = recoloured(image, Change(sigma=0.8), rng, ALL_OF_IT, (8, 9, 8))
+    expected = gaussian_filter(image[0].numpy(), 0.8, mode="nearest", truncate=3)
+    np.testing.assert_allclose(blurred[0].numpy(), expected, atol=1e-6)
+    assert blurred.std() < 0.6 * image.std()
+    darker = recoloured(image - 0.1, Change(gamma=2.0), rng, ALL_OF_IT, (8, 9, 8))
+    torch.testing.assert_close(darker, (image - 0.1).clamp_min(0).square())
+    noise = recoloured(image, Change(noise=0.2, noise_kind="gaussian"), rng, ALL_OF_IT, (8, 9, 8)) - image
+    assert 0.17 < noise.std() < 0.23
+    assert noise.abs().max() > 0.4
+
+
+def test_half_the_resolution_keeps_slow_changes_and_loses_fast_ones() -> None:
+    rng = np.random.default_rng(0)
+    ramp = torch.arange(9.0)[None, None, :, None].expand(1, 8, 9, 8)
+    coarse = recoloured(ramp, Change(coarse=(0, 1)), rng, ALL_OF_IT, (8, 9, 8))
+    torch.testing.assert_close(coarse[:, :, 1:7], ramp[:, :, 1:7])
+    stripes = (torch.arange(8) % 2).float()[None, :, None, None].expand(1, 8, 9, 8)
+    assert (recoloured(stripes, Change(coarse=(0,)), rng, ALL_OF_IT, (8, 9, 8)) == 0.5).all()
+    assert torch.equal(recoloured(stripes, Change(coarse=(2,)), rng, ALL_OF_IT, (8, 9, 8)), stripes)
+
+
+@pytest.mark.parametrize("change", [Change(sigma=1.0), Change(coarse=(0, 2)), Change(sigma=0.7, coarse=(0, 1, 2))])
+def test_a_widened_region_is_all_that_intensities_of_a_part_need(change: Change) -> None:
+    size = (24, 15, 10)
+    image = torch.rand(1, *size, generator=torch.Generator().manual_seed(1))
+    rng = np.random.default_rng(0)
+    whole = recoloured(image, change, rng, tuple(slice(0, n) for n in size), size)
+    for region in ((slice(0, 7), slice(4, 9), slice(0, 10)), (slice(11, 18), slice(9, 15), slice(5, 6))):
+        wide = widened(region, size, change)
+        part = recoloured(image[(slice(None), *wide)], change, rng, wide, size)
+        inner = [slice(r.start - w.start, r.stop - w.start) for r, w in zip(region, wide, strict=True)]
+        torch.testing.assert_close(part[(slice(None), *inner)], whole[(slice(None), *region)])
+    assert widened(region, size, Change(gamma=2.0)) == region
 
 
 def test_left_right_flip_swaps_pairs() -> None:

@@ -19,6 +19,11 @@ def network(filters: int = 2, seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Conv3d(1, filters, 3), nn.BatchNorm3d(filters), nn.Conv3d(filters, 2, 1, bias=False))
 
 
+def layout(tensor: torch.Tensor) -> list[int]:
+    """How it lies in memory; the stride of an axis of length one says nothing."""
+    return [stride for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
+
+
 def save(path: Path, net: nn.Module, **progress: object) -> None:
     save_checkpoint(path, {f"model/{name}": tensor for name, tensor in network_tensors(net).items()}, progress)
 
@@ -103,7 +108,7 @@ def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("kind", ["rmsprop", "adamw"])
+@pytest.mark.parametrize("kind", ["rmsprop", "adamw", "sgd"])
 def test_optimizer_state_goes_on_exactly(tmp_path: Path, kind: str) -> None:
     """Three steps, or two and a third after a save and a load: the same weights, step counts included."""
     config = TrainConfig(curriculum=(CurriculumStage(patch=8, epochs=1),), optimizer=kind, weight_decay=0.1)
@@ -137,7 +142,7 @@ def test_optimizer_state_goes_on_exactly(tmp_path: Path, kind: str) -> None:
     after = optimizer_tensors(restored, parameters(resumed))
     for name, tensor in optimizer_tensors(optimizer, parameters(straight)).items():
         assert torch.equal(tensor, after[name]), name
-        assert tensor.stride() == after[name].stride(), name
+        assert layout(tensor) == layout(after[name]), name
 
     other = TrainConfig(curriculum=config.curriculum, optimizer="adamw" if kind == "rmsprop" else "rmsprop")
     with pytest.raises(ConfigError, match="optimizer that began it"):

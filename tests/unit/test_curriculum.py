@@ -50,6 +50,15 @@ def test_cosine_rises_then_falls_in_every_stage() -> None:
         assert rates[-1] == pytest.approx(full / 100)
 
 
+def test_poly_falls_with_the_power_of_what_is_left_of_a_stage() -> None:
+    config = TrainConfig(curriculum=(stage(), stage(learning_rate=0.002)), lr_schedule="poly")
+    for index, full in enumerate([0.01, 0.002]):
+        rates = [config.learning_rate(index, k / 100) for k in range(1, 101)]
+        assert rates == sorted(rates, reverse=True)
+        assert rates[49] == pytest.approx(full * (0.01 + 0.99 * 0.5**0.9))
+        assert rates[-1] == pytest.approx(full / 100)
+
+
 def test_last_epoch_of_a_stage_is_always_validated() -> None:
     config = TrainConfig(curriculum=(stage(epochs=7),), validate_every=3)
     assert [epoch for epoch in range(7) if config.validates(0, epoch)] == [2, 5, 6]

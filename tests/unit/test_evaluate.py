@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from monai.metrics import compute_dice
+from scipy.ndimage import binary_erosion, gaussian_filter
+from scipy.spatial import cKDTree
 
 from lamp3d.errors import DatasetError, ScanError
 from lamp3d.evaluate import CaseResult, OrganScore, Results, dice_per_organ, evaluate_case, summarise
@@ -71,6 +73,53 @@ def test_surface_dice_weighs_by_area():
     wide = evaluate_case(labels({1: plates[0]}, spacing=spacing), truth, ORGANS, {"Left"})["Left"]
     assert thin.dice == wide.dice == pytest.approx(2 / 3)
     assert wide.surface_dice > 0.85 > 0.5 > thin.surface_dice
+
+
+def blob(seed, shape=(20, 18, 16)):
+    """A random mask with a rough surface, touching no border."""
+    noise = gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 1.5)
+    mask = noise > np.quantile(noise, 0.8)
+    for axis in range(3):
+        mask[tuple(slice(None) if k != axis else [0, 1, -2, -1] for k in range(3))] = False
+    return mask
+
+
+def surface_points(mask, spacing):
+    """The voxels of a mask that have a neighbour outside it, in mm."""
+    return np.argwhere(mask & ~binary_erosion(mask)) * spacing
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_hd95_is_that_of_point_sets(seed):
+    """By nearest neighbours among the surface voxels instead of distance maps: the worse of both directions' 95 %."""
+    spacing = np.array([1.0, 2.5, 1.5])
+    one, other = blob(seed), blob(seed + 100)
+    a, b = surface_points(one, spacing), surface_points(other, spacing)
+    expected = max(np.percentile(cKDTree(b).query(a)[0], 95), np.percentile(cKDTree(a).query(b)[0], 95))
+    affine = np.diag([*spacing, 1.0])
+    prediction, truth = (Volume(mask.astype(np.uint8), affine) for mask in (one, other))
+    score = evaluate_case(prediction, truth, ORGANS, {"Left"})
+    assert score["Left"].hd95_mm == pytest.approx(expected, rel=1e-5)
+
+
+def surface_corners(mask):
+    """Voxels' corners where the surface passes, and the area of the faces there: a quarter of each of twelve."""
+    window = np.lib.stride_tricks.sliding_window_view(np.pad(mask, 1).astype(np.int8), (2, 2, 2))
+    area = sum(np.abs(np.diff(window, axis=axis)).sum((3, 4, 5)) for axis in (3, 4, 5)) / 4
+    return np.argwhere(area > 0), area[area > 0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_surface_dice_is_that_of_nearest_corners(seed):
+    """By nearest neighbours; the areas are those of voxels' faces, MONAI's those of marching cubes: within 0.02."""
+    one, other = blob(seed), np.roll(blob(seed), (1, -1, 1), (0, 1, 2)) | blob(seed + 100)
+    (a, area_a), (b, area_b) = surface_corners(one), surface_corners(other)
+    near_a, near_b = cKDTree(b).query(a)[0] <= 1.5, cKDTree(a).query(b)[0] <= 1.5
+    expected = (area_a[near_a].sum() + area_b[near_b].sum()) / (area_a.sum() + area_b.sum())
+    prediction, truth = (Volume(mask.astype(np.uint8), np.eye(4)) for mask in (one, other))
+    score = evaluate_case(prediction, truth, ORGANS, {"Left"}, tolerance_mm=1.5)["Left"]
+    assert 0.3 < expected < 0.95
+    assert score.surface_dice == pytest.approx(expected, abs=0.02)
 
 
 def test_absent_organs_follow_the_table():

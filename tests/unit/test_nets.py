@@ -82,7 +82,7 @@ def test_every_layer_is_a_node_with_a_readable_name(net: type[UShape]) -> None:
         assert nodes.count(name) == 1
     leaves = [name for name, child in net(1, 3, filters=2).named_modules() if not list(child.children())]
     unused = {name for name in leaves if name not in nodes}
-    assert unused <= {"head", *(f"decoder{i}.shortcut" for i in range(1, 5))}  # empty sequences only
+    assert unused <= {"head", "coarse_logits", *(f"decoder{i}.shortcut" for i in range(1, 5))}  # empty sequences only
 
 
 def test_a_traceable_network_may_hold_one_of_these() -> None:
@@ -128,6 +128,26 @@ def test_max_filters_caps_every_block() -> None:
     assert network(images(1, 1, 32, 32, 32, dtype=torch.float32)).shape == (1, 2, 32, 32, 32)
 
 
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("stem_stride", [1, 2])
+def test_deep_supervision_adds_logits_of_coarser_levels_behind_the_same_first_ones(
+    net: type[UShape], stem_stride: int
+) -> None:
+    torch.manual_seed(0)
+    plain = net(1, 3, filters=2, stem_stride=stem_stride).double()
+    deep = net(1, 3, filters=2, stem_stride=stem_stride, deep_supervision=2).double()
+    assert (plain.heads, deep.heads) == (1, 3)
+    deep.load_state_dict(plain.state_dict(), strict=False)
+    x = images(1, 1, 64, 32, 32)
+    logits = deep(x)
+    assert logits.shape == (1, 9, 64, 32, 32)
+    assert torch.equal(logits[:, :3], plain(x))
+    for k in (1, 2):  # each its own, and all its levels' voxels count
+        logits[:, 3 * k : 3 * k + 3].square().sum().backward(retain_graph=True)
+        assert deep.coarse_logits[k - 1][0].weight.grad.abs().max() > 0
+    assert torch.equal(torch.fx.symbolic_trace(deep)(x), logits)
+
+
 @pytest.mark.parametrize(("se_reduction", "hidden"), [(1, 8), (2, 4), (8, 1), (100, 1)])
 def test_se_reduction_leaves_at_least_one_hidden_unit(se_reduction: int, hidden: int) -> None:
     block = SEUNet(1, 2, filters=8, se_reduction=se_reduction).encoder1
@@ -162,6 +182,7 @@ def test_batch_norm_counts_the_batches_it_saw() -> None:
         ({"stem_stride": 3}, "stem_stride=3"),
         ({"max_filters": 8}, "max_filters=8 is below filters=32"),
         ({"se_reduction": 0}, "se_reduction=0"),
+        ({"deep_supervision": 4}, "deep_supervision=4 must be between 0 and 3"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], says: str) -> None:

@@ -20,9 +20,18 @@ ALL = AugmentConfig(
     flip_axes=(0, 1, 2),
     paired_labels=PAIR,
     affine_probability=1.0,
+    elastic_probability=0.5,
+    elastic_mm=4.0,
+    elastic_spacing_mm=12.0,
     rotate90_probability=0.5,
+    blur_probability=0.5,
+    coarse_probability=0.5,
+    gamma_probability=0.5,
     intensity_probability=1.0,
     noise_probability=1.0,
+)
+GEOMETRY = ALL.model_copy(
+    update={f"{name}_probability": 0.0 for name in ("noise", "intensity", "blur", "coarse", "gamma")}
 )
 
 
@@ -162,6 +171,31 @@ def test_patches_are_positive_and_show_all_organs_in_time(store: CaseStore) -> N
     assert seen == {0, 1, 2, 3}
 
 
+def test_a_share_of_the_patches_lies_anywhere(store: CaseStore) -> None:
+    """In the first case, whose patches of 4³ show an organ by chance far less often than by choice."""
+    shares = []
+    for positive_fraction in (1.0, 0.5, 0.0):
+        settings = {"patch": (4, 4, 4), "batch": 60, "patches_per_case": 60, "positive_fraction": positive_fraction}
+        labels = batches(store, cases=slice(0, 1), **settings).read(0, images=False).labels
+        assert isinstance(labels, torch.Tensor)
+        shares.append(labels.flatten(1).any(1).float().mean().item())
+    assert shares[0] == 1
+    assert shares[0] > shares[1] + 0.1 > shares[2] + 0.2
+
+
+def test_left_stays_left_under_every_change(store: CaseStore) -> None:
+    """Of whole scans: whatever was flipped, turned or deformed, the left gland is the one at smaller x."""
+    mild = GEOMETRY.model_copy(update={"rotate90_probability": 0.0, "flip_axes": (0,), "elastic_probability": 1.0})
+    epoch = batches(store, cases=slice(0, 3), patch=None, batch=3, patches_per_case=6, augment=mild)
+    flipped = 0
+    for i in range(len(epoch)):
+        for label in epoch.read(i, images=False).labels or ():
+            left, right = ((label[0, 0] == value).nonzero()[:, 0].float() for value in (1, 2))
+            assert left.mean() + 3 < right.mean()
+            flipped += 1
+    assert flipped == 18
+
+
 def test_patch_without_change_is_the_scan_itself(store: CaseStore) -> None:
     case = store.dataset.cases[0]
     pixels, truth = store.read(case)
@@ -192,7 +226,7 @@ def test_small_scans_are_padded_at_the_end(store: CaseStore) -> None:
 
 def test_image_and_label_move_together(store: CaseStore) -> None:
     """Organs are 200 HU brighter than what surrounds them, in every orientation."""
-    augment = ALL.model_copy(update={"noise_probability": 0.0, "intensity_probability": 0.0, "scale": (1.0, 1.0)})
+    augment = GEOMETRY.model_copy(update={"scale": (1.0, 1.0)})
     for patch in ((12, 12, 12), None):
         epoch = batches(store, cases=slice(0, 3), patch=patch, batch=3, patches_per_case=4, augment=augment)
         for i in range(len(epoch)):

@@ -1,4 +1,4 @@
-"""Random changes of a training sample: flips, rotation and scaling, quarter turns, intensity and noise.
+"""Random changes of a training sample: flips, rotation and scaling, elastic deformation, quarter turns, intensities.
 
 What happens to a sample is drawn first (`draw_change`), then applied while it is read. So image and label map undergo
 the same change even when they are read by different processes, each from the same seed.
@@ -18,11 +18,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.spatial.transform import Rotation
 from torch import Tensor
-from torch.nn import functional
 
 from lamp3d.errors import ConfigError
 
 LEFT_RIGHT_AXIS = 0  # of a scan in RAS orientation
+ELASTIC_NODES = 8  # along each axis, then the same ones again: far enough apart that nobody sees it
+LARGEST_ELASTIC = 0.4  # of the nodes' distance: a cubic B-spline of smaller shifts never folds (Choi and Lee, 2000)
 _SIDED = re.compile(r"left|right|(^|_)[lr](_|$)", re.IGNORECASE)
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -39,13 +40,24 @@ class AugmentConfig(BaseModel):
         affine_probability: of a rotation and scaling, done in mm, whatever the voxels' shape.
         rotate_degrees: largest angle of the rotation, about an axis drawn at random.
         scale: smallest and largest magnification.
+        elastic_probability: of a smooth random deformation, done in mm (paper §3: head and neck, as in AnatomyNet).
+        elastic_mm: largest shift along each axis of the control points that it is made from; their cubic B-spline
+            shifts less in between.
+        elastic_spacing_mm: distance of the control points.
         rotate90_probability: of a turn by 90, 180 or 270 degrees in the axial plane (paper §3, liver); 180 alone where
             the sample is not square.
+        blur_probability: of a Gaussian blur.
+        blur_sigma: its smallest and largest standard deviation, in voxels.
+        coarse_probability: of an image as if it were scanned at half the resolution along one axis or more.
+        gamma_probability: of a gamma correction, image ** gamma.
+        gamma: smallest and largest.
         intensity_probability: of a change of brightness and contrast.
         intensity_shift: largest brightness change, of an image in [0, 1].
         intensity_scale: largest relative contrast change.
         noise_probability: of noise.
-        noise: amplitude a of noise that is uniform in [-a, a] (paper §3: 0.2 for liver).
+        noise: amplitude a of noise that is uniform in [-a, a] (paper §3: 0.2 for liver), or the largest standard
+            deviation of Gaussian noise.
+        noise_kind: "uniform" or "gaussian".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,17 +68,38 @@ class AugmentConfig(BaseModel):
     affine_probability: Probability = 0.5
     rotate_degrees: float = Field(default=10.0, ge=0, le=180)
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.9, 1.1)
+    elastic_probability: Probability = 0.0
+    elastic_mm: float = Field(default=6.0, ge=0)
+    elastic_spacing_mm: float = Field(default=32.0, gt=0)
     rotate90_probability: Probability = 0.0
+    blur_probability: Probability = 0.0
+    blur_sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 1.0)
+    coarse_probability: Probability = 0.0
+    gamma_probability: Probability = 0.0
+    gamma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.7, 1.5)
     intensity_probability: Probability = 0.5
     intensity_shift: Fraction = 0.05
     intensity_scale: Fraction = 0.1
     noise_probability: Probability = 0.5
     noise: Fraction = 0.05
+    noise_kind: Literal["uniform", "gaussian"] = "uniform"
 
     @model_validator(mode="after")
-    def _scale_rises(self) -> AugmentConfig:
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale {self.scale} must be (smallest, largest)")
+    def _ranges_rise(self) -> AugmentConfig:
+        for name in ("scale", "blur_sigma", "gamma"):
+            smallest, largest = getattr(self, name)
+            if smallest > largest:
+                raise ValueError(f"{name} {(smallest, largest)} must be (smallest, largest)")
+        return self
+
+    @model_validator(mode="after")
+    def _never_folds(self) -> AugmentConfig:
+        limit = LARGEST_ELASTIC * self.elastic_spacing_mm
+        if self.elastic_mm > limit:
+            raise ValueError(
+                f"elastic_mm {self.elastic_mm:g} could fold tissue onto itself; at most {limit:g} goes with "
+                f"elastic_spacing_mm {self.elastic_spacing_mm:g}"
+            )
         return self
 
     @classmethod
@@ -87,17 +120,35 @@ class Change:
         flips: axes to mirror.
         quarter_turns: in the axial plane, 0 to 3.
         matrix_mm: (3, 3), offset from the sample's centre in mm -> offset in the scan to read; None reads as it is.
+        nodes_mm: (3, N, N, N), how far the control points of an elastic deformation shift along each axis; they repeat
+            periodically, one lies in the sample's centre. The shift comes before the matrix. None: no deformation.
+        node_spacing_mm: the control points' distance.
+        sigma: of a Gaussian blur, in voxels; 0 is none.
+        coarse: axes along which the resolution is halved.
+        gamma: exponent of the image.
         gain: factor on the image.
         shift: added to the image after that.
-        noise: amplitude of uniform noise.
+        noise: amplitude of uniform noise, or standard deviation of Gaussian noise.
+        noise_kind: which of the two.
     """
 
     flips: tuple[int, ...] = ()
     quarter_turns: int = 0
     matrix_mm: npt.NDArray[np.float64] | None = None
+    nodes_mm: npt.NDArray[np.float64] | None = None
+    node_spacing_mm: float = 1.0
+    sigma: float = 0.0
+    coarse: tuple[int, ...] = ()
+    gamma: float = 1.0
     gain: float = 1.0
     shift: float = 0.0
     noise: float = 0.0
+    noise_kind: Literal["uniform", "gaussian"] = "uniform"
+
+    @property
+    def resamples(self) -> bool:
+        """Whether voxels look between the scan's voxels."""
+        return self.matrix_mm is not None or self.nodes_mm is not None
 
     @property
     def mirrors(self) -> bool:
@@ -120,7 +171,23 @@ def draw_change(config: AugmentConfig, rng: np.random.Generator) -> Change:
         gain += rng.uniform(-config.intensity_scale, config.intensity_scale)
         shift += rng.uniform(-config.intensity_shift, config.intensity_shift)
     noise = config.noise if rng.random() < config.noise_probability else 0.0
-    return Change(flips, quarter_turns, matrix_mm, gain, shift, noise)
+    if config.noise_kind == "gaussian":
+        noise *= rng.random()
+    nodes_mm, node_spacing_mm = None, 1.0
+    if rng.random() < config.elastic_probability:
+        nodes_mm = rng.uniform(-config.elastic_mm, config.elastic_mm, (3, *[ELASTIC_NODES] * 3))
+        node_spacing_mm = config.elastic_spacing_mm
+    sigma = float(rng.uniform(*config.blur_sigma)) if rng.random() < config.blur_probability else 0.0
+    coarse: tuple[int, ...] = ()
+    if rng.random() < config.coarse_probability:
+        coarse = tuple(sorted(int(axis) for axis in rng.permutation(3)[: rng.integers(1, 4)]))
+    gamma = float(rng.uniform(*config.gamma)) if rng.random() < config.gamma_probability else 1.0
+    return Change(
+        flips=flips, quarter_turns=quarter_turns, matrix_mm=matrix_mm,
+        nodes_mm=nodes_mm, node_spacing_mm=node_spacing_mm,
+        sigma=sigma, coarse=coarse, gamma=gamma,
+        gain=gain, shift=shift, noise=noise, noise_kind=config.noise_kind,
+    )  # fmt: skip
 
 
 def label_swap(config: AugmentConfig, organs: Sequence[str]) -> Tensor:
@@ -146,83 +213,3 @@ def label_swap(config: AugmentConfig, organs: Sequence[str]) -> Tensor:
             "paired_labels; add the pairs to paired_labels, or take the axis out of flip_axes"
         )
     return swap
-
-
-def source_box(
-    centre: Sequence[float], size: Sequence[int], shape: Sequence[int], matrix: npt.NDArray[np.float64]
-) -> tuple[slice, slice, slice]:
-    """The part of a scan that a rotated and scaled sample looks at.
-
-    Args:
-        centre: where the middle of the sample looks, in the scan's voxels.
-        size: (D, H, W) of the sample.
-        shape: (D, H, W) of the scan; the part is clamped to it and never empty.
-        matrix: (3, 3), offset from the sample's centre in voxels -> offset in the scan in voxels.
-    """
-    middle = np.asarray(centre)
-    reach = np.abs(matrix) @ ((np.asarray(size) - 1) / 2)
-    low = np.clip(np.floor(middle - reach).astype(int), 0, np.asarray(shape) - 1)
-    high = np.clip(np.ceil(middle + reach).astype(int) + 1, low + 1, shape)
-    d, h, w = (slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-    return d, h, w
-
-
-def sampling_grid(
-    centre: Sequence[float], size: Sequence[int], box: Sequence[slice], matrix: npt.NDArray[np.float64]
-) -> Tensor:
-    """Where each voxel of a rotated and scaled sample looks in its `source_box`, for ``grid_sample``.
-
-    Args:
-        centre: where the middle of the sample looks, in the scan's voxels.
-        size: (D, H, W) of the sample.
-        box: the part of the scan that was read.
-        matrix: (3, 3), offset from the middle in voxels -> offset in the scan in voxels.
-
-    Returns:
-        (1, D, H, W, 3) float32, in ``grid_sample``'s units with ``align_corners=False``.
-    """
-    size_out = np.asarray(size)
-    size_in = np.array([part.stop - part.start for part in box])
-    middle = np.asarray(centre) - [part.start for part in box]
-    # A unit of grid_sample is half the volume's width, and its last axis comes first.
-    theta = np.empty((3, 4))
-    theta[:, :3] = (matrix * size_out[None, :] / size_in[:, None])[::-1, ::-1]
-    theta[:, 3] = ((2 * middle + 1) / size_in - 1)[::-1]
-    return functional.affine_grid(torch.from_numpy(theta)[None].float(), [1, 1, *size], align_corners=False)
-
-
-def turned(part: Tensor, change: Change, size: Sequence[int]) -> Tensor:
-    """Mirror a part (1, d, h, w) of a sample of some size (D, H, W), and turn it in the axial plane."""
-    if change.flips:
-        part = part.flip([1 + axis for axis in change.flips])
-    turns = _turns(change, size)
-    return torch.rot90(part, turns, (1, 2)) if turns else part
-
-
-def _turns(change: Change, size: Sequence[int]) -> int:
-    if change.quarter_turns and size[0] != size[1]:
-        return 2  # a quarter turn would change the shape
-    return change.quarter_turns
-
-
-def unturned(region: Region, size: Sequence[int], change: Change) -> Region:
-    """From which part of a sample of this size :func:`turned` makes a part of what it makes."""
-    depth, height, width = region
-    for turn in range(_turns(change, size)):  # undo one: rows become columns, counted from the other end
-        extent = size[turn % 2]
-        depth, height = height, slice(extent - depth.stop, extent - depth.start)
-    parts = [depth, height, width]
-    for axis in change.flips:
-        parts[axis] = slice(size[axis] - parts[axis].stop, size[axis] - parts[axis].start)
-    depth, height, width = parts
-    return depth, height, width
-
-
-def recoloured(image: Tensor, change: Change, rng: np.random.Generator, region: Region, size: Sequence[int]) -> Tensor:
-    """Change the intensities of a region (1, d, h, w) of an image (1, D, H, W), and add its part of the noise."""
-    if change.gain != 1.0 or change.shift != 0.0:
-        image = image * change.gain + change.shift
-    if change.noise:
-        uniform = torch.from_numpy(rng.random((1, *size), dtype=np.float32))[(slice(None), *region)]
-        image = image + (2 * uniform - 1) * change.noise
-    return image

@@ -10,19 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lamp3d.data.augment import (
-    AugmentConfig,
-    Change,
-    Region,
-    draw_change,
-    label_swap,
-    recoloured,
-    sampling_grid,
-    source_box,
-    turned,
-    unturned,
-)
+from lamp3d.data.augment import AugmentConfig, Change, Region, draw_change, label_swap
 from lamp3d.data.dataset import Case
+from lamp3d.data.intensity import recoloured, widened
+from lamp3d.data.sampling import elastic_shifts, sampling_grid, source_box, turned, unturned
 from lamp3d.data.store import CaseStore
 from lamp3d.errors import ConfigError
 
@@ -72,6 +63,7 @@ class Batches:
         cases: of one split.
         patch: (D, H, W) voxels of a positive patch: around a random voxel of a random organ that the case shows and has
             contours for, jittered, within the scan. None is the whole prepared scan.
+        positive_fraction: share of the patches that are positive, on average; the others lie anywhere in the scan.
         batch: samples a mini-batch.
         divisor: what the network needs shapes to be multiples of; whole scans are padded at the end of each axis, with
             the image's minimum and label 0.
@@ -95,6 +87,7 @@ class Batches:
         seed: Sequence[int],
         augment: AugmentConfig,
         patches_per_case: int = 1,
+        positive_fraction: float = 1.0,
     ) -> None:
         if not cases:
             raise ConfigError("no cases to make mini-batches from; name some in the dataset's split")
@@ -109,6 +102,7 @@ class Batches:
             )
         self._store, self._patch, self._batch, self._divisor = store, patch, batch, divisor
         self._augment, self._seed = augment, [int(part) for part in seed]
+        self._positive_fraction = positive_fraction
         self._swap = label_swap(augment, store.dataset.organs)
         order = self._rng().permutation(len(cases) * patches_per_case)
         self._order = [cases[item % len(cases)] for item in order]
@@ -169,10 +163,12 @@ class Batches:
 
     def _positive_start(self, case: Case, shape: Shape3, patch: Shape3, rng: np.random.Generator) -> Shape3:
         organs = self._store.foreground_voxels(case)
-        if organs:
+        # Where all are positive nothing is drawn, so that a seed means what it always did.
+        positive = self._positive_fraction == 1 or rng.random() < self._positive_fraction
+        if organs and positive:
             voxels = organs[sorted(organs)[rng.integers(len(organs))]]
             centre = voxels[rng.integers(len(voxels))]
-        else:  # nothing contoured: any place will do
+        else:  # any place will do
             centre = rng.integers(shape)
         low, high = np.array(patch) // 4, np.array(patch) // 4 + 1
         jitter = rng.integers(-low, high)  # at most a quarter patch, so that the voxel stays well inside
@@ -189,16 +185,17 @@ class Batches:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Image (1, D, H, W) float32 and label (1, D, H, W) int64 of a sample, or the wanted part of them."""
         case, change = sample.case, sample.change
-        region = (slice(0, sample.padded[0]), slice(0, sample.padded[1]), slice(0, sample.padded[2]))
+        wanted = (slice(0, sample.padded[0]), slice(0, sample.padded[1]), slice(0, sample.padded[2]))
         if part is not None:
-            region = part(sample.padded)
+            wanted = part(sample.padded)
+        region = widened(wanted, sample.padded, change) if image else wanted
         # What of it lies in the sample before padding; and where that comes from, before flips and turns.
         inside = [slice(min(r.start, n), min(r.stop, n)) for r, n in zip(region, sample.size, strict=True)]
         origin = unturned((inside[0], inside[1], inside[2]), sample.size, change)
         size = [r.stop - r.start for r in origin]
         empty = not all(size)
         grid, box = None, self._box(sample, origin)
-        if change.matrix_mm is not None and not empty:
+        if change.resamples and not empty:
             grid, box = self._grid(sample, origin)
         pixels, truth = self._store.read(case, box, image=image and not empty, label=label and not empty)
         if empty:  # all padding
@@ -212,6 +209,8 @@ class Batches:
         if truth is not None:
             truth = _placed(truth, grid, "nearest", size, sample, extents).long()
             truth = self._swap[truth] if change.mirrors else truth
+        inner = [slice(w.start - r.start, w.stop - r.start) for w, r in zip(wanted, region, strict=True)]
+        pixels, truth = (None if t is None else t[(slice(None), *inner)].contiguous() for t in (pixels, truth))
         return pixels, truth
 
     def _box(self, sample: _Sample, origin: Region) -> Region:
@@ -225,14 +224,21 @@ class Batches:
     def _grid(self, sample: _Sample, origin: Region) -> tuple[Tensor, Region]:
         """Where the voxels of a rotated part of a sample look, and the part of the scan that they look at."""
         change, spacing = sample.change, np.array(self._store.spacing_mm(sample.case))
-        assert change.matrix_mm is not None
-        matrix = change.matrix_mm * spacing[None, :] / spacing[:, None]
+        matrix_mm = np.eye(3) if change.matrix_mm is None else change.matrix_mm
+        matrix = matrix_mm * spacing[None, :] / spacing[:, None]
         size = [r.stop - r.start for r in origin]
-        middle = np.array(sample.start) + (np.array(sample.size) - 1) / 2
-        offset = [r.start + (n - 1) / 2 for r, n in zip(origin, size, strict=True)] - (np.array(sample.size) - 1) / 2
+        half = (np.array(sample.size) - 1) / 2
+        middle = np.array(sample.start) + half
+        offset = [r.start + (n - 1) / 2 for r, n in zip(origin, size, strict=True)] - half
         centre = middle + matrix @ offset
-        box = source_box(centre, size, self._store.shape(sample.case), matrix)
-        return sampling_grid(centre, size, box, matrix), box
+        shifts, margin = None, np.zeros(3)
+        if change.nodes_mm is not None:
+            offsets_mm = [(np.arange(r.start, r.stop) - h) * mm for r, h, mm in zip(origin, half, spacing, strict=True)]
+            shifts_mm = elastic_shifts(change.nodes_mm, change.node_spacing_mm, offsets_mm)
+            shifts = shifts_mm / torch.from_numpy(spacing).float()[:, None, None, None]
+            margin = np.abs(change.nodes_mm).max((1, 2, 3)) / spacing
+        box = source_box(centre, size, self._store.shape(sample.case), matrix, margin)
+        return sampling_grid(centre, size, box, matrix, shifts), box
 
     def _joined(self, tensors: list[Tensor]) -> Tensor | list[Tensor]:
         return [tensor[None] for tensor in tensors] if self._patch is None else torch.stack(tensors)

@@ -28,6 +28,7 @@ class NetworkConfig(BaseModel):
         norm: "instance", "batch" or "group".
         stem_stride: 1 works at full resolution; 2 halves it at once, as the paper's released code does.
         max_filters: upper limit of the channels; None: 16 f.
+        deep_supervision: how many coarser decoder levels give logits too, for training only.
         se_reduction: of the squeeze-and-excitation, "seunet" only.
     """
 
@@ -38,6 +39,7 @@ class NetworkConfig(BaseModel):
     norm: Literal["instance", "batch", "group"] = "instance"
     stem_stride: Literal[1, 2] = 1
     max_filters: PositiveInt | None = None
+    deep_supervision: Literal[0, 1, 2, 3] = 0
     se_reduction: PositiveInt = 8
 
     def build(self, n_classes: int, in_channels: int = 1) -> UNet | SEUNet:
@@ -50,6 +52,7 @@ class NetworkConfig(BaseModel):
             norm=self.norm,
             stem_stride=self.stem_stride,
             max_filters=self.max_filters,
+            deep_supervision=self.deep_supervision,
         )
 
 

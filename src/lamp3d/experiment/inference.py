@@ -166,7 +166,7 @@ def _predict_worker(
     network = run.network()
     load_weights(network, run.best)
     engine = Engine(network.eval(), plan)
-    predictor = Predictor(engine, run.config.preprocess, network.divisor, window)
+    predictor = Predictor(engine, run.config.preprocess, network.divisor, window, 1 + len(run.organs))
     predictions = []
     with _progress(hidden=not predictor.holds_result) as progress:
         for scan, target in progress.track(pairs, description="Predicting"):

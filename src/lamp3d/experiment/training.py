@@ -54,6 +54,8 @@ def train(
     if (out / "last.safetensors").exists() and not resume:
         raise ConfigError(f"{out} already holds a run; add --resume to go on with it, or choose another --out.")
     train_cases, validation_cases = dataset.split("train"), _validation_cases(dataset)
+    loss = config.loss.resolved_for([case.annotated for case in train_cases], dataset.organs)
+    config = config.model_copy(update={"loss": loss})
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
     _check_batches(store, train_cases, config)
     run = Run(out, config, dataset.root.resolve(), dataset.organs)
@@ -178,11 +180,12 @@ def _train_worker(out: Path, resume: bool) -> None:
             seed=(config.train.seed, stage, epoch),
             augment=config.augment,
             patches_per_case=settings.patches_per_case,
+            positive_fraction=settings.positive_fraction,
         )
 
     cases = _validation_cases(dataset)
     validate = partial(_validate, store=store, cases=cases, divisor=network.divisor) if cases else None
-    loss = HybridLoss(config.loss, dataset.organs)
+    loss = HybridLoss(config.loss, dataset.organs, network.heads)
     Trainer(network, run.plans(), config.train, loss, batches, validate, out).fit(resume)
 
 
@@ -196,7 +199,7 @@ def _validate(engine: Engine, *, store: CaseStore, cases: tuple[Case, ...], divi
         assert pixels is not None
         return pixels
 
-    predictor = Predictor(engine, store.config, divisor)
+    predictor = Predictor(engine, store.config, divisor, classes=store.dataset.n_classes)
     own = cases[engine.replica :: engine.plan.data]  # replicas share the cases
     scores: dict[str, Tensor] = {}
     for case, logits in zip(own, predictor.predict_prepared(image(case) for case in own), strict=True):

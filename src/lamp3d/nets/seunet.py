@@ -58,6 +58,7 @@ class SEUNet(UShape):
         norm: `instance`, `batch`, or `group` (up to eight groups).
         stem_stride: 2 works at half the resolution inside, as the paper's released code does.
         max_filters: upper limit of the channels of any block, None for no limit.
+        deep_supervision: how many coarser decoder levels give logits too, 0 to 3; see `UShape`.
         se_reduction: the gate's hidden layer has one unit for this many channels, and at least one.
 
     Raises:
@@ -72,6 +73,7 @@ class SEUNet(UShape):
         norm: NormName = "instance",
         stem_stride: Literal[1, 2] = 1,
         max_filters: int | None = None,
+        deep_supervision: int = 0,
         se_reduction: int = 8,
     ) -> None:
         if se_reduction < 1:
@@ -81,4 +83,4 @@ class SEUNet(UShape):
         def block(inputs: int, outputs: int, stride: int) -> SEResidualBlock:
             return SEResidualBlock(inputs, outputs, stride, factory, se_reduction)
 
-        super().__init__(in_channels, out_channels, filters, block, stem_stride, max_filters)
+        super().__init__(in_channels, out_channels, filters, block, stem_stride, max_filters, deep_supervision)

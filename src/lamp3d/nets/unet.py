@@ -40,6 +40,7 @@ class UNet(UShape):
         norm: `instance`, `batch`, or `group` (up to eight groups).
         stem_stride: 2 works at half the resolution inside, as the paper's released code does.
         max_filters: upper limit of the channels of any block, None for no limit.
+        deep_supervision: how many coarser decoder levels give logits too, 0 to 3; see `UShape`.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -53,10 +54,11 @@ class UNet(UShape):
         norm: NormName = "instance",
         stem_stride: Literal[1, 2] = 1,
         max_filters: int | None = None,
+        deep_supervision: int = 0,
     ) -> None:
         factory = norm_factory(norm)
 
         def block(inputs: int, outputs: int, stride: int) -> ConvBlock:
             return ConvBlock(inputs, outputs, stride, factory)
 
-        super().__init__(in_channels, out_channels, filters, block, stem_stride, max_filters)
+        super().__init__(in_channels, out_channels, filters, block, stem_stride, max_filters, deep_supervision)

@@ -78,8 +78,11 @@ class UShape(nn.Module, ABC):
         stem_stride: 2 halves the resolution in the first convolution and doubles it again in front of the logits, as
             the paper's released code does; an eighth of the memory for coarser features.
         max_filters: upper limit of the channels of any block, None for no limit.
+        deep_supervision: so many coarser decoder levels, 0 to 3, give logits too, brought to the images' resolution and
+            joined behind the others along the channels (`docs/decisions/deep-supervision.md`).
 
     Attributes:
+        heads: how many logits of out_channels channels lie behind each other; the first are those to predict with.
         divisor: every spatial size of the images must be a multiple of it (16, or 32 with `stem_stride=2`).
 
     Raises:
@@ -94,6 +97,7 @@ class UShape(nn.Module, ABC):
         block: BlockFactory,
         stem_stride: Literal[1, 2] = 1,
         max_filters: int | None = None,
+        deep_supervision: int = 0,
     ) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("filters", filters)):
@@ -104,6 +108,10 @@ class UShape(nn.Module, ABC):
         if max_filters is not None and max_filters < filters:
             raise ConfigError(f"max_filters={max_filters} is below filters={filters}; raise it or leave it out")
 
+        if deep_supervision not in range(LEVELS - 1):
+            raise ConfigError(f"deep_supervision={deep_supervision} must be between 0 and {LEVELS - 2}")
+
+        self.heads = 1 + deep_supervision
         self.divisor = stem_stride * 2 ** (LEVELS - 1)
         widths = [filters * 2**level for level in range(LEVELS)]
         f1, f2, f3, f4, f5 = widths if max_filters is None else [min(width, max_filters) for width in widths]
@@ -134,24 +142,35 @@ class UShape(nn.Module, ABC):
             self.head.add_module("act", activation())
             f1 = half
         self.logits = nn.Conv3d(f1, out_channels, kernel_size=1)
+        self.coarse_logits = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv3d(width, out_channels, kernel_size=1),
+                nn.Upsample(scale_factor=stem_stride * 2**level, mode="trilinear"),
+            )
+            for level, width in enumerate((f2, f3, f4)[:deep_supervision], start=1)
+        )
 
         self._smallest = 2 if any(isinstance(child, nn.InstanceNorm3d) for child in self.modules()) else 1
         self.apply(_initialise)
         self.register_forward_pre_hook(_check_images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, out_channels, D, H, W) of images (B, in_channels, D, H, W)."""
+        """Logits (B, heads * out_channels, D, H, W) of images (B, in_channels, D, H, W)."""
         skip1 = self.encoder1(images)
         skip2 = self.encoder2(self.pool1(skip1))
         skip3 = self.encoder3(self.pool2(skip2))
         skip4 = self.encoder4(self.pool3(skip3))
         x = self.encoder5(self.pool4(skip4))
-        x = self.decoder4(torch.cat([skip4, self.up4(x)], dim=1))
-        x = self.decoder3(torch.cat([skip3, self.up3(x)], dim=1))
-        x = self.decoder2(torch.cat([skip2, self.up2(x)], dim=1))
-        x = self.decoder1(torch.cat([skip1, self.up1(x)], dim=1))
-        logits: Tensor = self.logits(self.head(x))
-        return logits
+        level4 = self.decoder4(torch.cat([skip4, self.up4(x)], dim=1))
+        level3 = self.decoder3(torch.cat([skip3, self.up3(level4)], dim=1))
+        level2 = self.decoder2(torch.cat([skip2, self.up2(level3)], dim=1))
+        level1 = self.decoder1(torch.cat([skip1, self.up1(level2)], dim=1))
+        logits: Tensor = self.logits(self.head(level1))
+        if len(self.coarse_logits) == 0:
+            return logits
+        levels = (level2, level3, level4)
+        coarse = [head(level) for head, level in zip(self.coarse_logits, levels, strict=False)]
+        return torch.cat([logits, *coarse], dim=1)
 
     def check_input(self, shape: Sequence[int]) -> None:
         """Refuse a shape of images that the network cannot take; `forward` does not look, so that it can be traced.

@@ -12,7 +12,8 @@ from lamp3d.plan import check_schedule
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 WARM_UP = 0.03  # part of a stage over which the cosine schedule rises to the full learning rate
-COSINE_FLOOR = 0.01  # of the learning rate, at the end of the stage
+FLOOR = 0.01  # of the learning rate, at the end of the stage
+POLY_EXPONENT = 0.9  # nnU-Net's
 
 
 class CurriculumStage(BaseModel):
@@ -30,6 +31,8 @@ class CurriculumStage(BaseModel):
     learning_rate: PositiveFloat = 1e-3
     patches_per_case: PositiveInt = 1
     """Patches drawn from each case in an epoch; whole volumes come once."""
+    positive_fraction: float = Field(default=1.0, ge=0, le=1)
+    """Share of the patches that show an organ for sure (paper §2.3: all); the others lie anywhere."""
     schedule: str | None = None
     """The order of the micro-batches' forwards and backwards on several devices, one of `lamp3d.plan.SCHEDULES`; None:
     the planner's choice."""
@@ -68,14 +71,17 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     curriculum: tuple[CurriculumStage, ...] = Field(min_length=1)
-    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
-    """The paper's RMSProp, or AdamW."""
+    optimizer: Literal["rmsprop", "adamw", "sgd"] = "rmsprop"
+    """The paper's RMSProp, AdamW, or SGD with Nesterov's momentum as in nnU-Net."""
+    momentum: float = Field(default=0.99, ge=0, lt=1)
+    """Of "sgd"; the others do not look at it."""
     weight_decay: float = Field(default=0.0, ge=0)
     """On convolution and linear weights; biases and normalisation are left alone."""
     clip_norm: PositiveFloat | None = None
     """Limit of the whole network's gradient norm; None: no limit."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """"cosine": over each stage, after a short warm-up, down to a hundredth."""
+    lr_schedule: Literal["constant", "cosine", "poly"] = "constant"
+    """"cosine": over each stage, after a short warm-up, down to a hundredth. "poly": over each stage, with the
+    0.9th power of what is left of it (nnU-Net), down to a hundredth."""
     ema_decay: Fraction | None = None
     """If given, an exponential moving average of the weights is validated and kept as the best, e.g. 0.999."""
     precision: Literal["fp32", "bf16", "auto"] = "auto"
@@ -96,10 +102,12 @@ class TrainConfig(BaseModel):
         full = self.curriculum[stage].learning_rate
         if self.lr_schedule == "constant":
             return full
+        if self.lr_schedule == "poly":
+            return full * (FLOOR + (1 - FLOOR) * math.pow(1 - position, POLY_EXPONENT))
         if position < WARM_UP:
             return full * position / WARM_UP
         swing = (1 + math.cos(math.pi * (position - WARM_UP) / (1 - WARM_UP))) / 2
-        return full * (COSINE_FLOOR + (1 - COSINE_FLOOR) * swing)
+        return full * (FLOOR + (1 - FLOOR) * swing)
 
     def validates(self, stage: int, epoch: int) -> bool:
         """Whether the network is validated after this epoch (counted from 0 within its stage)."""

@@ -1,10 +1,11 @@
 """The hybrid loss for few and many voxels alike: soft Dice of each class plus a focal term, with missing organs masked.
 
-For one case with probabilities p = softmax(logits), truth g, annotated mask m, class weights w::
+For one case with probabilities p = softmax(logits), truth g, annotated mask m, class weights w, focal exponent e::
 
     sum_c m_c w_c (1 - TP_c / (TP_c + FN_c / 2 + FP_c / 2))
-        + lambda * mean over voxels of sum_c m_c w_c (-(1 - p_c)^2 g_c log p_c)
+        + lambda * mean over voxels of sum_c m_c w_c (-(1 - p_c)^e g_c log p_c)
 
+With e = 2 it is AnatomyNet's hybrid loss, which the paper takes (§1); with e = 0 the second term is the cross entropy.
 The denominator is (sum p_c + sum g_c) / 2, so class-wise sums and the probability of the true class say everything.
 Both passes walk over the volume in pieces that stay in the processor's cache, and the backward pass computes the
 softmax again instead of keeping it: beside the logits, the only thing as large as them is their gradient.
@@ -33,14 +34,38 @@ class LossConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    class_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
-    """Weight by organ name, or of "background"; 1 for those not named."""
+    class_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | Literal["annotation_counts"] = {}
+    """Weight by organ name, or of "background"; 1 for those not named. "annotation_counts": by how few training cases
+    have the class annotated, see `resolved_for`."""
     focal_weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     """lambda, the weight of the focal term beside the Dice term."""
+    focal_exponent: int = Field(default=2, ge=0)
+    """How strongly voxels that are already right are passed over; 0 makes the focal term the cross entropy."""
     missing: Literal["mask", "merge"] = "mask"
     """What the background is in a case without the contours of some organs: "mask" leaves it out of the loss (the
     paper's form); "merge" takes background and missing organs as one class, whose probability is the sum of theirs, so
     that false positives are still seen."""
+
+    def resolved_for(self, annotated: Sequence[Sequence[str]], organs: Sequence[str]) -> LossConfig:
+        """The settings with "annotation_counts" replaced by the weights that it means; others as they are.
+
+        Class c that may be judged in n_c of N cases weighs N / n_c: AnatomyNet's inverse of the number of annotations,
+        scaled so that all weights are 1 where nothing is missing. Over an epoch every class then has the same say. The
+        background may be judged where no organ is missing, or everywhere if `missing` is "merge". A class that may be
+        judged nowhere weighs 1, which has no effect.
+
+        Args:
+            annotated: of each training case, the organs that it has contours of.
+            organs: names of labels 1, 2, ...
+        """
+        if self.class_weights != "annotation_counts":
+            return self
+        cases = [set(names) for names in annotated]
+        counts = {organ: sum(organ in names for names in cases) for organ in organs}
+        complete = sum(names.issuperset(organs) for names in cases)
+        counts["background"] = len(cases) if self.missing == "merge" else complete
+        weights = {name: len(cases) / count for name, count in counts.items() if count}
+        return self.model_copy(update={"class_weights": weights})
 
 
 class HybridLoss(nn.Module):
@@ -52,32 +77,40 @@ class HybridLoss(nn.Module):
     Args:
         config: weights.
         organs: names of labels 1, 2, ...; label 0 is the background.
+        heads: logits of so many levels lie behind each other along the channels (deep supervision); each level's loss
+            weighs half of that before it, all together 1.
 
     Raises:
-        ConfigError: a class weight names an unknown organ.
+        ConfigError: a class weight names an unknown organ, or the weights are not resolved yet.
     """
 
     class_weights: Tensor
     mean_over_cases = True
     """So a schedule may compute it a micro-batch at a time (`lamp3d.mean_over_cases`)."""
 
-    def __init__(self, config: LossConfig, organs: Sequence[str]) -> None:
+    def __init__(self, config: LossConfig, organs: Sequence[str], heads: int = 1) -> None:
         super().__init__()
         classes = ["background", *organs]
+        if isinstance(config.class_weights, str):
+            raise ConfigError(
+                f"class_weights={config.class_weights!r} depends on the training cases: use what "
+                "LossConfig.resolved_for makes of them, or give the weights by name."
+            )
         unknown = sorted(set(config.class_weights) - set(classes))
         if unknown:
             raise ConfigError(f"class_weights names {', '.join(unknown)}; the classes are {', '.join(classes)}.")
         weights = [config.class_weights.get(name, 1.0) for name in classes]
         self.register_buffer("class_weights", torch.tensor(weights, dtype=torch.float64), persistent=False)
-        self.focal_weight = config.focal_weight
+        self.focal_weight, self.focal_exponent = config.focal_weight, config.focal_exponent
         self.merges = config.missing == "merge"
+        self.heads = heads
 
     def forward(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
         """The loss of a mini-batch.
 
         Args:
-            logits: (B, C, D, H, W), any floating type; computed in float32, or float64 if they are. Of a volume that
-                ranks share each adds up its slab; only the sums are exchanged.
+            logits: (B, heads * C, D, H, W), any floating type; computed in float32, or float64 if they are. Of a volume
+                that ranks share each adds up its slab; only the sums are exchanged.
             targets: labels (B, 1, D, H, W), integers; and annotated (B, C), bool: may the class be judged in the case?
 
         Returns:
@@ -87,25 +120,32 @@ class HybridLoss(nn.Module):
             ConfigError: the network's number of output channels is not the number of classes.
         """
         labels, annotated = targets
-        if logits.shape[1] != len(self.class_weights):
+        classes = len(self.class_weights)
+        if logits.shape[1] != self.heads * classes:
             raise ConfigError(
-                f"The network gives {logits.shape[1]} channels, but there are {len(self.class_weights)} classes "
-                "(background and the organs): set the network's out_channels to that number."
+                f"The network gives {logits.shape[1]} channels, but there are {classes} classes "
+                "(background and the organs): set the network's out_channels to that number"
+                + (f", with {self.heads} levels of logits." if self.heads > 1 else ".")
             )
         assert labels.shape == (logits.shape[0], 1, *logits.shape[2:]), (labels.shape, logits.shape)
-        assert annotated.shape == logits.shape[:2], (annotated.shape, logits.shape)
+        assert annotated.shape == (logits.shape[0], classes), (annotated.shape, logits.shape)
         annotated = annotated.to(logits.device)
         voxels, space = math.prod(logits.shape[2:]), None
         if isinstance(logits, ShardedVolume):
             space, placement = logits.space if logits.placement.cuts else None, logits.placement
             assert isinstance(labels, ShardedVolume), "the engine shares targets as it shares inputs"
             logits, labels = logits.local, labels.relaid(placement).local
-        if self.merges:
-            logits, annotated = _merged(logits, annotated)
-        weights = self.class_weights.to(logits.device) * annotated
-        loss: Tensor = _HybridLoss.apply(  # type: ignore[no-untyped-call]
-            logits, labels.to(logits.device), weights, self.focal_weight, voxels, space
-        )
+        labels, loss = labels.to(logits.device), logits.new_zeros((), dtype=_working_dtype(logits))
+        # A slice, even of everything, would cost another gradient as large as the logits.
+        for head, of_head in enumerate(logits.chunk(self.heads, dim=1) if self.heads > 1 else (logits,)):
+            judged = annotated
+            if self.merges:
+                of_head, judged = _merged(of_head, annotated)
+            weights = self.class_weights.to(logits.device) * judged
+            share = 0.5**head / (2 - 0.5 ** (self.heads - 1))
+            loss = loss + share * _HybridLoss.apply(  # type: ignore[no-untyped-call]
+                of_head, labels, weights, self.focal_weight, self.focal_exponent, voxels, space
+            )
         return loss
 
 
@@ -133,7 +173,14 @@ class _HybridLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, focal_weight: float, voxels: int, space: Space | None
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        focal_weight: float,
+        exponent: int,
+        voxels: int,
+        space: Space | None,
     ) -> Tensor:
         logits = _flattenable(logits)
         batch, n_classes = logits.shape[:2]
@@ -150,7 +197,7 @@ class _HybridLoss(torch.autograd.Function):
             true[case] += mask.sum(1)
             hit[case] += (p * mask).sum(1, dtype=torch.float64)
             weight = weights_here[case][label]
-            focal[case] -= ((1 - p_true).square() * log_p_true * weight).sum(dtype=torch.float64)
+            focal[case] -= ((1 - p_true).pow(exponent) * log_p_true * weight).sum(dtype=torch.float64)
 
         if space is not None:
             predicted, true, hit, focal_by_class = space.sum(sums)
@@ -161,14 +208,14 @@ class _HybridLoss(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, weights)
         ctx.by_predicted = weights * hit / (2 * union.square())  # d dice / d p_c at every voxel, through the union
         ctx.by_hit = -weights / union  # and at the class's own voxels, through the overlap
-        ctx.focal_weight, ctx.voxels, ctx.space = focal_weight, voxels, space
+        ctx.focal_weight, ctx.exponent, ctx.voxels, ctx.space = focal_weight, exponent, voxels, space
         loss: Tensor = (dice + focal_weight / voxels * focal).mean().to(_working_dtype(logits))
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, weights = ctx.saved_tensors
-        dtype, voxels = _working_dtype(logits), ctx.voxels
+        dtype, voxels, exponent = _working_dtype(logits), ctx.voxels, ctx.exponent
         of_loss = grad_outputs[0].double()
         if ctx.space is not None:  # each rank has a part of the gradient of what all have alike
             of_loss = ctx.space.sum(of_loss)
@@ -183,13 +230,16 @@ class _HybridLoss(torch.autograd.Function):
             # is divided by p_y, so a probability of zero is no special case.
             rest = 1 - p_true
             at_true = by_hit[case][label] * p_true
-            at_true += by_focal[case][label] * rest * (2 * p_true * log_p_true - rest)
+            slope_of_focal = -rest.pow(exponent)
+            if exponent:
+                slope_of_focal += exponent * rest.pow(exponent - 1) * p_true * log_p_true
+            at_true += by_focal[case][label] * slope_of_focal
             everywhere = by_predicted[case][:, None]
             # Softmax: d loss / d z_c = p_c (d_c - sum_k p_k d_k).
             mean = (p * everywhere).sum(0).add_(at_true)
             slope = p.mul_(everywhere - mean).scatter_add_(0, label[None], at_true[None])
             grad[case].flatten(1)[:, piece] = slope
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None
 
 
 def _softmax(logits: Tensor, labels: Tensor, case: int, piece: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:

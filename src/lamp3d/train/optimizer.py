@@ -22,6 +22,8 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) 
     ]
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(groups)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
     return torch.optim.AdamW(groups)
 
 
@@ -42,14 +44,12 @@ def restore_optimizer(
     Raises:
         ConfigError: the state is that of another kind of optimizer.
     """
-    expected = (
-        {"square_avg", "step"} if isinstance(optimizer, torch.optim.RMSprop) else {"exp_avg", "exp_avg_sq", "step"}
-    )
+    expected = _state_keys(optimizer)
     found = {name.rpartition("/")[2] for name in tensors}
     if found and found != expected:
         raise ConfigError(
             f"The checkpoint's optimizer keeps {', '.join(sorted(found))}, the configured one "
-            f"{', '.join(sorted(expected))}: within a stage, go on with the optimizer that began it."
+            f"{', '.join(sorted(expected)) or 'nothing'}: within a stage, go on with the optimizer that began it."
         )
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition("/")
@@ -59,6 +59,15 @@ def restore_optimizer(
         # The step count stays on the CPU, where the optimizers read it; the rest is shaped like the parameter.
         restored = tensor.clone() if key == "step" else torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         optimizer.state[parameter][key] = restored
+
+
+def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
+    """What the optimizer keeps of every parameter."""
+    if isinstance(optimizer, torch.optim.RMSprop):
+        return {"square_avg", "step"}
+    if isinstance(optimizer, torch.optim.SGD):
+        return {"momentum_buffer"} if optimizer.defaults["momentum"] else set()
+    return {"exp_avg", "exp_avg_sq", "step"}
 
 
 class WeightAverage:
