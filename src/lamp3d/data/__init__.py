@@ -1,7 +1,7 @@
 """Datasets, preprocessing, augmentation and patches: from scan files to mini-batches."""
 
 from lamp3d.data.augment import AugmentConfig
-from lamp3d.data.dataset import Case, Dataset, read_dataset
+from lamp3d.data.dataset import Case, Dataset, SplitConfig, read_dataset
 from lamp3d.data.patches import Batch, Batches
 from lamp3d.data.phantom import make_phantom, write_phantom_dataset
 from lamp3d.data.preprocess import PreparedScan, PreprocessConfig, prepare_scan
@@ -16,6 +16,7 @@ __all__ = [
     "Dataset",
     "PreparedScan",
     "PreprocessConfig",
+    "SplitConfig",
     "make_phantom",
     "prepare_scan",
     "read_dataset",

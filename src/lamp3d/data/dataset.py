@@ -1,4 +1,4 @@
-"""A dataset folder in the Medical Segmentation Decathlon layout: which cases, which organs, which split.
+"""A dataset folder, in the layout of the Medical Segmentation Decathlon or nnU-Net's: cases, organs, splits.
 
 ``dataset.json`` may hold two things beyond the Decathlon's own: ``annotated``, per case, the names of the organs that
 were contoured (all of them when absent), and ``splits``, the case names of "train", "validation" and maybe "test".
@@ -8,18 +8,37 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from lamp3d.data.nnunet import as_decathlon, is_nnunet
 from lamp3d.errors import DatasetError
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
-VALIDATION_FRACTION = 0.2  # of a dataset that names no splits
-_SPLIT_SEED = 2020
+
+Share = NonNegativeInt | Annotated[float, Field(ge=0, lt=1)]
+"""So many cases, or such a part of them."""
+
+
+class SplitConfig(BaseModel):
+    """How the cases of a dataset that names no splits are divided; a run keeps what came out.
+
+    Args:
+        validation: cases, or a fraction of those that are not for testing.
+        test: cases with contours that are taken away for testing, or a fraction of all (paper §3, liver: 27 of 131).
+        seed: of the shuffle, which is the same on every machine.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    validation: Share = 0.2
+    test: Share = 0
+    seed: int = Field(default=2020, ge=0)
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,7 @@ class Case:
     """One patient's scan.
 
     Args:
-        name: the image file's name without ``.nii`` or ``.nii.gz``; unique in its dataset.
+        name: the image file's name without ``.nii`` or ``.nii.gz`` (and nnU-Net's channel); unique in its dataset.
         image: the scan.
         label: the label map on the same grid, or None for a scan without one.
         annotated: names of the organs that the label map has contours for.
@@ -73,9 +92,20 @@ class Dataset:
         by_name = {case.name: case for case in self.cases}
         return tuple(by_name[case] for case in self.splits[name])
 
+    def with_splits(self, splits: Mapping[str, Sequence[str]]) -> Dataset:
+        """The same cases, divided as they were before.
+
+        Raises:
+            DatasetError: some of them are not there any more.
+        """
+        kept = {split: tuple(names) for split, names in splits.items()}
+        _check_splits(self.root, kept, self.cases)
+        return replace(self, splits=kept)
+
 
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="ignore")
+    name: str | None = None
     image: str
     label: str | None = None
     annotated: tuple[str, ...] | None = None
@@ -92,11 +122,12 @@ class _DatasetJson(BaseModel):
     splits: dict[str, tuple[str, ...]] | None = None
 
 
-def read_dataset(root: Path) -> Dataset:
+def read_dataset(root: Path, split: SplitConfig | None = None) -> Dataset:
     """Read and check the ``dataset.json`` of a folder, without opening any scan.
 
     Args:
         root: the folder; all paths in ``dataset.json`` are relative to it.
+        split: how to divide the cases if ``dataset.json`` does not say; None: the defaults.
 
     Raises:
         DatasetError: the JSON is broken or contradicts itself: labels with gaps, files that are absent, case names
@@ -105,9 +136,14 @@ def read_dataset(root: Path) -> Dataset:
     root = Path(root)
     path = root / "dataset.json"
     try:
-        content = _DatasetJson.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(written, dict) and is_nnunet(written):
+            written = as_decathlon(root, written)
+        content = _DatasetJson.model_validate(written)
     except FileNotFoundError as error:
-        raise DatasetError(f"{path}: no such file; give the folder of a dataset in Decathlon layout") from error
+        raise DatasetError(
+            f"{path}: no such file; give the folder of a dataset in Decathlon or nnU-Net layout"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: not valid JSON ({error}); repair it") from error
     except ValidationError as error:
@@ -121,8 +157,8 @@ def read_dataset(root: Path) -> Dataset:
     if twice := _twice(case.name for case in cases):
         raise DatasetError(f"{path}: cases listed twice: {', '.join(twice)}; list each image once")
     if content.splits is None:
-        splits = _default_splits(case.name for case in cases[: len(content.training)])
-        if tests:
+        splits = _drawn_splits(path, [case.name for case in cases[: len(content.training)]], split or SplitConfig())
+        if tests and TEST not in splits:
             splits[TEST] = tuple(case.name for case in cases[len(content.training) :])
     else:
         splits = content.splits
@@ -147,7 +183,7 @@ def _case(path: Path, entry: _Entry, organs: tuple[str, ...]) -> Case:
     for file in (image, label):
         if file is not None and not file.exists():
             raise DatasetError(f"{path}: lists {file}, which is absent; add the file or take the case off the list")
-    name = image.name.removesuffix(".gz").removesuffix(".nii")
+    name = entry.name or image.name.removesuffix(".gz").removesuffix(".nii")
     annotated = organs if entry.annotated is None else entry.annotated
     if unknown := [organ for organ in annotated if organ not in organs]:
         raise DatasetError(
@@ -158,12 +194,26 @@ def _case(path: Path, entry: _Entry, organs: tuple[str, ...]) -> Case:
     return Case(name, image, label, tuple(organ for organ in organs if organ in annotated))
 
 
-def _default_splits(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """80 % train, 20 % validation, by a shuffle of the sorted names that is the same on every machine."""
+def _drawn_splits(path: Path, names: Sequence[str], config: SplitConfig) -> dict[str, tuple[str, ...]]:
+    """A shuffle of the sorted names that is the same on every machine: validation first, then training, then test."""
     ordered = sorted(names)
-    shuffled = [ordered[i] for i in np.random.default_rng(_SPLIT_SEED).permutation(len(ordered))]
-    n_validation = max(1, round(VALIDATION_FRACTION * len(ordered))) if len(ordered) > 1 else 0
-    return {TRAIN: tuple(shuffled[n_validation:]), VALIDATION: tuple(shuffled[:n_validation])}
+    shuffled = [ordered[i] for i in np.random.default_rng(config.seed).permutation(len(ordered))]
+    n_test = _count(config.test, len(ordered))
+    n_validation = _count(config.validation, len(ordered) - n_test) if len(ordered) > 1 else 0
+    if n_test + n_validation >= len(ordered):
+        raise DatasetError(
+            f"{path}: {n_validation} cases for validation and {n_test} for testing leave none of {len(ordered)} to "
+            "train on; lower split.validation or split.test."
+        )
+    n_train = len(ordered) - n_test
+    splits = {TRAIN: tuple(shuffled[n_validation:n_train]), VALIDATION: tuple(shuffled[:n_validation])}
+    return splits | ({TEST: tuple(shuffled[n_train:])} if n_test else {})
+
+
+def _count(share: float, cases: int) -> int:
+    if isinstance(share, int):
+        return share
+    return max(1, round(share * cases)) if share else 0
 
 
 def _check_splits(path: Path, splits: dict[str, tuple[str, ...]], cases: tuple[Case, ...]) -> None:

@@ -161,7 +161,7 @@ class CaseStore:
         if case.name not in self._paths:
             sources = [file for file in (case.image, case.label) if file is not None]
             state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
-            depends = [_FORMAT, self.config.model_dump(mode="json"), self.dataset.organs, state]
+            depends = [_FORMAT, self.config.model_dump(mode="json"), self.dataset.organs, case.annotated, state]
             key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
             self._paths[case.name] = self.folder / f"{case.name}-{key}.safetensors"
         return self._paths[case.name]
@@ -179,6 +179,10 @@ def _prepare_case(case: Case, organs: tuple[str, ...], config: PreprocessConfig,
     truth = None if case.label is None else read_volume(case.label)
     if truth is not None:
         _check_label(case, volume, truth, organs)
+        # Of an organ that the case does not claim to have contours of, whatever is drawn is not to be relied on.
+        unclaimed = [value for value, organ in enumerate(organs, start=1) if organ not in case.annotated]
+        if unclaimed:
+            truth = Volume(np.where(np.isin(truth.data, unclaimed), 0, truth.data), truth.affine)
     try:
         scan = prepare_scan(volume, config, truth)
     except ScanError as error:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
 
-from lamp3d.data import AugmentConfig, PreprocessConfig
+from lamp3d.data import AugmentConfig, PreprocessConfig, SplitConfig
 from lamp3d.errors import ConfigError
 from lamp3d.nets import SEUNet, UNet
 from lamp3d.plan import parse_bytes
@@ -67,6 +67,7 @@ class ExperimentConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     network: NetworkConfig = NetworkConfig()
+    split: SplitConfig = SplitConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()

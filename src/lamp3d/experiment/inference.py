@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lamp3d.data import Case, Dataset, read_dataset
+from lamp3d.data import Case, Dataset
 from lamp3d.errors import ConfigError, DatasetError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
 from lamp3d.experiment.run import Run
@@ -88,7 +88,7 @@ def evaluate(
     Raises:
         DatasetError: another dataset's organs, an unknown split, or cases without contours.
     """
-    dataset = read_dataset(dataset_root)
+    dataset = run.read_dataset(dataset_root)
     cases = _labelled(dataset, split, run)
     folder = run.folder / "predictions" / split
     predictions = predict(run, [case.image for case in cases], folder, window=window, devices=devices, overwrite=True)

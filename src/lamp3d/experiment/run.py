@@ -29,12 +29,14 @@ class Run:
         config: as resolved when the run began.
         dataset: the folder that it was trained on.
         organs: names of the labels 1, 2, …
+        splits: the cases' names by split; None: a run that did not write them down.
     """
 
     folder: Path
     config: ExperimentConfig
     dataset: Path
     organs: tuple[str, ...]
+    splits: dict[str, tuple[str, ...]] | None = None
 
     @classmethod
     def create(cls, folder: Path, config: ExperimentConfig, dataset: Dataset, devices: int) -> Run:
@@ -42,11 +44,12 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / "config.yaml")
         root = dataset.root.resolve()
-        _write_json(folder / "run.json", {"dataset": str(root), "organs": list(dataset.organs), "devices": devices})
+        about = {"dataset": str(root), "organs": dataset.organs, "devices": devices, "splits": dataset.splits}
+        _write_json(folder / "run.json", about)
         versions = {name: version(name) for name in _VERSIONS_OF}
         versions |= {"python": platform.python_version(), "machine": platform.machine(), "seed": str(config.train.seed)}
         _write_json(folder / "versions.json", versions)
-        return cls(folder, config, root, dataset.organs)
+        return cls(folder, config, root, dataset.organs, dataset.splits)
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -64,7 +67,14 @@ class Run:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{folder / 'run.json'} is damaged: {error}") from error
         config = load_config(folder / "config.yaml")
-        return cls(folder, config, Path(content["dataset"]), tuple(content["organs"]))
+        splits = content.get("splits")
+        return cls(
+            folder,
+            config,
+            Path(content["dataset"]),
+            tuple(content["organs"]),
+            None if splits is None else {split: tuple(names) for split, names in splits.items()},
+        )
 
     @property
     def best(self) -> Path:
@@ -94,10 +104,19 @@ class Run:
         """The plans of all curriculum stages."""
         return [Plan.load(self.plan_path(stage)) for stage in range(len(self.config.train.curriculum))]
 
-    def read_dataset(self) -> tuple[Dataset, CaseStore]:
-        """The dataset that the run was trained on, and its prepared cases."""
-        dataset = read_dataset(self.dataset)
-        return dataset, CaseStore(dataset, self.config.preprocess, cache_folder(self.config))
+    def read_dataset(self, root: Path | None = None) -> Dataset:
+        """A dataset, by default the one that the run was trained on; that one in the splits that it was trained on.
+
+        Args:
+            root: its folder.
+        """
+        dataset = read_dataset(root or self.dataset, self.config.split)
+        own = dataset.root.resolve() == self.dataset
+        return dataset.with_splits(self.splits) if own and self.splits is not None else dataset
+
+    def store(self, dataset: Dataset) -> CaseStore:
+        """Its cases, prepared as the run wants them."""
+        return CaseStore(dataset, self.config.preprocess, cache_folder(self.config))
 
 
 def cache_folder(config: ExperimentConfig) -> Path:

@@ -50,9 +50,11 @@ def train(
         LampError: bad input, a plan that does not fit, a worker that failed; the run folder stays resumable.
     """
     console = Console()
-    dataset = read_dataset(dataset_root)
+    dataset = read_dataset(dataset_root, config.split)
     if (out / "last.safetensors").exists() and not resume:
         raise ConfigError(f"{out} already holds a run; add --resume to go on with it, or choose another --out.")
+    if resume and (out / "run.json").exists() and (splits := Run.open(out).splits) is not None:
+        dataset = dataset.with_splits(splits)
     train_cases, validation_cases = dataset.split("train"), _validation_cases(dataset)
     loss = config.loss.resolved_for([case.annotated for case in train_cases], dataset.organs)
     config = config.model_copy(update={"loss": loss})
@@ -165,7 +167,8 @@ def _train_worker(out: Path, resume: bool) -> None:
     """One worker's part of a training run; everything it needs is in the run folder."""
     run = Run.open(out)
     config = run.config
-    dataset, store = run.read_dataset()
+    dataset = run.read_dataset()
+    store = run.store(dataset)
     torch.manual_seed(config.train.seed)
     network = run.network()
 

@@ -1,0 +1,99 @@
+"""nnU-Net's raw layout, read as what the Decathlon's `dataset.json` would say.
+
+``Dataset003_Liver/`` has ``imagesTr/CASE_0000.nii.gz`` (one file a channel), ``labelsTr/CASE.nii.gz`` and a
+``dataset.json`` with ``channel_names``, ``labels`` (name to value), ``file_ending`` and ``numTraining``. Cases in
+``imagesTs`` are the test split. Where there is a ``splits_final.json``, beside or in the preprocessed folder, its first
+fold says which cases are for validation.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lamp3d.errors import DatasetError
+
+CHANNEL = "_0000"
+SPLITS = "splits_final.json"
+ENDINGS = (".nii.gz", ".nii")
+
+
+def is_nnunet(content: dict[str, Any]) -> bool:
+    """Whether a ``dataset.json`` is nnU-Net's (version 2)."""
+    return "channel_names" in content
+
+
+def as_decathlon(root: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """What a ``dataset.json`` in Decathlon layout would say of the same folder.
+
+    Args:
+        root: the folder.
+        content: of its ``dataset.json``.
+
+    Raises:
+        DatasetError: there are several channels, labels of regions or to be ignored, or other files than NIfTI; files
+            are missing; or there are not as many cases as ``numTraining`` says.
+    """
+    path = root / "dataset.json"
+    channels, ending = content["channel_names"], content.get("file_ending")
+    if len(channels) != 1:
+        raise DatasetError(f"{path}: {len(channels)} channels ({channels}); lamp3d reads scans with one.")
+    if ending not in ENDINGS:
+        raise DatasetError(f"{path}: file_ending {ending!r}; lamp3d reads {' and '.join(ENDINGS)}: convert the files.")
+    training = _entries(root, "Tr", ending)
+    if not training:
+        raise DatasetError(f"{root / 'imagesTr'}: no files CASE{CHANNEL}{ending}.")
+    if (bare := [entry["name"] for entry in training if "label" not in entry]) != []:
+        raise DatasetError(f"{root / 'labelsTr'}: no label map of {', '.join(bare)}; add {bare[0]}{ending}.")
+    if content.get("numTraining", len(training)) != len(training):
+        raise DatasetError(
+            f"{path}: numTraining is {content['numTraining']}, but imagesTr has {len(training)} cases; "
+            "is the dataset complete?"
+        )
+    tests = _entries(root, "Ts", ending)
+    found = {"name": content.get("name") or root.resolve().name, "labels": _labels(path, content.get("labels", {}))}
+    found |= {"training": training, "test": tests}
+    if (splits := _first_fold(root)) is not None:
+        found["splits"] = splits | ({"test": [entry["name"] for entry in tests]} if tests else {})
+    return found
+
+
+def _entries(root: Path, of: str, ending: str) -> list[dict[str, str]]:
+    entries = []
+    for image in sorted((root / f"images{of}").glob(f"*{CHANNEL}{ending}")):
+        name = image.name.removesuffix(f"{CHANNEL}{ending}")
+        if name.startswith("."):
+            continue  # what macOS leaves
+        entry = {"name": name, "image": f"images{of}/{image.name}"}
+        if (root / f"labels{of}" / f"{name}{ending}").exists():
+            entry["label"] = f"labels{of}/{name}{ending}"
+        entries.append(entry)
+    return entries
+
+
+def _labels(path: Path, labels: dict[str, Any]) -> dict[str, str]:
+    if regions := [name for name, value in labels.items() if isinstance(value, list)]:
+        raise DatasetError(
+            f"{path}: {', '.join(regions)} are regions of several labels; lamp3d wants one label an organ."
+        )
+    if "ignore" in labels:
+        raise DatasetError(
+            f"{path}: has an ignore label; lamp3d leaves out whole organs of a case (`annotated` in Decathlon layout)."
+        )
+    return {str(value): name for name, value in labels.items()}
+
+
+def _first_fold(root: Path) -> dict[str, list[str]] | None:
+    folder = root.resolve()
+    for path in (folder / SPLITS, folder.parent.parent / "nnUNet_preprocessed" / folder.name / SPLITS):
+        if path.exists():
+            try:
+                fold = json.loads(path.read_text(encoding="utf-8"))[0]
+                return {
+                    "train": [str(name) for name in fold["train"]],
+                    "validation": [str(name) for name in fold["val"]],
+                }
+            except (ValueError, KeyError, IndexError, TypeError) as error:
+                raise DatasetError(f"{path}: not a list of folds with train and val ({error!r}); repair it.") from error
+    return None
