@@ -91,6 +91,33 @@ def test_evaluation_and_report(lamp3d: CommandLine, trained: Path, dataset: Path
     assert "data:image/png;base64," in page
 
 
+def test_an_exported_model_predicts_as_its_run_does(
+    lamp3d: CommandLine, trained: Path, dataset: Path, tmp_path: Path
+) -> None:
+    model, scan = tmp_path / "model", dataset / "images" / "p3.nii.gz"
+    told = ("--name", "Tiny", "--data", "four phantoms", "--licence", "Apache-2.0")
+    done = lamp3d("export", trained, model, *told)
+    assert done.code == 0, done.err
+    weights = [folder / "best.safetensors" for folder in (trained, model)]
+    assert weights[1].stat().st_size < 0.6 * weights[0].stat().st_size
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("# Tiny\n")
+    assert all(text in card for text in ("Not for clinical use", "four phantoms", "2 epochs of patches of 16x16x32"))
+    everything = "".join(
+        path.read_text("utf-8") for path in model.rglob("*") if path.suffix in (".json", ".yaml", ".md")
+    )
+    assert str(tmp_path.parent) not in everything  # no path of the machine that trained it
+    labels = []
+    for arguments in ((trained, scan), ("--model", model, scan)):
+        done = lamp3d("predict", *arguments, "--out", tmp_path / str(len(labels)))
+        assert done.code == 0, done.err
+        labels.append(read_volume(tmp_path / str(len(labels)) / scan.name).data)
+    assert (labels[0] == labels[1]).mean() > 0.99
+    assert "is not empty" in lamp3d("export", trained, model, *told).complaint()
+    assert "no model 'openkpb'" in lamp3d("predict", "--model", "openkpb", scan, "--out", tmp_path / "x").complaint()
+    assert "no scans" in lamp3d("predict", trained, "--out", tmp_path / "x").complaint()
+
+
 def test_a_plan_is_printed_and_saved(lamp3d: CommandLine, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     done = lamp3d("plan", "--filters", 2, "--volume", "32x32x16", "--batch", 3, "--devices", 2, "--json", path)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from pydantic import ValidationError
 
 from lamp3d import SEUNet, UNet
 from lamp3d.errors import ConfigError
 from lamp3d.experiment import NetworkConfig, load_config
 
 ROOT = Path(__file__).parents[2]
-RECIPES = [ROOT / "src" / "lamp3d" / "demo.yaml", *sorted((ROOT / "experiments").glob("**/*.yaml"))]
+STUDY = ROOT / "experiments" / "openkbp" / "study.yaml"
+RECIPES = [ROOT / "src" / "lamp3d" / "demo.yaml", *sorted(set((ROOT / "experiments").glob("**/*.yaml")) - {STUDY})]
 
 TEXT = """\
 network: {kind: unet, filters: 4}
@@ -147,3 +151,40 @@ def test_a_network_is_built_as_configured(kind: str, network: type[UNet]) -> Non
     assert built.divisor == 32
     *_, last = built.parameters()
     assert last.shape[0] == 5
+
+
+def test_a_network_of_monais_is_found_by_name() -> None:
+    arguments = {"kernel_size": [3, 3], "strides": [1, 2], "upsample_kernel_size": [2], "filters": [2, 4]}
+    config = NetworkConfig(kind="monai", name="DynUNet", arguments=arguments, divisor=2)
+    network = config.build(n_classes=3)
+    assert network(torch.zeros(1, 1, 4, 4, 8)).shape == (1, 3, 4, 4, 8)
+    assert (network.divisor, network.heads) == (2, 1)
+    again = NetworkConfig.model_validate(config.model_dump(mode="json"))  # as it is saved: with all defaults
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "monai"}, "goes with the name"),
+        ({"kind": "unet", "name": "DynUNet"}, "goes with the name"),
+        ({"kind": "monai", "name": "DynUNet", "filters": 8}, "has no use for filters"),
+        ({"kind": "unet", "divisor": 8}, "has no use for divisor"),
+    ],
+)
+def test_settings_of_another_kind_of_network_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        NetworkConfig.model_validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("DynUnet", {}, "no network 'DynUnet'; close to it: DynUNet"),
+        ("DynUNet", {"strides": [1]}, "does not take these arguments"),
+        ("UNet", {"channel": 3}, "does not take these arguments"),
+    ],
+)
+def test_what_monai_does_not_have(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        NetworkConfig(kind="monai", name=name, arguments=arguments).build(2)

@@ -1,10 +1,10 @@
-"""The command line: ``lamp3d demo | plan | verify | train | predict | evaluate | report | convert | bench``."""
+"""The command line: ``lamp3d demo | plan | verify | train | predict | evaluate | report | convert | study | bench``."""
 
 import signal
 
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from lamp3d.cli import data, planning, runs  # noqa: F401 (they declare the commands)
+from lamp3d.cli import data, planning, runs, study  # noqa: F401 (they declare the commands)
 from lamp3d.cli.common import app, stop
 from lamp3d.errors import LampError
 

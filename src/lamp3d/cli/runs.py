@@ -14,11 +14,13 @@ from lamp3d.cli.common import Devices, app, console, say, sides
 from lamp3d.data import write_phantom_dataset
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
-from lamp3d.experiment import Run, evaluate, load_config, predict, train
+from lamp3d.experiment import ExperimentConfig, Run, evaluate, export, find_model, forecast, load_config, predict, train
 from lamp3d.report import time_line_picture, write_report
 
 WindowOption = Annotated[str, typer.Option(help="'whole', or the side of a sliding window, such as 64 or 64x64x32.")]
 DEMO_CONFIG = Path(__file__).parents[1] / "demo.yaml"
+DEMO_SECONDS = 110.0
+"""Of training, so that with phantoms, plans, evaluation and report the demo stays under three minutes."""
 
 
 @app.command()
@@ -31,11 +33,29 @@ def demo(
     begin = time.monotonic()
     phantoms, folder = out / "phantoms", out / "run"
     write_phantom_dataset(phantoms, train=24, validation=6, seed=seed)
-    config = load_config(DEMO_CONFIG, [f"train.seed={seed}", f"cache={json.dumps(str(out / 'cache'))}"])
-    run = train(phantoms, config, devices, folder, resume=(folder / "last.safetensors").exists())
+    settings = [f"train.seed={seed}", f"cache={json.dumps(str(out / 'cache'))}"]
+    resume = (folder / "last.safetensors").exists()
+    config = load_config(folder / "config.yaml" if resume else DEMO_CONFIG, settings)
+    if not resume:
+        config = _shortened(config, sum(stage.seconds for stage in forecast(phantoms, config, devices)))
+    run = train(phantoms, config, devices, folder, resume=resume)
     results = evaluate(run, phantoms, "validation", devices=devices)
     console.print(_results_table(results))
     say(f"{time.monotonic() - begin:.0f} s in all. Report: {write_report(folder)}")
+
+
+def _shortened(config: ExperimentConfig, seconds: float) -> ExperimentConfig:
+    """The demo's configuration with fewer epochs, where this machine would train for too long."""
+    share = DEMO_SECONDS / seconds
+    if share >= 1:
+        return config
+    say(
+        f"This machine would train for some {seconds:.0f} s: the demo takes {share:.0%} of the epochs, and learns less."
+    )
+    stages = [
+        stage.model_copy(update={"epochs": max(1, round(share * stage.epochs))}) for stage in config.train.curriculum
+    ]
+    return config.model_copy(update={"train": config.train.model_copy(update={"curriculum": tuple(stages)})})
 
 
 @app.command("train")
@@ -64,14 +84,22 @@ def train_command(
 
 @app.command("predict")
 def predict_command(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    scans: Annotated[list[Path], typer.Argument(help="NIfTI files or DICOM folders.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="[RUN] SCAN...", help="Run folder, then NIfTI files or DICOM folders.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the label maps.")],
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Instead of a run: a model that comes with lamp3d, or the folder of an exported one."),
+    ] = None,
     window: WindowOption = "whole",
     devices: Devices = 1,
     overwrite: Annotated[bool, typer.Option(help="Replace label maps that are there.")] = False,
 ) -> None:
     """Label maps of scans, each on its scan's own grid."""
+    run, scans = (paths[0], paths[1:]) if model is None else (find_model(model), paths)
+    if not scans:
+        raise ConfigError("no scans: give a run folder and at least one scan, or --model NAME and scans.")
     opened = Run.open(run)
     done = predict(opened, scans, out, window=_window(window), devices=devices, overwrite=overwrite)
     for prediction in done:
@@ -95,6 +123,18 @@ def evaluate_command(
     )
     console.print(_results_table(results))
     say(f"Results: {run / 'results.json'}")
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    dest: Annotated[Path, typer.Argument(help="New folder.")],
+    name: Annotated[str, typer.Option(help="Of the model, for its card.")],
+    data: Annotated[str, typer.Option(help="What it was trained on, for its card.")],
+    licence: Annotated[str, typer.Option(help="Of the weights, for its card.")],
+) -> None:
+    """A run made small enough to hand on: weights in half precision, settings, and a model card."""
+    say(f"Model: {export(Run.open(run), dest, name=name, data=data, licence=licence)}; use it with --model.")
 
 
 @app.command()

@@ -9,41 +9,63 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator, model_validator
 
 from lamp3d.data import AugmentConfig, PreprocessConfig, SplitConfig
 from lamp3d.errors import ConfigError
-from lamp3d.nets import SEUNet, UNet
+from lamp3d.nets import FromMonai, SEUNet, UNet
 from lamp3d.plan import parse_bytes
 from lamp3d.train import LossConfig, TrainConfig
 from lamp3d.volume import write_atomically
 
 
 class NetworkConfig(BaseModel):
-    """Which of lamp3d's networks, and how large.
+    """Which network, and how large: one of lamp3d's, or any of MONAI's.
 
     Args:
-        kind: "unet" or "seunet" (paper §2.2).
+        kind: "unet" or "seunet" (paper §2.2), or "monai", of which only the last three settings say more.
         filters: f, channels of the first block (paper: 32, 64, 128).
         norm: "instance", "batch" or "group".
         stem_stride: 1 works at full resolution; 2 halves it at once, as the paper's released code does.
         max_filters: upper limit of the channels; None: 16 f.
         deep_supervision: how many coarser decoder levels give logits too, for training only.
         se_reduction: of the squeeze-and-excitation, "seunet" only.
+        name: of a class in `monai.networks.nets`, such as "DynUNet".
+        arguments: of its constructor, beside dimensions and channels.
+        divisor: what the sides of its volumes must be multiples of.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["unet", "seunet"] = "unet"
+    kind: Literal["unet", "seunet", "monai"] = "unet"
     filters: PositiveInt = 32
     norm: Literal["instance", "batch", "group"] = "instance"
     stem_stride: Literal[1, 2] = 1
     max_filters: PositiveInt | None = None
     deep_supervision: Literal[0, 1, 2, 3] = 0
     se_reduction: PositiveInt = 8
+    name: str | None = None
+    arguments: dict[str, Any] = {}
+    divisor: PositiveInt = 32
 
-    def build(self, n_classes: int, in_channels: int = 1) -> UNet | SEUNet:
+    @model_validator(mode="after")
+    def _is_whole(self) -> NetworkConfig:
+        of_monai = {"name", "arguments", "divisor"}
+        if (self.kind == "monai") != (self.name is not None):
+            raise ValueError("kind: monai goes with the name of one of its networks, and only that")
+        others = (
+            self.model_fields_set
+            - {"kind"}
+            - (of_monai if self.kind == "monai" else set(type(self).model_fields) - of_monai)
+        )
+        if changed := sorted(key for key in others if getattr(self, key) != type(self).model_fields[key].default):
+            raise ValueError(f"kind: {self.kind} has no use for {', '.join(changed)}")
+        return self
+
+    def build(self, n_classes: int, in_channels: int = 1) -> UNet | SEUNet | FromMonai:
         """The network with as many outputs as classes, with fresh weights from torch's random state."""
+        if self.name is not None:
+            return FromMonai(self.name, self.arguments, in_channels, n_classes, self.divisor)
         make = UNet if self.kind == "unet" else partial(SEUNet, se_reduction=self.se_reduction)
         return make(
             in_channels,
@@ -99,19 +121,36 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
         ConfigError: the file is absent or not YAML, or a key or a value is not known; the message names it.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return parse_config(path.read_text(encoding="utf-8"), str(path), overrides)
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"no configuration at {path}; see experiments/ for some to start from.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+
+
+def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """A configuration from YAML, with single keys changed.
+
+    Args:
+        text: the YAML.
+        where: what messages call it.
+        overrides: as of `load_config`.
+
+    Raises:
+        ConfigError: as from `load_config`.
+    """
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__}, not a mapping of settings.")
+        raise ConfigError(f"{where} holds {type(content).__name__}, not a mapping of settings.")
     for override in overrides:
         _override(content, override)
     try:
         return ExperimentConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_explanations(error))) from error
+        raise ConfigError(f"{where}: " + "; ".join(_explanations(error))) from error
 
 
 def _override(content: dict[str, Any], override: str) -> None:

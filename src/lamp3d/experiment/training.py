@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +14,10 @@ from lamp3d.data import Batches, Case, CaseStore, Dataset, read_dataset
 from lamp3d.errors import ConfigError, DeviceMemoryError, LampError, PlanError, WorkerKilledError
 from lamp3d.evaluate import dice_per_organ
 from lamp3d.experiment.config import ExperimentConfig
+from lamp3d.experiment.planning import plan_stages, stage_plan
 from lamp3d.experiment.run import Run, cache_folder
 from lamp3d.parallel import Engine, launch
-from lamp3d.plan import Plan, format_bytes, make_plan
-from lamp3d.plan.hardware import cpu_cores
+from lamp3d.plan import Plan, format_bytes
 from lamp3d.predict import Predictor
 from lamp3d.train import Checkpoint, CurriculumStage, HybridLoss, Trainer
 
@@ -59,17 +58,16 @@ def train(
     loss = config.loss.resolved_for([case.annotated for case in train_cases], dataset.organs)
     config = config.model_copy(update={"loss": loss})
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
-    _check_batches(store, train_cases, config)
     run = Run(out, config, dataset.root.resolve(), dataset.organs)
-    plans: dict[int, Plan] = {}
-    for reads_scans in (False, True):  # a plan that does not fit is better known before the scans are prepared
-        if reads_scans:
-            store.prepare([*train_cases, *validation_cases], workers=cpu_cores())
-        for index, stage in enumerate(config.train.curriculum):
-            if (stage.patch_shape is None) == reads_scans:
-                plans[index] = _stage_plan(run, index, store, train_cases, devices, resume=resume)
-                console.print(f"[bold]Stage {index + 1}[/]: {stage}")
-                console.print(plans[index].table())
+
+    def show(index: int, stage: CurriculumStage, plan: Plan) -> None:
+        console.print(f"[bold]Stage {index + 1}[/]: {stage}")
+        console.print(plan.table())
+
+    plans = plan_stages(
+        run, store, train_cases, (*train_cases, *validation_cases), devices,
+        kept=_kept_plans(run, devices) if resume else {}, show=show,
+    )  # fmt: skip
     run = Run.create(out, config, dataset, devices)
     (out / "plans").mkdir(exist_ok=True)
     for index, plan in plans.items():
@@ -104,7 +102,7 @@ def _safer_plan(
     failed = Plan.load(run.plan_path(index))
     limit = round(SAFER * min(failed.peak_bytes, failed.memory_limit_bytes or failed.peak_bytes))
     try:
-        return _make_plan(run, index, store, cases, devices, memory=limit)
+        return stage_plan(run, index, store, cases, devices, memory=limit)
     except PlanError as impossible:
         raise DeviceMemoryError(f"{error} No plan needs much less: {impossible}") from error
 
@@ -117,50 +115,11 @@ def _validation_cases(dataset: Dataset) -> tuple[Case, ...]:
     return dataset.split("validation") if "validation" in dataset.splits else ()
 
 
-def _check_batches(store: CaseStore, cases: tuple[Case, ...], config: ExperimentConfig) -> None:
-    """Let a configuration that mixes up left and right, or has odd patches, fail before anything is profiled."""
-    with torch.device("meta"):
-        divisor = config.network.build(store.dataset.n_classes).divisor
-    for stage in config.train.curriculum:
-        Batches(store, cases, patch=stage.patch_shape, batch=1, divisor=divisor, seed=[0], augment=config.augment)
-
-
-def _stage_plan(run: Run, index: int, store: CaseStore, cases: tuple[Case, ...], devices: int, *, resume: bool) -> Plan:
-    """The plan of a curriculum stage; a resumed run keeps its own where the number of devices is the same."""
-    if resume and run.plan_path(index).exists() and (plan := Plan.load(run.plan_path(index))).devices == devices:
-        return plan
-    return _make_plan(run, index, store, cases, devices, memory=run.config.memory)
-
-
-def _make_plan(
-    run: Run, index: int, store: CaseStore, cases: tuple[Case, ...], devices: int, *, memory: str | int | None
-) -> Plan:
-    stage = run.config.train.curriculum[index]
-    torch.manual_seed(run.config.train.seed)
-    network = run.network()
-    return make_plan(
-        network,
-        (stage.batch, 1, *_largest_input(stage, store, cases, network.divisor)),
-        devices,
-        data=stage.data,
-        space=stage.space,
-        # Whole volumes have shapes of their own, so that each is a micro-batch.
-        micro_batches=stage.batch if stage.patch_shape is None else stage.micro_batches,
-        schedule=stage.schedule,
-        recompute=stage.recompute,
-        precision=run.config.train.precision,
-        memory=memory,
-    )
-
-
-def _largest_input(
-    stage: CurriculumStage, store: CaseStore, cases: tuple[Case, ...], divisor: int
-) -> tuple[int, int, int]:
-    if stage.patch_shape is not None:
-        return stage.patch_shape
-    largest = max((store.shape(case) for case in cases), key=math.prod)
-    depth, height, width = (-(-side // divisor) * divisor for side in largest)
-    return depth, height, width
+def _kept_plans(run: Run, devices: int) -> dict[int, Plan]:
+    """A resumed run keeps its plans where the number of devices is the same."""
+    paths = {index: run.plan_path(index) for index in range(len(run.config.train.curriculum))}
+    plans = {index: Plan.load(path) for index, path in paths.items() if path.exists()}
+    return {index: plan for index, plan in plans.items() if plan.devices == devices}
 
 
 def _train_worker(out: Path, resume: bool) -> None:

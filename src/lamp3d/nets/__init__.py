@@ -1,7 +1,8 @@
 """Plain segmentation networks, which know nothing of devices."""
 
+from lamp3d.nets.from_monai import FromMonai
 from lamp3d.nets.seunet import SEUNet
 from lamp3d.nets.unet import UNet
 from lamp3d.nets.ushape import NormName, UShape
 
-__all__ = ["NormName", "SEUNet", "UNet", "UShape"]
+__all__ = ["FromMonai", "NormName", "SEUNet", "UNet", "UShape"]

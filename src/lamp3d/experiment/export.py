@@ -1,0 +1,106 @@
+"""A run made small enough to hand on: its weights, what prediction needs to know, and a card that says what it is.
+
+What is exported is a run folder with only these, so that all that predicts with a run predicts with it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from jinja2 import StrictUndefined, Template
+
+from lamp3d.errors import ConfigError
+from lamp3d.evaluate import Results
+from lamp3d.experiment.run import Run
+from lamp3d.train import Checkpoint, load_weights, save_checkpoint
+from lamp3d.volume import write_atomically
+
+SHIPPED = Path(__file__).parents[1] / "models"
+"""Where the models lie that come with lamp3d."""
+
+TOLERANCE = 0.02
+"""Of the largest logit: by so much may kernels in half precision move any logit."""
+
+
+def export(run: Run, dest: Path, *, name: str, data: str, licence: str) -> Path:
+    """Write a run's best weights, kernels in float16, as a folder that `predict` takes.
+
+    Args:
+        run: it; what it was evaluated on last is told in the card.
+        dest: the new folder.
+        name: of the model.
+        data: what it was trained on, for the card.
+        licence: of the weights, for the card.
+
+    Returns:
+        ``dest``.
+
+    Raises:
+        ConfigError: the folder is not empty, the run has no weights, or half precision changes its output.
+    """
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise ConfigError(f"{dest} is not empty, and nothing in it is replaced; give a new folder.")
+    if not run.best.exists():
+        raise ConfigError(f"{run.folder} has no checkpoint yet; train first.")
+    checkpoint = Checkpoint(run.best)
+    weights = {
+        f"model/{key}": tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor
+        for key, tensor in checkpoint.read("model").items()
+    }
+    dest.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(dest / "best.safetensors", weights, {"epochs": checkpoint.progress.get("epochs")})
+    moved = _difference(run, dest / "best.safetensors")
+    if moved > TOLERANCE:
+        shutil.rmtree(dest)
+        raise ConfigError(f"half precision would move this network's logits by {moved:.1%} of the largest one.")
+    run.config.model_copy(update={"cache": None}).save(dest / "config.yaml")
+    # Paths of the machine that trained it are nobody's business.
+    about = {"dataset": "", "organs": run.organs, "devices": 1, "splits": run.splits}
+    _write(dest / "run.json", json.dumps(about, indent=1) + "\n")
+    shutil.copy(run.folder / "versions.json", dest / "versions.json")
+    shutil.copytree(run.folder / "plans", dest / "plans")
+    results_path = run.folder / "results.json"
+    results = Results.load(results_path) if results_path.exists() else None
+    card = resources.files(__package__).joinpath("model_card.md.j2").read_text(encoding="utf-8")
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in run.network().parameters())
+    text = Template(card, undefined=StrictUndefined).render(
+        name=name, data=data, licence=licence, run=run, results=results, parameters=parameters, moved=moved,
+        megabytes=(dest / "best.safetensors").stat().st_size / 1e6, version=version("lamp3d"),
+    )  # fmt: skip
+    _write(dest / "README.md", text + "\n")
+    return dest
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model that comes with lamp3d, or of an exported one.
+
+    Raises:
+        ConfigError: there is none; the message lists those that come with lamp3d.
+    """
+    for folder in (SHIPPED / name, Path(name)):
+        if (folder / "run.json").exists():
+            return folder
+    shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob("*/run.json"))) or "none yet"
+    raise ConfigError(f"no model {name!r}; with lamp3d come: {shipped}. The folder of an exported model will do too.")
+
+
+def _difference(run: Run, weights: Path) -> float:
+    """How far the outputs of the two sets of weights are apart, of the largest logit, on noise."""
+    logits = []
+    for path in (run.best, weights):
+        network = run.network().eval()
+        load_weights(network, path)
+        image = torch.rand(1, 1, *[2 * network.divisor] * 3, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            logits.append(network(image))
+    return float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,156 @@
+"""The plans of a training run's stages, and what the run will take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lamp3d.data import Batches, Case, CaseStore, read_dataset
+from lamp3d.experiment.config import ExperimentConfig
+from lamp3d.experiment.run import Run, cache_folder
+from lamp3d.plan import Plan, make_plan
+from lamp3d.plan.hardware import cpu_cores
+from lamp3d.train import CurriculumStage
+
+Show = Callable[[int, CurriculumStage, Plan], object]
+"""Called with every stage's number (from 0), the stage and its plan, once that is known."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a curriculum stage will take.
+
+    Attributes:
+        plan: how its steps are done.
+        steps: of all its epochs.
+        voxels: that the network sees in them, without what whole volumes are padded with.
+    """
+
+    plan: Plan
+    steps: int
+    voxels: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps, as predicted; without validation, and without what augmentation does not hide."""
+        return self.steps * self.plan.step_seconds
+
+
+def forecast(dataset_root: Path, config: ExperimentConfig, devices: int) -> list[Forecast]:
+    """What every stage of a training run would take on this machine; scans are prepared, nothing is trained.
+
+    Args:
+        dataset_root: folder of the dataset.
+        config: the experiment.
+        devices: worker processes.
+
+    Raises:
+        LampError: as `train` would.
+    """
+    dataset = read_dataset(dataset_root, config.split)
+    cases = dataset.split("train")
+    store = CaseStore(dataset, config.preprocess, cache_folder(config))
+    run = Run(Path(), config, dataset.root.resolve(), dataset.organs)
+    plans = plan_stages(run, store, cases, cases, devices, kept={})
+    found = []
+    for index, stage in enumerate(config.train.curriculum):
+        samples = len(cases) * (stage.patches_per_case if stage.patch_shape else 1)
+        steps = stage.epochs * -(-samples // stage.batch)
+        found.append(Forecast(plans[index], steps, voxels_seen(stage, store, cases)))
+    return found
+
+
+def voxels_seen(stage: CurriculumStage, store: CaseStore, cases: tuple[Case, ...]) -> int:
+    """The voxels of all samples of all epochs of a stage; whole volumes as they are prepared."""
+    if stage.patch_shape is None:
+        return stage.epochs * sum(math.prod(store.shape(case)) for case in cases)
+    return stage.epochs * stage.patches_per_case * len(cases) * math.prod(stage.patch_shape)
+
+
+def plan_stages(
+    run: Run,
+    store: CaseStore,
+    train_cases: tuple[Case, ...],
+    all_cases: tuple[Case, ...],
+    devices: int,
+    *,
+    kept: Mapping[int, Plan],
+    show: Show | None = None,
+) -> dict[int, Plan]:
+    """The plan of every stage; a plan that does not fit is found out before the scans are prepared, where it can be.
+
+    Args:
+        run: whose configuration it is.
+        store: where scans are prepared.
+        train_cases: that are trained on.
+        all_cases: that are prepared.
+        devices: worker processes.
+        kept: plans that are not made anew.
+        show: told of every plan.
+    """
+    config = run.config
+    _check_batches(store, train_cases, config)
+    plans: dict[int, Plan] = {}
+    for reads_scans in (False, True):
+        if reads_scans:
+            store.prepare(all_cases, workers=cpu_cores())
+        for index, stage in enumerate(config.train.curriculum):
+            if (stage.patch_shape is None) == reads_scans:
+                plan = kept.get(index) or stage_plan(run, index, store, train_cases, devices, memory=config.memory)
+                plans[index] = plan
+                if show is not None:
+                    show(index, stage, plan)
+    return plans
+
+
+def stage_plan(
+    run: Run, index: int, store: CaseStore, cases: tuple[Case, ...], devices: int, *, memory: str | int | None
+) -> Plan:
+    """The plan of one stage.
+
+    Args:
+        run: whose configuration it is.
+        index: of the stage.
+        store: where the scans of a whole-volume stage are prepared already.
+        cases: that are trained on.
+        devices: worker processes.
+        memory: limit per device.
+    """
+    stage = run.config.train.curriculum[index]
+    torch.manual_seed(run.config.train.seed)
+    network = run.network()
+    return make_plan(
+        network,
+        (stage.batch, 1, *_largest_input(stage, store, cases, network.divisor)),
+        devices,
+        data=stage.data,
+        space=stage.space,
+        # Whole volumes have shapes of their own, so that each is a micro-batch.
+        micro_batches=stage.batch if stage.patch_shape is None else stage.micro_batches,
+        schedule=stage.schedule,
+        recompute=stage.recompute,
+        precision=run.config.train.precision,
+        memory=memory,
+    )
+
+
+def _check_batches(store: CaseStore, cases: tuple[Case, ...], config: ExperimentConfig) -> None:
+    """Let a configuration that mixes up left and right, or has odd patches, fail before anything is profiled."""
+    with torch.device("meta"):
+        divisor = config.network.build(store.dataset.n_classes).divisor
+    for stage in config.train.curriculum:
+        Batches(store, cases, patch=stage.patch_shape, batch=1, divisor=divisor, seed=[0], augment=config.augment)
+
+
+def _largest_input(
+    stage: CurriculumStage, store: CaseStore, cases: tuple[Case, ...], divisor: int
+) -> tuple[int, int, int]:
+    if stage.patch_shape is not None:
+        return stage.patch_shape
+    largest = max((store.shape(case) for case in cases), key=math.prod)
+    depth, height, width = (-(-side // divisor) * divisor for side in largest)
+    return depth, height, width

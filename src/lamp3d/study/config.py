@@ -1,0 +1,106 @@
+"""What a study compares: rows, each one experiment with several seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from lamp3d.errors import ConfigError
+from lamp3d.experiment import ExperimentConfig
+from lamp3d.experiment.config import parse_config
+
+Window = tuple[PositiveInt, PositiveInt, PositiveInt] | None
+
+
+class Row(BaseModel):
+    """One experiment.
+
+    Args:
+        name: of its files.
+        network, input: what tables call them; rows of one network stand together.
+        settings: keys of the experiment configuration, such as ``network.filters``, and what they are in this row.
+        seeds: of the runs; None: the study's.
+        window: sides of the sliding window that it is evaluated with; None: whole volumes.
+        control_of: another row's name: the two have seen the same number of voxels, and are compared in pairs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    network: str
+    input: str
+    settings: dict[str, Any] = {}
+    seeds: tuple[NonNegativeInt, ...] | None = None
+    window: Window = None
+    control_of: str | None = None
+
+
+class StudyConfig(BaseModel):
+    """A study.
+
+    Args:
+        title: of its report.
+        base: the experiment configuration that rows change, relative to the study's file.
+        rows: what is compared.
+        seeds: of every row that names none.
+        windows: of sliding-window predictions that are timed for every network, beside whole volumes.
+        timed_devices: numbers of devices that predictions are timed on.
+        timed_cases: of the validation split that are predicted for that, the first ones.
+        tolerance_mm: of the surface Dice.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    base: Path
+    rows: tuple[Row, ...] = Field(min_length=1)
+    seeds: tuple[NonNegativeInt, ...] = (0,)
+    windows: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...] = ()
+    timed_devices: tuple[PositiveInt, ...] = (1,)
+    timed_cases: PositiveInt = 5
+    tolerance_mm: float = Field(default=2.0, gt=0)
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> StudyConfig:
+        names = [row.name for row in self.rows]
+        if len(set(names)) < len(names):
+            raise ValueError("two rows have one name")
+        for row in self.rows:
+            if row.control_of is not None and (row.control_of not in names or row.control_of == row.name):
+                raise ValueError(f"{row.name} is a control of {row.control_of!r}, which is no other row")
+        return self
+
+    def runs(self) -> list[tuple[Row, int]]:
+        """Every row with every seed: first all rows with their first seed, so that there is something to see early."""
+        pairs = [(position, row, seed) for row in self.rows for position, seed in enumerate(row.seeds or self.seeds)]
+        return [(row, seed) for _, row, seed in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def load_study(path: Path) -> tuple[StudyConfig, dict[str, ExperimentConfig]]:
+    """Read a study, and the experiment configuration of every row (with the seed 0).
+
+    Raises:
+        ConfigError: a file is absent or not YAML, or a key or a value is not known; the message names the row.
+    """
+    try:
+        study = StudyConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(f"no study at {path}; experiments/openkbp/study.yaml is one to start from.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the study"
+        raise ConfigError(f"{path}: {where}: {first['msg']}") from error
+    base = path.parent / study.base
+    if not base.exists():
+        raise ConfigError(f"{path}: no configuration at {base}; `base` is relative to the study's file.")
+    text = base.read_text(encoding="utf-8")
+    configs = {}
+    for row in study.rows:
+        changes = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in row.settings.items()]
+        configs[row.name] = parse_config(text, f"{path}, row {row.name}", changes)
+    return study, configs

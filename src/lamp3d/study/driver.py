@@ -1,0 +1,211 @@
+"""Running a study: one run after another, each resumable, each leaving one JSON file."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from lamp3d.data import Dataset
+from lamp3d.errors import ConfigError, LampError
+from lamp3d.experiment import ExperimentConfig, Run, evaluate, forecast, predict, train
+from lamp3d.experiment.planning import voxels_seen
+from lamp3d.study.config import Row, StudyConfig, Window, load_study
+from lamp3d.study.result import RunResult, Timing
+from lamp3d.train import read_history
+from lamp3d.volume import write_atomically
+
+VALIDATION, TEST = "validation", "test"
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class RowForecast:
+    """What one run of a row will take.
+
+    Attributes:
+        row: it.
+        seeds: how many runs it has.
+        steps, voxels: of one run.
+        seconds: of one run's steps, predicted for this machine.
+    """
+
+    row: Row
+    seeds: int
+    steps: int
+    voxels: int
+    seconds: float
+
+
+def plan_study(path: Path, dataset: Path, devices: int) -> list[RowForecast]:
+    """What every row of a study will take; scans are prepared, nothing is trained.
+
+    Raises:
+        LampError: a configuration or the dataset is not what it should be, or a plan does not fit.
+    """
+    study, configs = load_study(path)
+    found = []
+    for row in study.rows:
+        stages = forecast(dataset, configs[row.name], devices)
+        steps, voxels = sum(stage.steps for stage in stages), sum(stage.voxels for stage in stages)
+        seeds = len(row.seeds or study.seeds)
+        found.append(RowForecast(row, seeds, steps, voxels, sum(stage.seconds for stage in stages)))
+    return found
+
+
+def run_study(path: Path, dataset: Path, out: Path, devices: int, say: Say = print) -> None:
+    """Do all runs of a study that are not done yet.
+
+    Weights are chosen on the validation split, and scored there; the test split is for `score_test_split`.
+
+    Args:
+        path: the study's file.
+        dataset: folder of the dataset.
+        out: gets ``runs/`` (run folders), ``results/`` (one JSON file a run) and ``study.yaml``.
+        devices: worker processes of every run.
+        say: tells how it goes.
+
+    Raises:
+        ConfigError: ``out`` holds runs of a row with other settings.
+        LampError: some runs failed, all others are done; the message says which.
+    """
+    study, configs = load_study(path)
+    _remember(study, configs, out)
+    for row in study.rows:
+        _check_windows(row, study, configs[row.name])
+    failed: dict[str, str] = {}
+    runs = study.runs()
+    for number, (row, seed) in enumerate(runs, start=1):
+        name = f"{row.name}-{seed}"
+        result = out / "results" / f"{name}.json"
+        if result.exists():
+            continue
+        say(f"Run {number} of {len(runs)}: {name}")
+        config = configs[row.name]
+        config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+        try:
+            _run(study, row, seed, config, dataset, out / "runs" / name, devices).save(result)
+        except LampError as error:
+            failed[name] = str(error)
+            say(f"{name} failed: {error}")
+    if failed:
+        raise LampError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the others are done.")
+
+
+def score_test_split(out: Path, dataset: Path, devices: int) -> None:
+    """Score all finished runs on the test split, once.
+
+    Raises:
+        ConfigError: it was done before, or no run is finished.
+    """
+    tested = out / TEST
+    if tested.exists():
+        raise ConfigError(f"{tested} is there: test cases are looked at once, when everything is decided.")
+    paths = sorted((out / "results").glob("*.json"))
+    if not paths:
+        raise ConfigError(f"{out / 'results'} has no results: run the study first.")
+    study = StudyConfig.model_validate(yaml.safe_load((out / "study.yaml").read_text("utf-8"))["study"])
+    windows = {row.name: row.window for row in study.rows}
+    found = {}
+    for path in paths:
+        result = RunResult.model_validate_json(path.read_bytes())
+        run = Run.open(out / "runs" / path.stem)
+        scored = evaluate(
+            run, dataset, TEST, window=windows[result.row], devices=devices, tolerance_mm=study.tolerance_mm
+        )
+        found[path.name] = result.model_copy(update={"split": TEST, "cases": scored.cases, "timings": ()})
+    for name, result in found.items():
+        result.save(tested / name)
+
+
+def _remember(study: StudyConfig, configs: dict[str, ExperimentConfig], out: Path) -> None:
+    """Keep the study with its results, and refuse to mix them with those of another one."""
+    path = out / "study.yaml"
+    now = {name: config.model_dump(mode="json") for name, config in configs.items()}
+    if path.exists():
+        before = yaml.safe_load(path.read_text("utf-8"))["configs"]
+        begun = {run.name.rpartition("-")[0] for run in (out / "runs").glob("*")}
+        if changed := sorted(name for name in begun & set(before) & set(now) if before[name] != now[name]):
+            raise ConfigError(
+                f"{out} holds runs of {', '.join(changed)} with other settings; choose another --out, or give the rows "
+                "new names."
+            )
+    text = yaml.safe_dump({"study": study.model_dump(mode="json"), "configs": now}, sort_keys=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
+def _check_windows(row: Row, study: StudyConfig, config: ExperimentConfig) -> None:
+    with torch.device("meta"):
+        divisor = config.network.build(2).divisor
+    for window in (row.window, *study.windows):
+        if window is not None and any(side % divisor for side in window):
+            raise ConfigError(
+                f"row {row.name}: a window of {window} is not a multiple of {divisor}, as its network needs."
+            )
+
+
+def _run(
+    study: StudyConfig, row: Row, seed: int, config: ExperimentConfig, dataset: Path, folder: Path, devices: int
+) -> RunResult:
+    run = train(dataset, config, devices, folder, resume=(folder / "last.safetensors").exists())
+    scored = evaluate(run, dataset, VALIDATION, window=row.window, devices=devices, tolerance_mm=study.tolerance_mm)
+    history = read_history(folder)
+    steps = [epoch.step - before for epoch, before in zip(history, [0, *(e.step for e in history)], strict=False)]
+    best = max((e for e in history if e.mean_dice is not None), key=lambda e: e.mean_dice or 0.0, default=None)
+    own = run.read_dataset()
+    cases, store = own.split("train"), run.store(own)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in run.network().parameters())
+    return RunResult(
+        row=row.name,
+        network=row.network,
+        input=row.input,
+        seed=seed,
+        control_of=row.control_of,
+        split=VALIDATION,
+        config=run.config.model_dump(mode="json"),
+        versions=yaml.safe_load((folder / "versions.json").read_text("utf-8")),
+        commit=_commit(),
+        parameters=parameters,
+        steps=history[-1].step,
+        bad_steps=sum(epoch.bad_steps for epoch in history),
+        voxels=sum(voxels_seen(stage, store, cases) for stage in config.train.curriculum),
+        train_seconds=sum(n * epoch.seconds_per_step for n, epoch in zip(steps, history, strict=True)),
+        best_epoch=None if best is None else 1 + history.index(best),
+        best_dice=None if best is None else best.mean_dice,
+        organs=own.organs,
+        cases=scored.cases,
+        timings=_timings(study, run, own, folder) if seed == (row.seeds or study.seeds)[0] else (),
+    )
+
+
+def _timings(study: StudyConfig, run: Run, dataset: Dataset, folder: Path) -> tuple[Timing, ...]:
+    """Predictions of the first validation cases; the first of all, which warms up, is not counted."""
+    scans = [case.image for case in dataset.split(VALIDATION)[: 1 + study.timed_cases]]
+    timings = []
+    windows: list[Window] = [None, *study.windows]
+    for devices in study.timed_devices:
+        for window in windows:
+            target = folder / "predictions" / "timed"
+            found = predict(run, scans, target, window=window, devices=devices, overwrite=True)
+            timings.append(
+                Timing(
+                    window="whole" if window is None else "x".join(map(str, window)),
+                    devices=devices,
+                    seconds=tuple(prediction.seconds for prediction in found[1:] or found),
+                    peak_bytes=max(peak for prediction in found for peak in prediction.peak_bytes),
+                )
+            )
+    return tuple(timings)
+
+
+def _commit() -> str | None:
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None

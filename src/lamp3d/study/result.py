@@ -1,0 +1,101 @@
+"""What a study keeps of every run: one small JSON file each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lamp3d.errors import ConfigError
+from lamp3d.evaluate import CaseResult
+from lamp3d.volume import write_atomically
+
+
+class Timing(BaseModel):
+    """Predictions of the same scans in one way.
+
+    Attributes:
+        window: "whole", or the sides of the sliding window.
+        devices: workers.
+        seconds: of every scan, reading and writing included; the first scan, which warms up, is left out.
+        peak_bytes: the most that any of the workers held.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    window: str
+    devices: int
+    seconds: tuple[float, ...]
+    peak_bytes: int
+
+
+class RunResult(BaseModel):
+    """One run.
+
+    Attributes:
+        row, network, input, seed: which it is.
+        control_of: the row that it is a control of.
+        split: that was scored.
+        config: the resolved experiment configuration.
+        versions: of the software, and of the machine.
+        commit: of the checkout, if it was one.
+        parameters: of the network.
+        steps: of the optimizer; ``bad_steps`` of them changed nothing.
+        voxels: that it has seen, padding not counted.
+        train_seconds: of the steps, validation not included.
+        best_epoch, best_dice: on the validation split, which chose the weights.
+        organs: in the order of their labels.
+        cases: the scores of every case.
+        timings: of predictions.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    row: str
+    network: str
+    input: str
+    seed: int
+    control_of: str | None
+    split: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+    parameters: int
+    steps: int
+    bad_steps: int
+    voxels: int
+    train_seconds: float
+    best_epoch: int | None
+    best_dice: float | None
+    organs: tuple[str, ...]
+    cases: tuple[CaseResult, ...]
+    timings: tuple[Timing, ...] = ()
+
+    def save(self, path: Path) -> None:
+        """Write it, all or nothing."""
+        write_atomically(path, lambda temporary: temporary.write_text(self.model_dump_json(indent=1) + "\n", "utf-8"))
+
+
+def read_results(folder: Path) -> list[RunResult]:
+    """All results in a folder, by row and seed.
+
+    Raises:
+        ConfigError: a file is not a result.
+    """
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            results.append(RunResult.model_validate_json(path.read_bytes()))
+        except ValidationError as error:
+            raise ConfigError(f"{path} is not a result of this version: {error}") from error
+    return sorted(results, key=lambda result: (result.row, result.seed))
+
+
+def by_row(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    """The runs of every row, in the order of first appearance."""
+    rows: dict[str, list[RunResult]] = {}
+    for result in results:
+        rows.setdefault(result.row, []).append(result)
+    return rows

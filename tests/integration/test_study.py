@@ -1,0 +1,103 @@
+"""A study from its file to its report: resumed, scored once on the test split, with a network of MONAI's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lamp3d.errors import ConfigError, LampError
+from lamp3d.study import driver, plan_study, read_results, run_study, score_test_split, write_study_report
+from tests.unit.tiny_dataset import write_tiny_dataset
+
+BASE = {
+    "network": {"kind": "unet", "filters": 2},
+    "augment": {"affine_probability": 0},
+    "train": {
+        "precision": "fp32",
+        "curriculum": [{"patch": [16, 16, 32], "batch": 2, "epochs": 1, "schedule": "gpipe", "data": 1}],
+    },
+}
+DYNUNET = {
+    "network": {
+        "kind": "monai",
+        "name": "DynUNet",
+        "arguments": {
+            "kernel_size": [3, 3, 3],
+            "strides": [1, 2, 2],
+            "upsample_kernel_size": [2, 2],
+            "filters": [2, 4, 4],
+        },
+        "divisor": 8,
+    }
+}
+
+
+def write_study(folder: Path, **of_peer: Any) -> Path:
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE), "utf-8")
+    rows = [
+        {"name": "unet", "network": "U-Net-2", "input": "whole"},
+        {"name": "peer", "network": "DynUNet", "input": "16³", "window": [16, 16, 16], "settings": DYNUNET | of_peer},
+    ]
+    study = {"title": "Tiny", "base": "base.yaml", "rows": rows, "windows": [[16, 16, 16]], "timed_cases": 1}
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(study), "utf-8")
+    return path
+
+
+def test_a_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    splits = {"train": ["case_0", "case_1"], "validation": ["case_2", "case_3"], "test": ["case_4"]}
+    write_tiny_dataset(data, splits=splits)
+    monkeypatch.setenv("LAMP3D_CACHE", str(tmp_path / "cache"))
+    path = write_study(tmp_path)
+    planned = {found.row.name: found for found in plan_study(path, data, 1)}
+    assert planned["unet"].steps == 1
+    assert planned["unet"].voxels == 2 * 16 * 16 * 32
+
+    train, trained = driver.train, []
+
+    def fails_once(*arguments: Any, **settings: Any) -> Any:
+        trained.append(arguments[3].name)
+        if arguments[3].name == "peer-0" and trained.count("peer-0") == 1:
+            raise ConfigError("the power went out.")
+        return train(*arguments, **settings)
+
+    monkeypatch.setattr(driver, "train", fails_once)
+    with pytest.raises(LampError, match="1 of 2 runs failed: peer-0; the others are done"):
+        run_study(path, data, out, 1)
+    assert "**Not finished:** peer-0." in write_study_report(out).read_text("utf-8")
+    run_study(path, data, out, 1)
+    assert trained == ["unet-0", "peer-0", "peer-0"]
+
+    unet = next(result for result in read_results(out / "results") if result.row == "unet")
+    assert (unet.steps, unet.voxels, unet.best_epoch) == (1, planned["unet"].voxels, 1)
+    assert [case.name for case in unet.cases] == ["case_2", "case_3"]
+    assert {(timing.window, timing.devices) for timing in unet.timings} == {("whole", 1), ("16x16x16", 1)}
+    assert unet.parameters > 1000
+    assert unet.config["network"]["filters"] == 2
+    report = write_study_report(out).read_text("utf-8")
+    assert "Not finished" not in report
+    assert "| DynUNet | 16³ | 1 |" in report
+
+    score_test_split(out, data, 1)
+    assert [case.name for case in read_results(out / "test")[0].cases] == ["case_4"]
+    assert "## Dice (test)" in write_study_report(out).read_text("utf-8")
+    with pytest.raises(ConfigError, match="looked at once"):
+        score_test_split(out, data, 1)
+
+    changed = write_study(tmp_path, **{"train.seed": 5})
+    with pytest.raises(ConfigError, match="holds runs of peer with other settings"):
+        run_study(changed, data, out, 1)
+
+
+def test_windows_that_a_network_cannot_take_are_refused_before_training(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    content = yaml.safe_load(path.read_text("utf-8")) | {"windows": [[20, 20, 20]]}
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(ConfigError, match="not a multiple of 16"):
+        run_study(path, tmp_path / "no-data", tmp_path / "out", 1)
+    assert not (tmp_path / "out" / "runs").exists()
