@@ -6,6 +6,7 @@ memory of its last step. Every process computes with one thread, unless it is sa
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -236,6 +237,30 @@ def alone(measure: Callable[..., Any], *args: Any) -> Any:
 
 def _send_result(pipe: Connection, measure: Callable[..., Any], args: tuple[Any, ...]) -> None:
     pipe.send(measure(*args))
+
+
+Part = Callable[[int, Console], Any]
+"""A part of a benchmark: from the number of rounds, and where to print, to what results.json is to hold."""
+
+
+def run_parts(name: str, about: str | None, parts: Mapping[str, Part], rounds: int) -> None:
+    """Run the parts of a benchmark that the command line asks for, all by default, and keep what they find.
+
+    Args:
+        name: of the benchmark's folder, where results.json is.
+        about: what its help says.
+        parts: by name.
+        rounds: by default.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--only", nargs="+", default=list(parts), choices=list(parts), metavar="PART")
+    arguments = parser.parse_args()
+    console = Console(width=150)
+    for part in arguments.only:
+        found = parts[part](arguments.rounds, console)
+        command = f"lamp3d bench {name} --rounds {arguments.rounds} --only {part}"
+        keep(Path(__file__).parent / name / "results.json", part, command, found)
 
 
 def keep(path: Path, part: str, command: str, found: Any) -> None:

@@ -8,32 +8,16 @@ and pictures beside this file.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-
-from benchmarks.harness import keep
+from benchmarks.harness import Part, run_parts
 from benchmarks.planner import optimality, predictions, setups
-
-HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Run the parts that are asked for, and keep what they find in results.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="PART")
-    arguments = parser.parse_args()
-    console = Console(width=150)
-    for part in arguments.only:
-        found = PARTS[part](arguments.rounds, console)
-        keep(HERE / "results.json", part, f"lamp3d bench planner --rounds {arguments.rounds} --only {part}", found)
+    """Run the parts that are asked for."""
+    run_parts("planner", __doc__, PARTS, rounds=3)
 
 
-PARTS: dict[str, Callable[[int, Console], Any]] = {
+PARTS: dict[str, Part] = {
     "predictions": predictions.measure,
     "measured_best": optimality.measure_best,
     "optimality": optimality.measure,

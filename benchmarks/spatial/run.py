@@ -8,22 +8,29 @@ results.json beside this file. What is in bf16 needs a CPU that computes in it (
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import lamp3d
-from benchmarks.harness import WORKERS, Job, OneProcess, contest, keep, network, one_engine, plain, torchgpipe
+from benchmarks.harness import (
+    WORKERS,
+    Job,
+    OneProcess,
+    Part,
+    contest,
+    network,
+    one_engine,
+    plain,
+    run_parts,
+    torchgpipe,
+)
 from benchmarks.spatial import inference, largest, memory, traffic
 from lamp3d.plan import format_bytes
 from lamp3d.plan.hardware import has_fast_bf16
 
 SIDES = (96, 128)
-HERE = Path(__file__).parent
 
 
 def measure_speed(rounds: int, console: Console) -> dict[str, Any]:
@@ -76,19 +83,11 @@ def contest_at(side: int, precision: Any, rounds: int, console: Console) -> dict
 
 
 def main() -> None:
-    """Run the parts that are asked for, and keep what they find in results.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="PART")
-    arguments = parser.parse_args()
-    console = Console(width=150)
-    for part in arguments.only:
-        found = PARTS[part](arguments.rounds, console)
-        command = f"lamp3d bench spatial --rounds {arguments.rounds} --only {part}"
-        keep(HERE / "results.json", part, command, found)
+    """Run the parts that are asked for."""
+    run_parts("spatial", __doc__, PARTS, rounds=5)
 
 
-PARTS: dict[str, Callable[[int, Console], Any]] = {
+PARTS: dict[str, Part] = {
     "speed": measure_speed,
     "memory": memory.measure,
     "largest": largest.measure,

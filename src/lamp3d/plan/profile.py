@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from lamp3d.graph import CellGraph, DeferredWeights, Stage, arithmetic, laid_out, module_device, preserved_buffers
+from lamp3d.graph import CellGraph, DeferredWeights, Stage, arithmetic, module_device, preserved_buffers
 from lamp3d.graph.inputs import InputShape
 from lamp3d.plan.hardware import Hardware
+from lamp3d.plan.walk import Values, inputs_of, walk
 from lamp3d.plan.work import CellWork, Operation, Work, account
 
 
@@ -198,27 +198,17 @@ def time_cells(
         split: whether the backward is done in two parts, weight gradients apart.
     """
     device = module_device(graph.root)
-    parameter = next(iter(graph.root.parameters()), None)
-    dtype = torch.float32 if parameter is None else parameter.dtype
-    shapes = input_shape if isinstance(input_shape, Mapping) else {graph.input_names[0]: input_shape}
-    values: dict[str, Tensor] = {}
-    for value, name in zip(graph.inputs, graph.input_names, strict=True):
-        tensor = torch.randn(tuple(shapes[name]), device=device, dtype=dtype)
-        values[value] = laid_out(tensor, True) if channels_last else tensor
-    last_use = {edge.value: max(edge.users) for edge in graph.edges}
-    every: list[list[CellSeconds]] = []
+
+    def run(stage: Stage, inputs: Values) -> tuple[list[CellSeconds], Values]:
+        return _time_cell(stage, inputs, precision, device, repeats, split)
+
+    values = inputs_of(graph, input_shape, torch.randn, device, channels_last=channels_last)
     gradients = [(p, p.grad) for p in graph.root.parameters()]
     for parameter, _ in gradients:
-        parameter.grad = None  # or backward would add to it
+        parameter.grad = None  # or what is computed apart would be added to it
     try:
         with preserved_buffers(graph.root):
-            for index, stage in enumerate(graph.cut(range(len(graph.cells)))):
-                inputs = {name: values[name] for name in stage.inputs}
-                seconds, outputs = _time_cell(stage, inputs, precision, device, repeats, split)
-                every.append(seconds)
-                values.update(outputs)
-                for name in [name for name in values if last_use.get(name, -1) <= index]:
-                    del values[name]
+            every = [seconds for seconds, _ in walk(graph, values, run)]
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
@@ -228,8 +218,8 @@ def time_cells(
 
 
 def _time_cell(
-    stage: Stage, inputs: dict[str, Tensor], precision: str, device: torch.device, repeats: int, split: bool
-) -> tuple[list[CellSeconds], dict[str, Tensor]]:
+    stage: Stage, inputs: Values, precision: str, device: torch.device, repeats: int, split: bool
+) -> tuple[list[CellSeconds], Values]:
     seconds: list[CellSeconds] = []
     for _ in range(repeats + 1):
         leaves = [value.detach().requires_grad_(value.requires_grad) for value in inputs.values()]

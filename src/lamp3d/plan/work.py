@@ -7,7 +7,7 @@ cell are therefore named, and only the rest (``internal_bytes``) is counted by c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from lamp3d.graph import CellGraph, DeferredWeights, Stage, arithmetic, laid_out
 from lamp3d.graph.footprint import LiveBytes
 from lamp3d.graph.inputs import InputShape
+from lamp3d.plan.walk import Values, inputs_of, walk
 
 Sides = tuple[int, int, int]
 """Of a volume: depth, height, width."""
@@ -113,36 +114,29 @@ def account(
         split: whether the backward is done in two parts, weight gradients apart.
         device: on which everything is supposed to lie; by default the CPU.
     """
-    device = device or torch.device("cpu")
-    dtype = next((parameter.dtype for parameter in graph.root.parameters()), torch.float32)
-    shapes = input_shape if isinstance(input_shape, Mapping) else {graph.input_names[0]: input_shape}
-    last_use = {edge.value: max(edge.users) for edge in graph.edges}
-    cells = []
+    where = device or torch.device("cpu")
+
+    def run(stage: Stage, inputs: Values) -> tuple[CellWork, Values]:
+        return _account_cell(stage, inputs, precision, channels_last, where, split)
+
     with FakeTensorMode(allow_non_fake_inputs=True):
-        values: dict[str, Tensor] = {}
-        for value, name in zip(graph.inputs, graph.input_names, strict=True):
-            tensor = torch.empty(tuple(shapes[name]), device=device, dtype=dtype)
-            values[value] = laid_out(tensor, True) if channels_last else tensor
+        values = inputs_of(graph, input_shape, torch.empty, where, channels_last=channels_last)
         value_bytes = {name: value.nbytes for name, value in values.items()}
-        for index, stage in enumerate(graph.cut(range(len(graph.cells)))):
-            inputs = {name: values[name] for name in stage.inputs}
-            cell, outputs = _account_cell(stage, inputs, precision, channels_last, device, split)
+        cells = []
+        for cell, made in walk(graph, values, run):
             cells.append(cell)
-            values.update(outputs)
-            value_bytes.update({name: value.nbytes for name, value in outputs.items()})
-            for name in [name for name in values if last_use.get(name, -1) <= index]:
-                del values[name]
+            value_bytes.update({name: value.nbytes for name, value in made.items()})
     return Work(tuple(cells), value_bytes)
 
 
 def _account_cell(
     stage: Stage,
-    inputs: dict[str, Tensor],
+    inputs: Values,
     precision: str,
     channels_last: bool,
     device: torch.device,
     split: bool,
-) -> tuple[CellWork, dict[str, Tensor]]:
+) -> tuple[CellWork, Values]:
     stand_ins: dict[str, Tensor] = {}
     for name, tensor in (*stage.named_parameters(), *stage.named_buffers()):
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
