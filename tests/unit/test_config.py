@@ -154,11 +154,11 @@ def test_a_network_is_built_as_configured(kind: str, network: type[UNet]) -> Non
 
 
 def test_a_network_of_monais_is_found_by_name() -> None:
-    arguments = {"kernel_size": [3, 3], "strides": [1, 2], "upsample_kernel_size": [2], "filters": [2, 4]}
-    config = NetworkConfig(kind="monai", name="DynUNet", arguments=arguments, divisor=2)
+    arguments = {"kernel_size": [3] * 3, "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [2, 4, 4]}
+    config = NetworkConfig(kind="monai", name="DynUNet", arguments=arguments, divisor=4)
     network = config.build(n_classes=3)
-    assert network(torch.zeros(1, 1, 4, 4, 8)).shape == (1, 3, 4, 4, 8)
-    assert (network.divisor, network.heads) == (2, 1)
+    assert network(torch.zeros(1, 1, 8, 8, 8)).shape == (1, 3, 8, 8, 8)
+    assert (network.divisor, network.heads) == (4, 1)
     again = NetworkConfig.model_validate(config.model_dump(mode="json"))  # as it is saved: with all defaults
     assert again == config
 
@@ -180,7 +180,7 @@ def test_settings_of_another_kind_of_network_are_refused(settings: dict[str, Any
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("DynUnet", {}, "no network 'DynUnet'; close to it: DynUNet"),
+        ("DynUNets", {}, "no network 'DynUNets'; close to it: DynUN"),
         ("DynUNet", {"strides": [1]}, "does not take these arguments"),
         ("UNet", {"channel": 3}, "does not take these arguments"),
     ],

@@ -159,6 +159,7 @@ def test_nothing_is_replaced_and_an_interrupted_conversion_is_done_again(publish
     write_decathlon(OpenKbpSource(published), out)
     assert len(read_dataset(out).cases) == 3
     assert not list(out.glob(".*"))
+    (out / ".unfinished").touch()  # stopped between the last two actions
     with pytest.raises(DatasetError, match="is not empty"):
         write_decathlon(OpenKbpSource(published), out)
 
@@ -241,3 +242,17 @@ def test_dataset_json_says_what_it_holds(han: Path, tmp_path: Path) -> None:
     assert content["numTraining"] == 2
     assert content["numTest"] == 1
     assert content["labels"]["9"] == "Submandibular_R"
+
+
+def test_checkpoints_are_chosen_on_cases_that_are_neither_trained_on_nor_tested(tmp_path: Path) -> None:
+    for i in range(20):
+        write_han_patient(tmp_path / ("test" if i < 3 else "all") / f"p{i:02d}", np.zeros((2, 2, 2)), {})
+    splits = AnatomyNetSource(tmp_path).splits()
+    assert [len(splits[split]) for split in ("train", "validation", "test")] == [15, 2, 3]
+    assert len({name for names in splits.values() for name in names}) == 20
+
+
+def test_a_patient_that_is_there_twice_is_refused(published: Path) -> None:
+    (published / "valid-pats" / "pt_201").rename(published / "valid-pats" / "pt_2")
+    with pytest.raises(DatasetError, match="are one patient"):
+        OpenKbpSource(published).splits()

@@ -84,6 +84,7 @@ def _nothing(root: Path) -> None:
     ("content", "damage", "message"),
     [
         ({"channel_names": {"0": "CT", "1": "PET"}}, _nothing, "2 channels"),
+        ({"labels": ["background", "liver"]}, _nothing, "should be mappings"),
         ({"file_ending": ".nrrd"}, _nothing, "file_ending '.nrrd'"),
         ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, _nothing, "whole are regions"),
         ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, _nothing, "ignore label"),

@@ -121,11 +121,11 @@ def test_tables_say_what_is_there() -> None:
     other = [result("control", 0, [{"A": 0.5, "B": 0.5}, {"A": 0.5}], control_of="large", voxels=1010)]
     table = accuracy([*one, *other], "dice")
     assert table[0] == ["network", "input", "seeds", "A", "B", "mean"]
-    assert table[1][2:5] == ["2", "0.750 ± 0.035", "0.900 ± 0.000"]
+    assert table[1][2:5] == ["2", "0.725 ± 0.035", "0.900 ± 0.000"]
     compared = controls([*one, *other])
     assert compared is not None
     assert compared[1][:3] == ["large", "control", "1.01"]
-    assert compared[1][5].startswith("+0.325 [")
+    assert compared[1][5].startswith("+0.312 [")
     uneven = [other[0].model_copy(update={"voxels": 1300})]
     assert "not even" in (controls([*one, *uneven]) or [[], ["", "", ""]])[1][2]
     assert controls(one) is None

@@ -37,6 +37,9 @@ def as_decathlon(root: Path, content: dict[str, Any]) -> dict[str, Any]:
     """
     path = root / "dataset.json"
     channels, ending = content["channel_names"], content.get("file_ending")
+    labels = content.get("labels", {})
+    if not isinstance(channels, dict) or not isinstance(labels, dict):
+        raise DatasetError(f'{path}: channel_names and labels should be mappings, such as {{"background": 0}}.')
     if len(channels) != 1:
         raise DatasetError(f"{path}: {len(channels)} channels ({channels}); lamp3d reads scans with one.")
     if ending not in ENDINGS:
@@ -52,7 +55,7 @@ def as_decathlon(root: Path, content: dict[str, Any]) -> dict[str, Any]:
             "is the dataset complete?"
         )
     tests = _entries(root, "Ts", ending)
-    found = {"name": content.get("name") or root.resolve().name, "labels": _labels(path, content.get("labels", {}))}
+    found = {"name": content.get("name") or root.resolve().name, "labels": _labels(path, labels)}
     found |= {"training": training, "test": tests}
     if (splits := _first_fold(root)) is not None:
         found["splits"] = splits | ({"test": [entry["name"] for entry in tests]} if tests else {})

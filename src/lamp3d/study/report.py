@@ -154,9 +154,9 @@ def figure(results: Sequence[RunResult]) -> Figure:
                         at = inputs.index(runs[0].input) + 0.06 * (shift - (len(networks) - 1) / 2)
                         points.append((at, found.mean, found.mean - found.low, found.high - found.mean))
             if points:
-                at, mean, below, above = zip(*sorted(points), strict=True)
+                places, mean, below, above = zip(*sorted(points), strict=True)
                 dice_axes.errorbar(
-                    at, mean, yerr=[below, above], color=colours[network], marker="o", capsize=3, label=network,
+                    places, mean, yerr=[below, above], color=colours[network], marker="o", capsize=3, label=network,
                     linestyle="none" if len(points) == 1 else "-",
                 )  # fmt: skip
         dice_axes.set_xticks(range(len(inputs)), inputs)

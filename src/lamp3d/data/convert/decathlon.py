@@ -59,7 +59,8 @@ def write(source: Source, root: Path) -> None:
         DatasetError: the folder holds a dataset or something else, or the source is not what it should be.
     """
     path, unfinished = root / "dataset.json", root / ".unfinished"
-    if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not unfinished.exists())):
+    begun = unfinished.exists() and not path.exists()
+    if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not begun)):
         raise DatasetError(f"{root} is not empty, and nothing in it is replaced; give a new folder.")
     splits = source.splits()
     root.mkdir(parents=True, exist_ok=True)

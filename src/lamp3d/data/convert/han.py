@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lamp3d.data.convert.decathlon import Mask, Source
-from lamp3d.data.dataset import TEST, TRAIN
+from lamp3d.data.dataset import TEST, TRAIN, VALIDATION
 from lamp3d.errors import DatasetError
 from lamp3d.volume import Volume
 
@@ -27,12 +27,18 @@ SPACING_MM = (1.0, 1.0, 2.5)
 """Along x, y, z: the arrays do not say; MICCAI 2015's scans, which are the test set, have about this."""
 
 
+VALIDATION_SHARE = 0.1
+"""Of the training cases."""
+
+_SEED = 2020
+
+
 class AnatomyNetSource(Source):
     """The dataset.
 
     Args:
         root: the folder with the patients' folders, at any depth. Where the name of a folder above them begins with
-            "test", they are the test split, as the paper's ten; all others are for training.
+            "test", they are the test split, as the paper's ten; of the others a tenth is for validation.
         spacing_mm: of the voxels along x, y, z.
 
     Raises:
@@ -68,6 +74,11 @@ class AnatomyNetSource(Source):
         for name, folder in self._folders.items():
             above = [part.lower() for part in folder.relative_to(self.root).parts[:-1]]
             splits[TEST if any(part.startswith("test") for part in above) else TRAIN].append(name)
+        # Checkpoints are chosen on cases of their own, which the paper does not have.
+        draw = np.random.default_rng(_SEED).permutation(len(splits[TRAIN]))
+        chosen = {splits[TRAIN][i] for i in draw[: round(VALIDATION_SHARE * len(draw))]}
+        splits[VALIDATION] = [name for name in splits[TRAIN] if name in chosen]
+        splits[TRAIN] = [name for name in splits[TRAIN] if name not in chosen]
         return splits
 
     def image(self, case: str) -> Volume:

@@ -55,6 +55,7 @@ class OpenKbpSource(Source):
 
     def splits(self) -> Mapping[str, Sequence[str]]:
         splits = {}
+        self._folders.clear()
         for split, pattern in FOLDERS.items():
             cases = sorted(
                 (path for folder in self.root.glob(pattern) for path in folder.glob("pt_*") if path.is_dir()),
@@ -63,7 +64,9 @@ class OpenKbpSource(Source):
             for path in cases:
                 if not (path / "ct.csv").exists():
                     raise DatasetError(f"{path}: no ct.csv; complete the download, or take the folder away.")
-            self._folders |= {path.name: path for path in cases}
+                if path.name in self._folders:
+                    raise DatasetError(f"{path} and {self._folders[path.name]} are one patient; take one away.")
+                self._folders[path.name] = path
             splits[split] = [path.name for path in cases]
         if not splits[TRAIN]:
             raise DatasetError(f"{self.root}/train-pats: no folder pt_N in it; is the download complete?")
@@ -106,7 +109,7 @@ def _table(path: Path, *, columns: int) -> npt.NDArray[np.float64]:
     try:
         content = path.read_text(encoding="utf-8").splitlines()[1:]
         if not content:
-            raise DatasetError(f"{path} is empty; delete it if the structure was not contoured.")
+            raise DatasetError(f"{path} is empty; a structure that was not contoured has no file.")
         return np.loadtxt(content, delimiter=",", usecols=range(columns), ndmin=2)
     except (ValueError, UnicodeDecodeError) as error:
         raise DatasetError(
