@@ -42,7 +42,7 @@ def write_study(folder: Path, **of_peer: Any) -> Path:
         {"name": "unet", "network": "U-Net-2", "input": "whole"},
         {"name": "peer", "network": "DynUNet", "input": "16³", "window": [16, 16, 16], "settings": DYNUNET | of_peer},
     ]
-    study = {"title": "Tiny", "base": "base.yaml", "rows": rows, "windows": [[16, 16, 16]], "timed_cases": 1}
+    study = {"title": "Tiny", "base": "base.yaml", "rows": rows, "windows": [[16, 16, 32]], "timed_cases": 1}
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study), "utf-8")
     return path
@@ -76,7 +76,7 @@ def test_a_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.Mo
     unet = next(result for result in read_results(out / "results") if result.row == "unet")
     assert (unet.steps, unet.voxels, unet.best_epoch) == (1, planned["unet"].voxels, 1)
     assert [case.name for case in unet.cases] == ["case_2", "case_3"]
-    assert {(timing.window, timing.devices) for timing in unet.timings} == {("whole", 1), ("16x16x16", 1)}
+    assert {(timing.window, timing.devices) for timing in unet.timings} == {("whole", 1), ("16x16x32", 1)}
     assert unet.parameters > 1000
     assert unet.config["network"]["filters"] == 2
     report = write_study_report(out).read_text("utf-8")

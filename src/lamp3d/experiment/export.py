@@ -55,7 +55,7 @@ def export(run: Run, dest: Path, *, name: str, data: str, licence: str) -> Path:
     dest.mkdir(parents=True, exist_ok=True)
     save_checkpoint(dest / "best.safetensors", weights, {"epochs": checkpoint.progress.get("epochs")})
     moved = _difference(run, dest / "best.safetensors")
-    if moved > TOLERANCE:
+    if not moved <= TOLERANCE:  # nor NaN, of a weight beyond what float16 holds
         shutil.rmtree(dest)
         raise ConfigError(f"half precision would move this network's logits by {moved:.1%} of the largest one.")
     run.config.model_copy(update={"cache": None}).save(dest / "config.yaml")
