@@ -171,7 +171,7 @@ def figure(results: Sequence[RunResult]) -> Figure:
                     width = 0.8 / len(networks)
                     at = place + width * (shift - (len(networks) - 1) / 2)
                     time_axes.bar(at, statistics.fmean(seconds), width=0.9 * width, color=colours[network])
-        names = [f"{_by(window)}\n{devices} device{'s' * (devices > 1)}" for window, devices in ways]
+        names = [f"{_by(window)}\n{devices} device{'s' * (devices > 1)}".replace(" ", "\n") for window, devices in ways]
         time_axes.set_xticks(range(len(ways)), names, fontsize=8)
         for axes in (dice_axes, time_axes):
             axes.grid(axis="y")
