@@ -20,6 +20,9 @@ from lamp3d.volume import write_nifti
 LIMIT_SECONDS = 300  # a guard against what hangs, not a claim: other tests share the cores
 TRAINING, VALIDATION = ("p0", "p1", "p2"), ("p3",)
 
+CHANGED = ("loss.class_weights=annotation_counts", "network.deep_supervision=1")
+"""Of `CONFIG`, in the run that `trained` gives."""
+
 CONFIG = """\
 network: {kind: unet, filters: 2}
 preprocess: {window: [-200, 600]}
@@ -181,8 +184,7 @@ def trained(shared: Path, lamp3d: CommandLine, dataset: Path, config: Path) -> P
     """A run trained on two devices. Not to be changed, but for predictions, results and report."""
 
     def train() -> None:
-        changed = ("loss.class_weights=annotation_counts", "network.deep_supervision=1")
-        done = lamp3d("train", dataset, *changed, "--config", config, "--out", shared / "run", "--devices", 2,
+        done = lamp3d("train", dataset, *CHANGED, "--config", config, "--out", shared / "run", "--devices", 2,
                       "--timeline", shared / "steps.png")  # fmt: skip
         assert done.code == 0, done.err
         (shared / "train.out").write_text(done.out, encoding="utf-8")

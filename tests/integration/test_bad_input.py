@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from lamp3d.train import Checkpoint, read_history
 from lamp3d.volume import Volume, read_volume, write_nifti
-from tests.integration.conftest import LIMIT_SECONDS, TRAINING, CommandLine, environment
+from tests.integration.conftest import CHANGED, LIMIT_SECONDS, TRAINING, CommandLine, environment
 
 Refusal = Callable[..., str]
 
@@ -183,7 +183,18 @@ def test_a_killed_worker_costs_no_more_than_an_epoch(
     run = tmp_path / "run"
     # With the plans of the run that it will be compared with: plans are timed, and another one may round differently.
     shutil.copytree(trained / "plans", run / "plans")
-    arguments = ["train", str(dataset), "--config", str(config), "--out", str(run), "--devices", "2", "--resume"]
+    arguments = [
+        "train",
+        str(dataset),
+        *CHANGED,
+        "--config",
+        str(config),
+        "--out",
+        str(run),
+        "--devices",
+        "2",
+        "--resume",
+    ]
     program = [sys.executable, "-m", "lamp3d", *arguments]
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(program, stdout=out, stderr=err, env=environment())

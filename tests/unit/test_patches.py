@@ -248,8 +248,9 @@ def test_flip_swaps_names_and_annotations(store: CaseStore) -> None:
     before, after = plain.labels[0][0, 0, :d, :h, :w], mirrored.labels[0][0, 0, :d, :h, :w]  # type: ignore[index]
     swapped = torch.tensor([0, 2, 1, 3])[before]
     assert torch.equal(after, swapped.flip(0))
-    # Left is still on the left: the label that means left lies at smaller x.
-    assert (after == 1).nonzero()[:, 0].float().mean() < (after == 2).nonzero()[:, 0].float().mean()
+    # Left is still on the left: what means left lies at smaller x than the middle, what means right at larger x.
+    assert (before == 1).nonzero()[:, 0].float().mean() < (d - 1) / 2 < (after == 2).nonzero()[:, 0].float().mean()
+    assert not (before == 2).any()  # drawn, but not claimed
 
 
 def test_rotation_is_done_in_mm(store: CaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
