@@ -85,6 +85,8 @@ def _nothing(root: Path) -> None:
     [
         ({"channel_names": {"0": "CT", "1": "PET"}}, _nothing, "2 channels"),
         ({"labels": ["background", "liver"]}, _nothing, "should be mappings"),
+        ({"labels": {"background": 0, "a": 1, "b": 1}}, _nothing, "have one value"),
+        ({"labels": None}, _nothing, "should be mappings"),
         ({"file_ending": ".nrrd"}, _nothing, "file_ending '.nrrd'"),
         ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, _nothing, "whole are regions"),
         ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, _nothing, "ignore label"),

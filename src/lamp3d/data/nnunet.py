@@ -84,6 +84,8 @@ def _labels(path: Path, labels: dict[str, Any]) -> dict[str, str]:
         raise DatasetError(
             f"{path}: has an ignore label; lamp3d leaves out whole organs of a case (`annotated` in Decathlon layout)."
         )
+    if len(set(labels.values())) < len(labels):
+        raise DatasetError(f"{path}: two of the labels {labels} have one value; give each its own.")
     return {str(value): name for name, value in labels.items()}
 
 

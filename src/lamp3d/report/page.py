@@ -152,10 +152,12 @@ def _overlay(
     picture = None
     if dataset is not None:
         try:
-            case = next((case for case in dataset.split(results.split) if case.name == result.name), None)
+            # By name alone: the run's splits may have been drawn.
+            case = next((case for case in dataset.cases if case.name == result.name), None)
             if case is None or case.label is None:
-                raise LampError(f"{dataset.root} has no contours of {result.name} in its {results.split} split")
-            prediction = read_volume(run.folder / "predictions" / results.split / f"{result.name}.nii.gz")
+                raise LampError(f"{dataset.root} has no contours of {result.name}")
+            scan = case.image.name.removesuffix(".gz").removesuffix(".nii")
+            prediction = read_volume(run.folder / "predictions" / results.split / f"{scan}.nii.gz")
             figure = overlay_picture(read_volume(case.image), read_volume(case.label), prediction, dataset.organs)
             picture, problem = _picture(figure, result.name), ""
         except LampError as error:
