@@ -28,7 +28,7 @@ from lamp3d.data.phantom import make_phantom
 from lamp3d.evaluate import dice_per_organ
 from lamp3d.train import HybridLoss, LossConfig, TrainConfig
 from lamp3d.train.optimizer import make_optimizer
-from lamp3d.volume import write_atomically
+from lamp3d.volume import write_text
 
 HERE = Path(__file__).parent
 SHAPE, SPACING_MM = (32, 32, 32), (6.75, 6.75, 7.5)
@@ -64,7 +64,7 @@ def main() -> None:
 
 def _keep(path: Path, results: dict[str, Any]) -> None:
     text = json.dumps(dict(sorted(results.items())), indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    write_text(path, text)
 
 
 def _name(variant: str, seed: int, steps: int) -> str:

@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from torch import Tensor
 
 from lamp3d.errors import DatasetError, ScanError
-from lamp3d.volume import Volume, corners_mm, write_atomically
+from lamp3d.volume import Volume, corners_mm, write_text
 
 DEFAULT_TOLERANCE_MM = 2.0
 # Two files of one grid may differ by the rounding of their headers; by this fraction of a voxel they are one grid.
@@ -109,7 +109,7 @@ class Results(BaseModel):
 
     def save(self, path: Path) -> None:
         """Writes the results as JSON, atomically; an existing file is replaced."""
-        write_atomically(path, lambda temporary: temporary.write_text(self.model_dump_json(indent=1) + "\n", "utf-8"))
+        write_text(path, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:

@@ -17,7 +17,7 @@ from lamp3d.experiment import NetworkConfig, load_network, verify
 from lamp3d.plan import SCHEDULES, Plan, Planning, find_plans, format_bytes, parse_bytes
 from lamp3d.plan.hardware import known_hardware
 from lamp3d.report import cells_picture, time_line_picture
-from lamp3d.volume import write_atomically
+from lamp3d.volume import write_text
 
 VERIFY_TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 
@@ -134,7 +134,7 @@ def verify_command(
         lines = {"predicted": found.time_line(), "measured": reports[0].line}
         time_line_picture(lines).savefig(timeline, dpi=150)
         trace = timeline.with_suffix(".json")
-        write_atomically(trace, lambda temporary: temporary.write_text(json.dumps(reports[0].line.chrome_trace())))
+        write_text(trace, json.dumps(reports[0].line.chrome_trace()))
         say(f"Time lines: {timeline}; for chrome://tracing: {trace}")
     if not max(*rows.values(), gradients[worst]) <= tolerance:
         stop(f"the largest difference is beyond {tolerance:g}.", 1)

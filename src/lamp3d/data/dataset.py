@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from lamp3d.data.nnunet import as_decathlon, is_nnunet
 from lamp3d.errors import DatasetError
+from lamp3d.volume import scan_name, write_text
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -166,6 +167,43 @@ def read_dataset(root: Path, split: SplitConfig | None = None) -> Dataset:
     return Dataset(content.name or root.resolve().name, root, organs, cases, splits)
 
 
+def write_dataset_json(
+    root: Path,
+    *,
+    name: str,
+    description: str,
+    organs: Sequence[str],
+    training: Sequence[Mapping[str, object]],
+    test: Sequence[Mapping[str, object]] = (),
+    splits: Mapping[str, Sequence[str]],
+    **more: object,
+) -> None:
+    """Write what `read_dataset` reads of a CT dataset; last of all, since a folder with it counts as complete.
+
+    Args:
+        root: the folder.
+        name, description: of the dataset.
+        organs: in the order of their labels, from 1.
+        training, test: image, label and annotated organs of every case.
+        splits: the cases' names by split.
+        more: entries that only the writer understands.
+    """
+    content = {
+        "name": name,
+        "description": description,
+        "tensorImageSize": "3D",
+        "modality": {"0": "CT"},
+        "labels": {str(label): organ for label, organ in enumerate(("background", *organs))},
+        "numTraining": len(training),
+        "numTest": len(test),
+        "training": list(training),
+        "test": list(test),
+        "splits": {split: list(names) for split, names in splits.items()},
+        **more,
+    }
+    write_text(root / "dataset.json", json.dumps(content, indent=1))
+
+
 def _organs(path: Path, labels: dict[int, str]) -> tuple[str, ...]:
     if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
         raise DatasetError(
@@ -183,7 +221,7 @@ def _case(path: Path, entry: _Entry, organs: tuple[str, ...]) -> Case:
     for file in (image, label):
         if file is not None and not file.exists():
             raise DatasetError(f"{path}: lists {file}, which is absent; add the file or take the case off the list")
-    name = entry.name or image.name.removesuffix(".gz").removesuffix(".nii")
+    name = entry.name or scan_name(image)
     annotated = organs if entry.annotated is None else entry.annotated
     if unknown := [organ for organ in annotated if organ not in organs]:
         raise DatasetError(

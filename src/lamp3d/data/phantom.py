@@ -16,10 +16,10 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from lamp3d.data.anatomy import LABEL, ORGANS, Patient
-from lamp3d.data.dataset import TRAIN, VALIDATION
+from lamp3d.data.dataset import TRAIN, VALIDATION, write_dataset_json
 from lamp3d.data.shapes import Canvas, Field, smooth_field
 from lamp3d.errors import DatasetError
-from lamp3d.volume import Volume, write_atomically, write_nifti
+from lamp3d.volume import Volume, write_nifti
 
 _DEFAULT_SHAPE = (72, 72, 80)
 _DEFAULT_SPACING_MM = (3.0, 3.0, 3.0)
@@ -89,21 +89,15 @@ def write_phantom_dataset(root: Path, *, train: int, validation: int, seed: int,
     seeds = np.random.SeedSequence(seed).spawn(train + validation)
     entries = [_write_case(root, i, child, missing_fraction if i < train else 0.0) for i, child in enumerate(seeds)]
     names = [Path(entry["image"]).name.removesuffix(".nii.gz") for entry in entries]
-    content = {
-        "name": "Phantom head and neck",
-        "description": "Procedural head-and-neck CT; 'annotated' lists the organs that a case has contours for",
-        "tensorImageSize": "3D",
-        "modality": {"0": "CT"},
-        "labels": {"0": "background"} | {str(value): organ for organ, value in LABEL.items()},
-        "numTraining": len(entries),
-        "numTest": 0,
-        "training": entries,
-        "test": [],
-        "splits": {TRAIN: names[:train], VALIDATION: names[train:]},
-        "phantom": recipe,
-    }
-    # Written last: a folder with a dataset.json is complete.
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1), encoding="utf-8"))
+    write_dataset_json(
+        root,
+        name="Phantom head and neck",
+        description="Procedural head-and-neck CT; 'annotated' lists the organs that a case has contours for",
+        organs=ORGANS,
+        training=entries,
+        splits={TRAIN: names[:train], VALIDATION: names[train:]},
+        phantom=recipe,
+    )
 
 
 def _write_case(root: Path, i: int, seed: np.random.SeedSequence, missing_fraction: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator, model_validator
 
@@ -16,7 +17,7 @@ from lamp3d.errors import ConfigError
 from lamp3d.nets import FromMonai, SEUNet, UNet
 from lamp3d.plan import parse_bytes
 from lamp3d.train import LossConfig, TrainConfig
-from lamp3d.volume import write_atomically
+from lamp3d.volume import write_text
 
 
 class NetworkConfig(BaseModel):
@@ -77,6 +78,11 @@ class NetworkConfig(BaseModel):
             deep_supervision=self.deep_supervision,
         )
 
+    def outline(self, n_classes: int) -> UNet | SEUNet | FromMonai:
+        """The network without its weights, on the meta device: for its shapes and numbers."""
+        with torch.device("meta"):
+            return self.build(n_classes)
+
 
 class ExperimentConfig(BaseModel):
     """Everything that decides a run, beside the dataset and the devices.
@@ -107,7 +113,7 @@ class ExperimentConfig(BaseModel):
     def save(self, path: Path) -> None:
         """Write the configuration with all defaults filled in."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(path, text)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:

@@ -5,8 +5,8 @@ What is exported is a run folder with only these, so that all that predicts with
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import replace
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
 from lamp3d.experiment.run import Run
 from lamp3d.train import Checkpoint, load_weights, save_checkpoint
-from lamp3d.volume import write_atomically
+from lamp3d.volume import write_text
 
 SHIPPED = Path(__file__).parents[1] / "models"
 """Where the models lie that come with lamp3d."""
@@ -60,20 +60,17 @@ def export(run: Run, dest: Path, *, name: str, data: str, licence: str) -> Path:
         raise ConfigError(f"half precision would move this network's logits by {moved:.1%} of the largest one.")
     run.config.model_copy(update={"cache": None}).save(dest / "config.yaml")
     # Paths of the machine that trained it are nobody's business.
-    about = {"dataset": "", "organs": run.organs, "devices": 1, "splits": run.splits}
-    _write(dest / "run.json", json.dumps(about, indent=1) + "\n")
+    replace(run, folder=dest).save_about("", devices=1)
     shutil.copy(run.folder / "versions.json", dest / "versions.json")
     shutil.copytree(run.folder / "plans", dest / "plans")
     results_path = run.folder / "results.json"
     results = Results.load(results_path) if results_path.exists() else None
     card = resources.files(__package__).joinpath("model_card.md.j2").read_text(encoding="utf-8")
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in run.network().parameters())
     text = Template(card, undefined=StrictUndefined).render(
-        name=name, data=data, licence=licence, run=run, results=results, parameters=parameters, moved=moved,
+        name=name, data=data, licence=licence, run=run, results=results, moved=moved,
         megabytes=(dest / "best.safetensors").stat().st_size / 1e6, version=version("lamp3d"),
     )  # fmt: skip
-    _write(dest / "README.md", text + "\n")
+    write_text(dest / "README.md", text + "\n")
     return dest
 
 
@@ -100,7 +97,3 @@ def _difference(run: Run, weights: Path) -> float:
         with torch.no_grad():
             logits.append(network(image))
     return float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

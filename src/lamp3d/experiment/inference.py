@@ -19,7 +19,7 @@ from lamp3d.plan import Plan, make_plan
 from lamp3d.plan.hardware import device_type
 from lamp3d.predict import Predictor
 from lamp3d.train import Checkpoint, load_weights
-from lamp3d.volume import read_volume, write_nifti
+from lamp3d.volume import read_volume, scan_name, write_nifti
 
 Window = tuple[int, int, int] | None
 
@@ -52,7 +52,7 @@ def predict(
     """
     if not run.best.exists():
         raise ConfigError(f"{run.folder} has no checkpoint yet; train first.")
-    targets = [out / f"{_stem(scan)}.nii.gz" for scan in scans]
+    targets = [out / f"{scan_name(scan)}.nii.gz" for scan in scans]
     if len(set(targets)) < len(targets):
         raise ConfigError("several scans have the same name; predict them into different folders.")
     if not overwrite and (there := [str(target) for target in targets if target.exists()]):
@@ -191,7 +191,3 @@ def _progress(hidden: bool = False) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), disable=hidden
     )
-
-
-def _stem(scan: Path) -> str:
-    return scan.name.removesuffix(".gz").removesuffix(".nii")

@@ -56,19 +56,51 @@ def forecast(dataset_root: Path, config: ExperimentConfig, devices: int) -> list
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
     run = Run(Path(), config, dataset.root.resolve(), dataset.organs)
     plans = plan_stages(run, store, cases, cases, devices, kept={})
-    found = []
-    for index, stage in enumerate(config.train.curriculum):
-        samples = len(cases) * (stage.patches_per_case if stage.patch_shape else 1)
-        steps = stage.epochs * -(-samples // stage.batch)
-        found.append(Forecast(plans[index], steps, voxels_seen(stage, store, cases)))
-    return found
+    divisor = config.network.outline(dataset.n_classes).divisor
+    return [
+        Forecast(
+            plans[index],
+            stage.epochs * len(stage_batches(config, index, store, cases, divisor)),
+            voxels_seen(stage, store, cases),
+        )
+        for index, stage in enumerate(config.train.curriculum)
+    ]
+
+
+def stage_batches(
+    config: ExperimentConfig, index: int, store: CaseStore, cases: tuple[Case, ...], divisor: int, epoch: int = 0
+) -> Batches:
+    """The mini-batches of an epoch of a stage.
+
+    Args:
+        config: the experiment.
+        index: of the stage.
+        store: where the cases are prepared, before any is read.
+        cases: that are trained on.
+        divisor: what the network needs shapes to be multiples of.
+        epoch: of the stage, from 0.
+
+    Raises:
+        ConfigError: the patch is no multiple of the divisor, or flips would mix up left and right.
+    """
+    stage = config.train.curriculum[index]
+    return Batches(
+        store,
+        cases,
+        patch=stage.patch_shape,
+        batch=stage.batch,
+        divisor=divisor,
+        seed=(config.train.seed, index, epoch),
+        augment=config.augment,
+        patches_per_case=stage.patches_per_case,
+        positive_fraction=stage.positive_fraction,
+    )
 
 
 def voxels_seen(stage: CurriculumStage, store: CaseStore, cases: tuple[Case, ...]) -> int:
     """The voxels of all samples of all epochs of a stage; whole volumes as they are prepared."""
-    if stage.patch_shape is None:
-        return stage.epochs * sum(math.prod(store.shape(case)) for case in cases)
-    return stage.epochs * stage.patches_per_case * len(cases) * math.prod(stage.patch_shape)
+    of_case = [math.prod(stage.patch_shape or store.shape(case)) for case in cases]
+    return stage.epochs * stage.patches_per_case * sum(of_case)
 
 
 def plan_stages(
@@ -93,7 +125,9 @@ def plan_stages(
         show: told of every plan.
     """
     config = run.config
-    _check_batches(store, train_cases, config)
+    divisor = config.network.outline(store.dataset.n_classes).divisor
+    for index in range(len(config.train.curriculum)):  # what mixes up left and right is refused before it is timed
+        stage_batches(config, index, store, train_cases, divisor)
     plans: dict[int, Plan] = {}
     for reads_scans in (False, True):
         if reads_scans:
@@ -136,14 +170,6 @@ def stage_plan(
         precision=run.config.train.precision,
         memory=memory,
     )
-
-
-def _check_batches(store: CaseStore, cases: tuple[Case, ...], config: ExperimentConfig) -> None:
-    """Let a configuration that mixes up left and right, or has odd patches, fail before anything is profiled."""
-    with torch.device("meta"):
-        divisor = config.network.build(store.dataset.n_classes).divisor
-    for stage in config.train.curriculum:
-        Batches(store, cases, patch=stage.patch_shape, batch=1, divisor=divisor, seed=[0], augment=config.augment)
 
 
 def _largest_input(

@@ -15,7 +15,7 @@ from lamp3d.experiment.config import ExperimentConfig, load_config
 from lamp3d.nets import FromMonai, SEUNet, UNet
 from lamp3d.plan import Plan, TimeLine
 from lamp3d.train import time_line_path
-from lamp3d.volume import write_atomically
+from lamp3d.volume import write_text
 
 _VERSIONS_OF = ("lamp3d", "torch", "monai", "numpy", "nibabel", "scipy", "safetensors")
 
@@ -44,12 +44,22 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / "config.yaml")
         root = dataset.root.resolve()
-        about = {"dataset": str(root), "organs": dataset.organs, "devices": devices, "splits": dataset.splits}
-        _write_json(folder / "run.json", about)
+        run = cls(folder, config, root, dataset.organs, dataset.splits)
+        run.save_about(str(root), devices)
         versions = {name: version(name) for name in _VERSIONS_OF}
         versions |= {"python": platform.python_version(), "machine": platform.machine(), "seed": str(config.train.seed)}
         _write_json(folder / "versions.json", versions)
-        return cls(folder, config, root, dataset.organs, dataset.splits)
+        return run
+
+    def save_about(self, dataset: str, devices: int) -> None:
+        """Write ``run.json``.
+
+        Args:
+            dataset: the folder's path.
+            devices: that it was trained on.
+        """
+        about = {"dataset": dataset, "organs": self.organs, "devices": devices, "splits": self.splits}
+        _write_json(self.folder / "run.json", about)
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -85,6 +95,11 @@ class Run:
     def network(self) -> UNet | SEUNet | FromMonai:
         """The run's network with fresh weights."""
         return self.config.network.build(1 + len(self.organs))
+
+    @property
+    def parameters(self) -> int:
+        """How many the network has."""
+        return sum(parameter.numel() for parameter in self.config.network.outline(1 + len(self.organs)).parameters())
 
     def plan_path(self, stage: int) -> Path:
         """Where the plan of a curriculum stage is kept."""
@@ -127,5 +142,4 @@ def cache_folder(config: ExperimentConfig) -> Path:
 
 
 def _write_json(path: Path, content: object) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -14,7 +14,7 @@ from lamp3d.data import Batches, Case, CaseStore, Dataset, read_dataset
 from lamp3d.errors import ConfigError, DeviceMemoryError, LampError, PlanError, WorkerKilledError
 from lamp3d.evaluate import dice_per_organ
 from lamp3d.experiment.config import ExperimentConfig
-from lamp3d.experiment.planning import plan_stages, stage_plan
+from lamp3d.experiment.planning import plan_stages, stage_batches, stage_plan
 from lamp3d.experiment.run import Run, cache_folder
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, format_bytes
@@ -132,18 +132,7 @@ def _train_worker(out: Path, resume: bool) -> None:
     network = run.network()
 
     def batches(stage: int, epoch: int) -> Batches:
-        settings = config.train.curriculum[stage]
-        return Batches(
-            store,
-            dataset.split("train"),
-            patch=settings.patch_shape,
-            batch=settings.batch,
-            divisor=network.divisor,
-            seed=(config.train.seed, stage, epoch),
-            augment=config.augment,
-            patches_per_case=settings.patches_per_case,
-            positive_fraction=settings.positive_fraction,
-        )
+        return stage_batches(config, stage, store, dataset.split("train"), network.divisor, epoch)
 
     cases = _validation_cases(dataset)
     validate = partial(_validate, store=store, cases=cases, divisor=network.divisor) if cases else None

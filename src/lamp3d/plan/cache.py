@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lamp3d.plan.profile import CellSeconds, Timing
-from lamp3d.volume import write_atomically
+from lamp3d.volume import write_text
 
 FORMAT = 1
 
@@ -39,7 +39,7 @@ def remembered(key: Mapping[str, Any], measure: Callable[[], Timing], *, fresh: 
     content = {"key": json.loads(text), "uncertainty": timing.uncertainty, "cells": [astuple(c) for c in timing.cells]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content), "utf-8"))
+        write_text(path, json.dumps(content))
     except OSError:
         pass  # a home that cannot be written to: it is measured again next time
     return timing

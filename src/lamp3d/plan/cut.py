@@ -83,7 +83,7 @@ class Cut:
         """The time line of a step."""
         return simulate(self._actions, self._times, Transfers(self.routes, self.costs.profile.value_bytes, self.link))
 
-    @property
+    @cached_property
     def working_seconds(self) -> float:
         """Of a step, if messages arrived at once."""
         return simulate(self._actions, self._times).seconds
@@ -134,6 +134,9 @@ class Cut:
         return SCHEDULES[self.schedule](self._times, self.costs.micro_batches)
 
 
+CutAt = Callable[[tuple[int, ...]], Cut]
+
+
 def best_cut(
     costs: StageCosts, schedule: str, devices: int, limit: int | None, link: Link, hopeless: float = math.inf
 ) -> Cut | None:
@@ -154,26 +157,31 @@ def best_cut(
     stages, n = len(PLACEMENTS[schedule](devices)), len(costs.profile.cells)
     if stages > n or not _might_fit(costs, stages, limit):
         return None
-    cut_at = functools.cache(lambda starts: Cut(costs, schedule, devices, link, list(starts)))
+    cut_at = _cuts(costs, schedule, devices, link)
     if math.comb(n - 1, stages - 1) <= FEW:
         every = [cut_at((0, *inner)) for inner in itertools.combinations(range(1, n), stages - 1)]
         return _fastest_that_fits(every, limit)
     program = _Program(costs, schedule, devices)
-    known: set[tuple[int, ...]] = set()
+    known: dict[tuple[int, ...], Cut] = {}
     for tolerance in TOLERANCES:
-        found = _fitting(program, limit, link, tolerance)
+        found = _fitting(program, cut_at, limit, tolerance)
         if found is None:
             break  # a larger tolerance changes nothing about what fits
         if found.working_seconds > hopeless:
             return found  # fewer bytes sent would not save it
-        known.add(tuple(found.starts))
+        known[tuple(found.starts)] = found
     if not known:
         return None
-    seeds = sorted(map(cut_at, known), key=lambda cut: cut.line.seconds)[:SEEDS]
+    seeds = sorted(known.values(), key=lambda cut: cut.line.seconds)[:SEEDS]
     return min((_improved(seed, cut_at, limit, hopeless) for seed in seeds), key=lambda cut: cut.line.seconds)
 
 
-def _improved(best: Cut, cut_at: Callable[[tuple[int, ...]], Cut], limit: int | None, hopeless: float) -> Cut:
+def _cuts(costs: StageCosts, schedule: str, devices: int, link: Link) -> CutAt:
+    """The cut that begins its stages at given cells, each made (and so played through) once."""
+    return functools.cache(lambda starts: Cut(costs, schedule, devices, link, list(starts)))
+
+
+def _improved(best: Cut, cut_at: CutAt, limit: int | None, hopeless: float) -> Cut:
     """A cut, one stage's beginning moved at a time for as long as that makes it faster."""
     while best.line.seconds <= hopeless:
         nearby = map(cut_at, _moved(best.starts, len(best.costs.profile.cells)))
@@ -208,10 +216,10 @@ def _moved(starts: list[int], n: int) -> Iterator[tuple[int, ...]]:
 
 def fitting_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, link: Link) -> Cut | None:
     """A cut that fits, with the least slowest rank of those that the search finds to fit; None if there is none."""
-    return _fitting(_Program(costs, schedule, devices), limit, link, 1.0)
+    return _fitting(_Program(costs, schedule, devices), _cuts(costs, schedule, devices, link), limit, 1.0)
 
 
-def _fitting(program: _Program, limit: int | None, link: Link, tolerance: float) -> Cut | None:
+def _fitting(program: _Program, cut_at: CutAt, limit: int | None, tolerance: float) -> Cut | None:
     """A cut that fits; its slowest rank is within a factor ``tolerance`` of the least possible; None if none fits.
 
     The search bounds a rank's memory from above; what it finds is then played through.
@@ -221,7 +229,7 @@ def _fitting(program: _Program, limit: int | None, link: Link, tolerance: float)
         starts = program.cut(bound, tolerance)
         if starts is None:
             return None
-        cut = Cut(program.costs, program.schedule, program.devices, link, starts)
+        cut = cut_at(tuple(starts))
         if limit is None or cut.peak_bytes <= limit:
             return cut
         bound *= 0.98 * limit / cut.peak_bytes  # unequal stages: more in flight than the search supposed
@@ -230,13 +238,14 @@ def _fitting(program: _Program, limit: int | None, link: Link, tolerance: float)
 
 def least_memory(costs: StageCosts, schedule: str, devices: int, link: Link) -> int | None:
     """The smallest limit, to a thousandth, under which a cut is found; None if there are too few cells."""
-    cut = fitting_cut(costs, schedule, devices, None, link)
+    program, cut_at = _Program(costs, schedule, devices), _cuts(costs, schedule, devices, link)
+    cut = _fitting(program, cut_at, None, 1.0)
     if cut is None:
         return None
     low, high = 0, cut.peak_bytes
     while high - low > high // 1000:
         middle = (low + high) // 2
-        found = fitting_cut(costs, schedule, devices, middle, link)
+        found = _fitting(program, cut_at, middle, 1.0)
         if found is None:
             low = middle
         else:
@@ -261,15 +270,21 @@ class _Program:
     """
 
     def __init__(self, costs: StageCosts, schedule: str, devices: int):
-        self.costs, self.schedule, self.devices = costs, schedule, devices
+        self.devices = devices
         self._ranks = PLACEMENTS[schedule](devices)
         self._folded = len(self._ranks) > devices and self._ranks == folded_placement(devices)
         flights = _flights(schedule, devices, costs.micro_batches)
+        # Where stages may begin: where the network is folded, not before every cell of a long one.
+        n = len(costs.seconds)
+        self._joints = joined(costs.seconds, MOST_FOLDED_CELLS) if self._folded else np.arange(n)
+        self._seconds = self._at_joints(costs.seconds)
+        # Of a run: what it exchanges with all others, or what crosses where it begins.
+        self._crossing = self._at_joints(
+            costs.exchanged if self._folded else np.repeat(costs.crossing[:, None], n, axis=1)
+        )
         # A rank's two runs may hold the same skips, so that its memory is at most the sum of theirs.
-        self._sizes = [costs.peak(flight) for flight in (flights[:devices] if self._folded else flights)]
-        self._joints = joined(costs.seconds, MOST_FOLDED_CELLS)
-        if self._folded:
-            self._sizes = [self._at_joints(size) for size in self._sizes]
+        sizes = [costs.peak(flight) for flight in (flights[:devices] if self._folded else flights)]
+        self._sizes = [self._at_joints(size) for size in sizes]
         self._slowest = functools.cache(self._find_slowest)
 
     def cut(self, bound: float, tolerance: float) -> list[int] | None:
@@ -281,36 +296,28 @@ class _Program:
         """
         if (slowest := self._slowest(bound)) is None:
             return None
-        most, seconds = slowest * tolerance * (1 + 1e-12), self.costs.seconds
+        most = slowest * tolerance * (1 + 1e-12)
         if self._folded:
-            return self._unjoined(
-                fold_sum(self._at_joints(seconds), self._sizes, bound, self._at_joints(self.costs.exchanged), most)
-            )
-        # Of a run: what crosses where it begins.
-        crossing = np.repeat(self.costs.crossing[:, None], len(seconds), axis=1)
-        return minimise_sum(crossing, [mask & (seconds <= most) for mask in self._fits(bound)])
+            starts = fold_sum(self._seconds, self._sizes, bound, self._crossing, most)
+        else:
+            starts = minimise_sum(self._crossing, [mask & (self._seconds <= most) for mask in self._fits(bound)])
+        return None if starts is None else [int(self._joints[start]) for start in starts]
 
     def _find_slowest(self, bound: float) -> float | None:
-        seconds = self.costs.seconds
         if self._folded:
-            starts = self._unjoined(fold_largest(self._at_joints(seconds), self._sizes, bound))
+            starts = fold_largest(self._seconds, self._sizes, bound)
         else:
-            starts = minimise_largest(seconds, self._fits(bound))
+            starts = minimise_largest(self._seconds, self._fits(bound))
         if starts is None:
             return None
         of_rank = [0.0] * self.devices
-        for rank, run in zip(self._ranks, runs(starts, len(seconds) - 1), strict=True):
-            if self._folded:
-                of_rank[rank] += seconds[run]
-            else:
-                of_rank[rank] = max(of_rank[rank], seconds[run])
+        for rank, run in zip(self._ranks, runs(starts, len(self._seconds) - 1), strict=True):
+            together = of_rank[rank] + self._seconds[run]
+            of_rank[rank] = together if self._folded else max(of_rank[rank], self._seconds[run])
         return max(of_rank)
 
     def _at_joints(self, matrix: Matrix) -> Matrix:
         return matrix[np.ix_(self._joints, self._joints)]
-
-    def _unjoined(self, starts: list[int] | None) -> list[int] | None:
-        return None if starts is None else [int(self._joints[start]) for start in starts]
 
     def _fits(self, bound: float) -> list[Mask]:
         # A rank with several runs: equal parts, enough though not all that could be.

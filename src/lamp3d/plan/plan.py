@@ -19,7 +19,7 @@ from lamp3d.plan.hardware import Link
 from lamp3d.plan.routes import Routes
 from lamp3d.plan.schedule import SCHEDULES, Actions, StageTimes, splits_backward
 from lamp3d.plan.simulate import TimeLine, Transfers, simulate
-from lamp3d.volume import write_atomically
+from lamp3d.volume import write_text
 
 Recompute = Literal["never", "always"] | tuple[tuple[str, ...], ...]
 """Which cells are computed again in backward: none, all, or those of some blocks; a block comes back as a whole."""
@@ -267,7 +267,7 @@ class Plan(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically."""
-        write_atomically(path, lambda temporary: temporary.write_text(self.model_dump_json(indent=1) + "\n", "utf-8"))
+        write_text(path, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Plan:

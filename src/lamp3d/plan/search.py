@@ -228,9 +228,10 @@ class Search:
                 why = f"cannot be faster than {found.bound:.3g} s"
                 done.append(replace(found, why=why))
                 continue
-            # What cannot win is shown beside the plan, and is worth no effort.
-            cannot_win = bool(best) and found.bound >= best[0]
-            done.append(self.try_out(found, 0.0 if cannot_win else HOPELESS * best[0] if best else math.inf))
+            hopeless = HOPELESS * best[0] if best else math.inf
+            if best and found.bound >= best[0]:
+                hopeless = 0.0  # it cannot win: it is shown beside the plan, and worth no effort
+            done.append(self.try_out(found, hopeless))
         return Answer(tuple(sorted(done, key=lambda found: (found.seconds, found.bound))))
 
     def costs(self, option: Option, recompute: Recompute) -> StageCosts:

@@ -25,7 +25,7 @@ from lamp3d.report.figures import learning_curves, plan_bars, plan_picture, scor
 from lamp3d.report.overlay import overlay_picture
 from lamp3d.report.run import Run, read_run
 from lamp3d.report.style import organ_colours
-from lamp3d.volume import read_volume, write_atomically
+from lamp3d.volume import read_volume, scan_name, write_text
 
 
 def write_report(run: Path, *, dataset: Path | None = None) -> Path:
@@ -62,7 +62,7 @@ def write_report(run: Path, *, dataset: Path | None = None) -> Path:
         versions=content.versions,
     )
     path = run / "report.html"
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_text(path, page)
     return path
 
 
@@ -156,8 +156,7 @@ def _overlay(
             case = next((case for case in dataset.cases if case.name == result.name), None)
             if case is None or case.label is None:
                 raise LampError(f"{dataset.root} has no contours of {result.name}")
-            scan = case.image.name.removesuffix(".gz").removesuffix(".nii")
-            prediction = read_volume(run.folder / "predictions" / results.split / f"{scan}.nii.gz")
+            prediction = read_volume(run.folder / "predictions" / results.split / f"{scan_name(case.image)}.nii.gz")
             figure = overlay_picture(read_volume(case.image), read_volume(case.label), prediction, dataset.organs)
             picture, problem = _picture(figure, result.name), ""
         except LampError as error:

@@ -79,6 +79,16 @@ class StudyConfig(BaseModel):
         return [(row, seed) for _, row, seed in sorted(pairs, key=lambda pair: pair[0])]
 
 
+def run_name(row: str, seed: int) -> str:
+    """What the files of a run are called."""
+    return f"{row}-{seed}"
+
+
+def saved_study(out: Path) -> StudyConfig:
+    """The study whose results a folder holds."""
+    return StudyConfig.model_validate(yaml.safe_load((out / "study.yaml").read_text("utf-8"))["study"])
+
+
 def load_study(path: Path) -> tuple[StudyConfig, dict[str, ExperimentConfig]]:
     """Read a study, and the experiment configuration of every row (with the seed 0).
 

@@ -7,17 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 
 from lamp3d.data import Dataset
 from lamp3d.errors import ConfigError, LampError
 from lamp3d.experiment import ExperimentConfig, Run, evaluate, forecast, predict, train
 from lamp3d.experiment.planning import voxels_seen
-from lamp3d.study.config import Row, StudyConfig, Window, load_study
-from lamp3d.study.result import RunResult, Timing
+from lamp3d.study.config import Row, StudyConfig, Window, load_study, run_name, saved_study
+from lamp3d.study.result import RunResult, Timing, read_results
 from lamp3d.train import read_history
-from lamp3d.volume import write_atomically
+from lamp3d.volume import write_text
 
 VALIDATION, TEST = "validation", "test"
 
@@ -81,7 +80,7 @@ def run_study(path: Path, dataset: Path, out: Path, devices: int, say: Say = pri
     failed: dict[str, str] = {}
     runs = study.runs()
     for number, (row, seed) in enumerate(runs, start=1):
-        name = f"{row.name}-{seed}"
+        name = run_name(row.name, seed)
         result = out / "results" / f"{name}.json"
         if result.exists():
             continue
@@ -106,21 +105,20 @@ def score_test_split(out: Path, dataset: Path, devices: int) -> None:
     tested = out / TEST
     if tested.exists():
         raise ConfigError(f"{tested} is there: test cases are looked at once, when everything is decided.")
-    paths = sorted((out / "results").glob("*.json"))
-    if not paths:
+    results = read_results(out / "results")
+    if not results:
         raise ConfigError(f"{out / 'results'} has no results: run the study first.")
-    study = StudyConfig.model_validate(yaml.safe_load((out / "study.yaml").read_text("utf-8"))["study"])
+    study = saved_study(out)
     windows = {row.name: row.window for row in study.rows}
-    found = {}
-    for path in paths:
-        result = RunResult.model_validate_json(path.read_bytes())
-        run = Run.open(out / "runs" / path.stem)
+    found = []
+    for result in results:
+        run = Run.open(out / "runs" / result.name)
         scored = evaluate(
             run, dataset, TEST, window=windows[result.row], devices=devices, tolerance_mm=study.tolerance_mm
         )
-        found[path.name] = result.model_copy(update={"split": TEST, "cases": scored.cases, "timings": ()})
-    for name, result in found.items():
-        result.save(tested / name)
+        found.append(result.model_copy(update={"split": TEST, "cases": scored.cases, "timings": ()}))
+    for result in found:
+        result.save(tested / f"{result.name}.json")
 
 
 def _remember(study: StudyConfig, configs: dict[str, ExperimentConfig], out: Path) -> None:
@@ -136,12 +134,11 @@ def _remember(study: StudyConfig, configs: dict[str, ExperimentConfig], out: Pat
                 "new names."
             )
     text = yaml.safe_dump({"study": study.model_dump(mode="json"), "configs": now}, sort_keys=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    write_text(path, text)
 
 
 def _check_windows(row: Row, study: StudyConfig, config: ExperimentConfig) -> None:
-    with torch.device("meta"):
-        divisor = config.network.build(2).divisor
+    divisor = config.network.outline(2).divisor
     for window in (row.window, *study.windows):
         if window is not None and any(side % divisor for side in window):
             raise ConfigError(
@@ -159,8 +156,6 @@ def _run(
     best = max((e for e in history if e.mean_dice is not None), key=lambda e: e.mean_dice or 0.0, default=None)
     own = run.read_dataset()
     cases, store = own.split("train"), run.store(own)
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in run.network().parameters())
     return RunResult(
         row=row.name,
         network=row.network,
@@ -171,7 +166,7 @@ def _run(
         config=run.config.model_dump(mode="json"),
         versions=yaml.safe_load((folder / "versions.json").read_text("utf-8")),
         commit=_commit(),
-        parameters=parameters,
+        parameters=run.parameters,
         steps=history[-1].step,
         bad_steps=sum(epoch.bad_steps for epoch in history),
         voxels=sum(voxels_seen(stage, store, cases) for stage in config.train.curriculum),

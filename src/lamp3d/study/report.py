@@ -8,17 +8,16 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lamp3d.plan import format_bytes
 from lamp3d.report.style import FONT, organ_colours
-from lamp3d.study.config import StudyConfig
+from lamp3d.study.config import run_name, saved_study
 from lamp3d.study.result import RunResult, by_row, read_results
 from lamp3d.study.statistics import Estimate, Score, difference, estimate, scores
-from lamp3d.volume import write_atomically
+from lamp3d.volume import write_atomically, write_text
 
 TITLES: dict[Score, tuple[str, int]] = {
     "dice": ("Dice", 3),
@@ -44,11 +43,11 @@ def write_study_report(out: Path) -> Path:
     Raises:
         ConfigError: a file in it is not a result.
     """
-    study = StudyConfig.model_validate(yaml.safe_load((out / "study.yaml").read_text("utf-8"))["study"])
+    study = saved_study(out)
     text = [f"# {study.title}", ""]
     done = read_results(out / "results")
     there = {(result.row, result.seed) for result in done}
-    if missing := [f"{row.name}-{seed}" for row, seed in study.runs() if (row.name, seed) not in there]:
+    if missing := [run_name(row.name, seed) for row, seed in study.runs() if (row.name, seed) not in there]:
         text += [f"**Not finished:** {', '.join(missing)}.", ""]
     order = [row.name for row in study.rows]
     done.sort(key=lambda result: order.index(result.row) if result.row in order else len(order))
@@ -63,8 +62,7 @@ def write_study_report(out: Path) -> Path:
         for title, table in tables.items():
             text += [f"## {title}", "", *_markdown(table), ""]
             name = "".join(letter if letter.isalnum() else "-" for letter in title.lower()).strip("-")
-            content = _csv(table)
-            write_atomically(out / f"{name}.csv", lambda temporary, c=content: temporary.write_text(c, "utf-8"))  # type: ignore[misc]
+            write_text(out / f"{name}.csv", _csv(table))
     if done:
         picture = out / "figure1.png"
         write_atomically(picture, lambda temporary: figure(done).savefig(temporary, dpi=150, format="png"))
@@ -75,7 +73,7 @@ def write_study_report(out: Path) -> Path:
         "",
     ]
     path = out / "report.md"
-    write_atomically(path, lambda temporary: temporary.write_text("\n".join(text), "utf-8"))
+    write_text(path, "\n".join(text))
     return path
 
 
@@ -126,7 +124,7 @@ def costs(results: Sequence[RunResult]) -> Table:
     for result in results:
         table.append(
             [
-                f"{result.row}-{result.seed}", f"{result.parameters / 1e6:.2f} M", f"{result.steps:,}",
+                result.name, f"{result.parameters / 1e6:.2f} M", f"{result.steps:,}",
                 str(result.bad_steps), f"{result.voxels / 1e9:.2f} G", f"{result.train_seconds / 60:.0f} min",
                 str(result.best_epoch or "–"),
             ]

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import CaseResult
-from lamp3d.volume import write_atomically
+from lamp3d.study.config import run_name
+from lamp3d.volume import write_text
 
 
 class Timing(BaseModel):
@@ -73,9 +74,14 @@ class RunResult(BaseModel):
     cases: tuple[CaseResult, ...]
     timings: tuple[Timing, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return run_name(self.row, self.seed)
+
     def save(self, path: Path) -> None:
         """Write it, all or nothing."""
-        write_atomically(path, lambda temporary: temporary.write_text(self.model_dump_json(indent=1) + "\n", "utf-8"))
+        write_text(path, self.model_dump_json(indent=1) + "\n")
 
 
 def read_results(folder: Path) -> list[RunResult]:

@@ -15,7 +15,7 @@ from rich.text import Text
 from lamp3d.errors import ConfigError
 from lamp3d.train.curriculum import TrainConfig
 from lamp3d.train.guard import StepCheck
-from lamp3d.volume import write_atomically
+from lamp3d.volume import write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -103,7 +103,7 @@ class RunRecorder(Recorder):
                 f"{self.history} holds {len(kept)} epochs, but the checkpoint beside it {epochs}: it has been changed. "
                 "Bring the original back, or begin a new run folder."
             )
-        write_atomically(self.history, lambda temporary: temporary.write_text("".join(kept), "utf-8"))
+        write_text(self.history, "".join(kept))
         self.board = _summary_writer(run / "tensorboard", step)
         self.bar = Progress(
             TextColumn("{task.description}"),

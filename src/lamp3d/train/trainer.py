@@ -33,7 +33,7 @@ from lamp3d.train.guard import StepCheck, check_step, clip_gradients, diagnosis
 from lamp3d.train.history import EpochRecord, Recorder, RunRecorder
 from lamp3d.train.optimizer import WeightAverage, make_optimizer, optimizer_tensors, restore_optimizer
 from lamp3d.train.state import TrainingState
-from lamp3d.volume import write_atomically
+from lamp3d.volume import write_text
 
 LossFunction = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
 
@@ -270,7 +270,7 @@ class Trainer:
             wait_for_all()  # all have seen that the file is not there
             if engine.rank == 0:
                 path.parent.mkdir(exist_ok=True)
-                write_atomically(path, lambda temporary: temporary.write_text(json.dumps(line.chrome_trace())))
+                write_text(path, json.dumps(line.chrome_trace()))
 
     def _save_last(self, stage: _Stage) -> None:
         state = self.state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import track
 
-from lamp3d.data.dataset import TEST
+from lamp3d.data.dataset import TEST, write_dataset_json
 from lamp3d.errors import DatasetError
-from lamp3d.volume import Volume, write_atomically, write_nifti
+from lamp3d.volume import Volume, write_nifti
 
 Mask = npt.NDArray[np.bool_]
 
@@ -70,19 +69,15 @@ def write(source: Source, root: Path) -> None:
     for split, cases in splits.items():
         for case in track(cases, description=f"Converting {split}", disable=not cases):
             (tests if split == TEST else entries).append(_write_case(source, case, root))
-    content = {
-        "name": source.name,
-        "description": source.description,
-        "tensorImageSize": "3D",
-        "modality": {"0": "CT"},
-        "labels": {str(label): name for label, name in enumerate(("background", *source.organs))},
-        "numTraining": len(entries),
-        "numTest": len(tests),
-        "training": entries,
-        "test": tests,
-        "splits": {split: list(cases) for split, cases in splits.items() if cases},
-    }
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1), encoding="utf-8"))
+    write_dataset_json(
+        root,
+        name=source.name,
+        description=source.description,
+        organs=source.organs,
+        training=entries,
+        test=tests,
+        splits={split: cases for split, cases in splits.items() if cases},
+    )
     unfinished.unlink()
 
 
