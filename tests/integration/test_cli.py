@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lamp3d.data.anatomy import ORGANS
+from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
 from lamp3d.experiment import Run
+from lamp3d.experiment.initial import initial_weights
 from lamp3d.plan import Plan
-from lamp3d.train import read_history
+from lamp3d.train import Checkpoint, read_history
 from lamp3d.volume import read_volume
-from tests.integration.conftest import CommandLine, environment
+from tests.integration.conftest import CHANGED, CommandLine, environment
 
 
 def test_training_leaves_a_run_and_a_calm_log(trained: Path) -> None:
@@ -107,15 +112,57 @@ def test_an_exported_model_predicts_as_its_run_does(
         path.read_text("utf-8") for path in model.rglob("*") if path.suffix in (".json", ".yaml", ".md")
     )
     assert str(tmp_path.parent) not in everything  # no path of the machine that trained it
+    assert '"p3"' not in everything  # and no name of a scan
+    of_run, of_model = (Checkpoint(folder / "best.safetensors").read("model") for folder in (trained, model))
+    for key, tensor in of_run.items():
+        torch.testing.assert_close(of_model[key].float(), tensor, rtol=2**-11, atol=2**-25)  # float16's rounding
     labels = []
     for arguments in ((trained, scan), ("--model", model, scan)):
         done = lamp3d("predict", *arguments, "--out", tmp_path / str(len(labels)))
         assert done.code == 0, done.err
         labels.append(read_volume(tmp_path / str(len(labels)) / scan.name).data)
     assert (labels[0] == labels[1]).mean() > 0.99
+
+    run = shutil.copytree(trained, tmp_path / "run")
+    done = lamp3d("evaluate", run, dataset)
+    assert done.code == 0, done.err
+    done = lamp3d("export", run, tmp_path / "scored", *told)
+    assert done.code == 0, done.err
+    results = Results.load(run / "results.json")
+    mean = f"| **mean** | | **{results.mean_dice:.3f} [{results.mean_dice:.3f}, {results.mean_dice:.3f}]** |"
+    assert mean in (tmp_path / "scored" / "README.md").read_text(encoding="utf-8")  # one case: no width
+    stale = results.model_copy(update={"settings": results.settings | {"checkpoint_epochs": 99}})
+    stale.save(run / "results.json")
+    assert lamp3d("export", run, tmp_path / "stale", *told).code == 0
+    assert "These weights were not evaluated" in (tmp_path / "stale" / "README.md").read_text(encoding="utf-8")
+    assert not list(tmp_path.glob(".*"))  # nothing half-written
     assert "is not empty" in lamp3d("export", trained, model, *told).complaint()
     assert "no model 'openkpb'" in lamp3d("predict", "--model", "openkpb", scan, "--out", tmp_path / "x").complaint()
     assert "no scans" in lamp3d("predict", trained, "--out", tmp_path / "x").complaint()
+
+
+def test_training_can_begin_with_the_weights_of_another_run(
+    lamp3d: CommandLine, trained: Path, dataset: Path, config: Path, tmp_path: Path
+) -> None:
+    stage = "train.curriculum=[{patch: [16, 16, 32], batch: 2, epochs: 1, learning_rate: 1.0e-30}]"  # moves no weight
+    given = (*CHANGED, stage, f"initial_weights={trained}")
+    done = lamp3d("train", dataset, *given, "--config", config, "--out", tmp_path / "run", "--devices", 2)
+    assert done.code == 0, done.err
+    assert f"begin as in {trained}; afresh: none." in done.out
+    begun, own = Checkpoint(trained / "best.safetensors"), Checkpoint(tmp_path / "run" / "last.safetensors")
+    for name, tensor in begun.read("model").items():
+        torch.testing.assert_close(own.read("model", [name])[name], tensor, rtol=0, atol=0)
+
+    # Another organ list: the layers that give the logits are fresh, the others are taken.
+    run = Run.open(tmp_path / "run")
+    fewer = initial_weights(replace(run, organs=run.organs[1:]))
+    kept = {name for name in begun.read("model") if "logits" not in name}
+    assert set(fewer) == kept
+    wide = run.config.model_copy(update={"network": run.config.network.model_copy(update={"filters": 4})})
+    with pytest.raises(ConfigError, match="belongs to another network"):
+        initial_weights(replace(run, config=wide))
+    missing = lamp3d("train", dataset, "initial_weights=nowhere", "--config", config, "--out", tmp_path / "other")
+    assert "no model 'nowhere'" in missing.complaint()
 
 
 def test_a_plan_is_printed_and_saved(lamp3d: CommandLine, tmp_path: Path) -> None:

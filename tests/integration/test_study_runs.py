@@ -48,7 +48,9 @@ def write_study(folder: Path, **of_peer: Any) -> Path:
     return path
 
 
-def test_a_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_runs_goes_on_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     splits = {"train": ["case_0", "case_1"], "validation": ["case_2", "case_3"], "test": ["case_4"]}
     write_tiny_dataset(data, splits=splits)
@@ -63,12 +65,15 @@ def test_a_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.Mo
     def fails_once(*arguments: Any, **settings: Any) -> Any:
         trained.append(arguments[3].name)
         if arguments[3].name == "peer-0" and trained.count("peer-0") == 1:
-            raise ConfigError("the power went out.")
+            raise RuntimeError("the disk is full.")
         return train(*arguments, **settings)
 
     monkeypatch.setattr(driver, "train", fails_once)
     with pytest.raises(LampError, match="1 of 2 runs failed: peer-0; the others are done"):
         run_study(path, data, out, 1)
+    assert "RuntimeError: the disk is full." in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="not finished: peer-0"):
+        score_test_split(out, data, 1)
     assert "**Not finished:** peer-0." in write_study_report(out).read_text("utf-8")
     run_study(path, data, out, 1)
     assert trained == ["unet-0", "peer-0", "peer-0"]
@@ -92,6 +97,11 @@ def test_a_study_runs_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.Mo
     changed = write_study(tmp_path, **{"train.seed": 5})
     with pytest.raises(ConfigError, match="holds runs of peer with other settings"):
         run_study(changed, data, out, 1)
+
+
+def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no study"):
+        score_test_split(tmp_path, tmp_path, 1)
 
 
 def test_windows_that_a_network_cannot_take_are_refused_before_training(tmp_path: Path) -> None:

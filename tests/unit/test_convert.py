@@ -114,6 +114,10 @@ def _empty_table(folder: Path) -> None:
     (folder / "Larynx.csv").write_text(",data\n", "utf-8")
 
 
+def _empty_scan(folder: Path) -> None:
+    (folder / "ct.csv").write_text(",data\n", "utf-8")
+
+
 def _break_spacing(folder: Path) -> None:
     (folder / "voxel_dimensions.csv").write_text("4\n0\n3\n", "utf-8")
 
@@ -123,7 +127,8 @@ def _break_spacing(folder: Path) -> None:
     [
         (_break_index, "Larynx.csv: 2097152 is not an index into 128x128x128"),
         (_break_table, "ct.csv: .*flat indices and values"),
-        (_empty_table, "Larynx.csv is empty"),
+        (_empty_table, "Larynx.csv is empty; a structure that was not contoured has no file"),
+        (_empty_scan, "ct.csv is empty; download it again"),
         (_break_spacing, "voxel_dimensions.csv: .* is not a voxel's size"),
         (lambda folder: (folder / "voxel_dimensions.csv").unlink(), "voxel_dimensions.csv is missing"),
         (lambda folder: (folder / "ct.csv").unlink(), "pt_10: no ct.csv"),
@@ -156,6 +161,9 @@ def test_nothing_is_replaced_and_an_interrupted_conversion_is_done_again(publish
     with pytest.raises(DatasetError):
         write_decathlon(OpenKbpSource(published), out)
     spacing.rename(published / "valid-pats" / "pt_201" / "voxel_dimensions.csv")
+    write_han_patient(tmp_path / "han" / "p0", np.zeros((2, 2, 2)), {})
+    with pytest.raises(DatasetError, match="unfinished conversion of OpenKBP head and neck"):
+        write_decathlon(AnatomyNetSource(tmp_path / "han"), out)
     write_decathlon(OpenKbpSource(published), out)
     assert len(read_dataset(out).cases) == 3
     assert not list(out.glob(".*"))
@@ -209,6 +217,7 @@ def test_anatomynets_arrays_become_a_dataset(han: Path, tmp_path: Path) -> None:
         ("structures/BrainStem_crp_v2.npy", np.zeros((6, 8, 9)), "6x8x9 voxels, but the scan has 6x8x10"),
         ("img_crp_v2.npy", np.zeros((8, 10)), "2 axes"),
         ("img_crp_v2.npy", np.array([["a"]]), "not numbers"),
+        ("img_crp_v2.npy", np.full((6, 8, 10), np.nan), "not finite"),
         ("img_crp_v2.npy", np.array([{"a": 1}], dtype=object), "without Python objects"),
     ],
 )
@@ -216,6 +225,16 @@ def test_damaged_arrays(han: Path, tmp_path: Path, name: str, content: Array, me
     np.save(han / "HNCetuximab" / "0522c0001" / name, content, allow_pickle=True)
     with pytest.raises(DatasetError, match=message):
         write_decathlon(AnatomyNetSource(han), tmp_path / "out")
+
+
+def test_scans_in_half_precision_are_read(han: Path, tmp_path: Path) -> None:
+    path = han / "HNCetuximab" / "0522c0001" / "img_crp_v2.npy"
+    scan = np.load(path).astype(np.float16)
+    np.save(path, scan)
+    source = AnatomyNetSource(han)
+    image = source.image("0522c0001").data
+    assert image.dtype == np.float32
+    np.testing.assert_array_equal(image, scan.transpose())
 
 
 def test_bad_requests(han: Path, tmp_path: Path) -> None:

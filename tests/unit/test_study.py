@@ -12,10 +12,10 @@ import yaml
 
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import CaseResult, OrganScore
+from lamp3d.intervals import difference, estimate
 from lamp3d.study import RunResult, load_study, write_study_report
 from lamp3d.study.report import accuracy, controls
-from lamp3d.study.result import Timing
-from lamp3d.study.statistics import difference, estimate, scores
+from lamp3d.study.result import Timing, scores_of
 
 BASE = {"network": {"filters": 4}, "train": {"curriculum": [{"patch": 32, "epochs": 1}]}}
 
@@ -84,13 +84,13 @@ def test_an_absent_study_and_an_absent_base(tmp_path: Path) -> None:
 
 def test_a_score_is_the_mean_over_organs_of_patients_means() -> None:
     runs = [result("a", 0, [{"A": 0.2, "B": 0.9}, {"A": 0.4}]), result("a", 1, [{"A": 0.4, "B": 0.7}, {"A": 0.6}])]
-    table = scores(runs, "dice")
+    table = scores_of(runs, "dice")
     assert table.shape == (2, 2, 2)
     assert math.isnan(table[0, 1, 1])
     found = estimate(table)
     assert found.mean == pytest.approx((0.6 + 0.6) / 2)  # (0.3 + 0.9) / 2, and (0.5 + 0.7) / 2
     assert found.deviation == pytest.approx(0.0, abs=1e-12)
-    assert estimate(scores([result("a", 0, [{"A": None}, {}])], "dice")).mean is None
+    assert estimate(scores_of([result("a", 0, [{"A": None}, {}])], "dice")).mean is None
 
 
 def test_the_interval_is_that_of_a_mean_over_patients() -> None:

@@ -55,7 +55,7 @@ def run_command(
 
 @study.command("test")
 def final_test(out: StudyFolder, dataset: DatasetFolder, devices: Devices = 1) -> None:
-    """Score all finished runs on the test split: once, when everything is decided."""
+    """Score all runs on the test split: once, when everything is decided."""
     score_test_split(out, dataset, devices)
     say(f"Report: {write_study_report(out)}")
 

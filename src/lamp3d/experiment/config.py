@@ -88,6 +88,8 @@ class ExperimentConfig(BaseModel):
     """Everything that decides a run, beside the dataset and the devices.
 
     Args:
+        initial_weights: where training begins: a model that comes with lamp3d, by name, or the folder of an exported
+            one or of a run, of the same network; its output layers only if its organs are the same. None: fresh ones.
         memory: limit per device, such as "16GB"; None: no limit.
         cache: folder of prepared scans; None: ~/.cache/lamp3d (or $LAMP3D_CACHE).
     """
@@ -100,6 +102,7 @@ class ExperimentConfig(BaseModel):
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig
+    initial_weights: str | None = None
     memory: str | None = None
     cache: Path | None = None
 

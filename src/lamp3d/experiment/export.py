@@ -6,6 +6,7 @@ What is exported is a run folder with only these, so that all that predicts with
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import replace
 from importlib import resources
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from jinja2 import StrictUndefined, Template
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
 from lamp3d.experiment.run import Run
+from lamp3d.intervals import estimate, scores
 from lamp3d.train import Checkpoint, load_weights, save_checkpoint
 from lamp3d.volume import write_text
 
@@ -47,31 +49,55 @@ def export(run: Run, dest: Path, *, name: str, data: str, licence: str) -> Path:
         raise ConfigError(f"{dest} is not empty, and nothing in it is replaced; give a new folder.")
     if not run.best.exists():
         raise ConfigError(f"{run.folder} has no checkpoint yet; train first.")
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside its place and moved there whole, so that a folder with this name is a model.
+    with tempfile.TemporaryDirectory(prefix=f".{dest.name}-", dir=dest.parent) as beside:
+        folder = Path(beside) / dest.name
+        folder.mkdir()
+        _write(run, folder, name=name, data=data, licence=licence)
+        if dest.exists():
+            dest.rmdir()
+        folder.rename(dest)
+    return dest
+
+
+def _write(run: Run, folder: Path, *, name: str, data: str, licence: str) -> None:
     checkpoint = Checkpoint(run.best)
     weights = {
         f"model/{key}": tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor
         for key, tensor in checkpoint.read("model").items()
     }
-    dest.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(dest / "best.safetensors", weights, {"epochs": checkpoint.progress.get("epochs")})
-    moved = _difference(run, dest / "best.safetensors")
+    path = folder / "best.safetensors"
+    save_checkpoint(path, weights, {"epochs": checkpoint.progress.get("epochs")})
+    moved = _difference(run, path)
     if not moved <= TOLERANCE:  # nor NaN, of a weight beyond what float16 holds
-        shutil.rmtree(dest)
         raise ConfigError(f"half precision would move this network's logits by {moved:.1%} of the largest one.")
-    run.config.model_copy(update={"cache": None}).save(dest / "config.yaml")
-    # Paths of the machine that trained it are nobody's business.
-    replace(run, folder=dest).save_about("", devices=1)
-    shutil.copy(run.folder / "versions.json", dest / "versions.json")
-    shutil.copytree(run.folder / "plans", dest / "plans")
-    results_path = run.folder / "results.json"
-    results = Results.load(results_path) if results_path.exists() else None
+    # Paths of the machine that trained it are nobody's business, nor are the names of its scans.
+    begun = run.config.initial_weights
+    update = {"cache": None, "initial_weights": None if begun is None else Path(begun).name}
+    run.config.model_copy(update=update).save(folder / "config.yaml")
+    replace(run, folder=folder, splits=None).save_about("", devices=1)
+    shutil.copy(run.folder / "versions.json", folder / "versions.json")
+    shutil.copytree(run.folder / "plans", folder / "plans")
+    results = _results_of(run, checkpoint)
+    dice = None if results is None else scores([results.cases], run.organs, "dice")
     card = resources.files(__package__).joinpath("model_card.md.j2").read_text(encoding="utf-8")
     text = Template(card, undefined=StrictUndefined).render(
         name=name, data=data, licence=licence, run=run, results=results, moved=moved,
-        megabytes=(dest / "best.safetensors").stat().st_size / 1e6, version=version("lamp3d"),
+        estimates=() if dice is None else [estimate(dice[:, :, [k]]) for k in range(len(run.organs))],
+        overall=None if dice is None else estimate(dice),
+        megabytes=path.stat().st_size / 1e6, version=version("lamp3d"),
     )  # fmt: skip
-    write_text(dest / "README.md", text + "\n")
-    return dest
+    write_text(folder / "README.md", text + "\n")
+
+
+def _results_of(run: Run, checkpoint: Checkpoint) -> Results | None:
+    """What the run's last evaluation found, if it was of these weights."""
+    path = run.folder / "results.json"
+    results = Results.load(path) if path.exists() else None
+    if results is None or results.settings.get("checkpoint_epochs") != checkpoint.progress.get("epochs"):
+        return None
+    return results
 
 
 def find_model(name: str) -> Path:

@@ -14,12 +14,13 @@ from lamp3d.data import Batches, Case, CaseStore, Dataset, read_dataset
 from lamp3d.errors import ConfigError, DeviceMemoryError, LampError, PlanError, WorkerKilledError
 from lamp3d.evaluate import dice_per_organ
 from lamp3d.experiment.config import ExperimentConfig
+from lamp3d.experiment.initial import initial_weights
 from lamp3d.experiment.planning import plan_stages, stage_batches, stage_plan
 from lamp3d.experiment.run import Run, cache_folder
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, format_bytes
 from lamp3d.predict import Predictor
-from lamp3d.train import Checkpoint, CurriculumStage, HybridLoss, Trainer
+from lamp3d.train import Checkpoint, CurriculumStage, HybridLoss, Trainer, copy_tensors, network_tensors
 
 SAFER = 0.8
 """Of the memory that was not enough: what the next plan may need."""
@@ -59,6 +60,10 @@ def train(
     config = config.model_copy(update={"loss": loss})
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
     run = Run(out, config, dataset.root.resolve(), dataset.organs)
+    if config.initial_weights is not None and not (out / "last.safetensors").exists():
+        taken, every = initial_weights(run), network_tensors(config.network.outline(dataset.n_classes))
+        fresh = ", ".join(name for name in every if name not in taken) or "none"
+        console.print(f"{len(taken)} tensors begin as in {config.initial_weights}; afresh: {fresh}.")
 
     def show(index: int, stage: CurriculumStage, plan: Plan) -> None:
         console.print(f"[bold]Stage {index + 1}[/]: {stage}")
@@ -130,6 +135,9 @@ def _train_worker(out: Path, resume: bool) -> None:
     store = run.store(dataset)
     torch.manual_seed(config.train.seed)
     network = run.network()
+    if not (out / "last.safetensors").exists():
+        own, begun = network_tensors(network), initial_weights(run)
+        copy_tensors({name: own[name] for name in begun}, begun)
 
     def batches(stage: int, epoch: int) -> Batches:
         return stage_batches(config, stage, store, dataset.split("train"), network.divisor, epoch)

@@ -85,8 +85,15 @@ def run_name(row: str, seed: int) -> str:
 
 
 def saved_study(out: Path) -> StudyConfig:
-    """The study whose results a folder holds."""
-    return StudyConfig.model_validate(yaml.safe_load((out / "study.yaml").read_text("utf-8"))["study"])
+    """The study whose results a folder holds.
+
+    Raises:
+        ConfigError: it holds none.
+    """
+    try:
+        return StudyConfig.model_validate(yaml.safe_load((out / "study.yaml").read_text("utf-8"))["study"])
+    except FileNotFoundError:
+        raise ConfigError(f"{out} holds no study (no study.yaml): give the --out of `lamp3d study run`.") from None
 
 
 def load_study(path: Path) -> tuple[StudyConfig, dict[str, ExperimentConfig]]:

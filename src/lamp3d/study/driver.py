@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from lamp3d.errors import ConfigError, LampError
 from lamp3d.experiment import ExperimentConfig, Run, evaluate, forecast, predict, train
 from lamp3d.experiment.planning import voxels_seen
 from lamp3d.study.config import Row, StudyConfig, Window, load_study, run_name, saved_study
-from lamp3d.study.result import RunResult, Timing, read_results
+from lamp3d.study.result import RunResult, Timing, read_results, unfinished
 from lamp3d.train import read_history
 from lamp3d.volume import write_text
 
@@ -77,7 +78,7 @@ def run_study(path: Path, dataset: Path, out: Path, devices: int, say: Say = pri
     _remember(study, configs, out)
     for row in study.rows:
         _check_windows(row, study, configs[row.name])
-    failed: dict[str, str] = {}
+    failed: list[str] = []
     runs = study.runs()
     for number, (row, seed) in enumerate(runs, start=1):
         name = run_name(row.name, seed)
@@ -90,25 +91,27 @@ def run_study(path: Path, dataset: Path, out: Path, devices: int, say: Say = pri
         try:
             _run(study, row, seed, config, dataset, out / "runs" / name, devices).save(result)
         except LampError as error:
-            failed[name] = str(error)
+            failed.append(name)
             say(f"{name} failed: {error}")
+        except Exception:  # a night's other runs are worth more than an early end
+            failed.append(name)
+            say(f"{name} failed, which is a fault of lamp3d's or of the machine:\n{traceback.format_exc()}")
     if failed:
         raise LampError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the others are done.")
 
 
 def score_test_split(out: Path, dataset: Path, devices: int) -> None:
-    """Score all finished runs on the test split, once.
+    """Score all runs on the test split, once.
 
     Raises:
-        ConfigError: it was done before, or no run is finished.
+        ConfigError: it was done before, or some runs are not finished.
     """
     tested = out / TEST
     if tested.exists():
         raise ConfigError(f"{tested} is there: test cases are looked at once, when everything is decided.")
-    results = read_results(out / "results")
-    if not results:
-        raise ConfigError(f"{out / 'results'} has no results: run the study first.")
-    study = saved_study(out)
+    study, results = saved_study(out), read_results(out / "results")
+    if missing := unfinished(study, results):
+        raise ConfigError(f"not finished: {', '.join(missing)}. Test cases are looked at once: run the study first.")
     windows = {row.name: row.window for row in study.rows}
     found = []
     for result in results:

@@ -12,11 +12,11 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lamp3d.intervals import Estimate, Score, difference, estimate, spread
 from lamp3d.plan import format_bytes
 from lamp3d.report.style import FONT, organ_colours
-from lamp3d.study.config import run_name, saved_study
-from lamp3d.study.result import RunResult, by_row, read_results
-from lamp3d.study.statistics import Estimate, Score, difference, estimate, scores
+from lamp3d.study.config import saved_study
+from lamp3d.study.result import RunResult, by_row, read_results, scores_of, unfinished
 from lamp3d.volume import write_atomically, write_text
 
 TITLES: dict[Score, tuple[str, int]] = {
@@ -46,8 +46,7 @@ def write_study_report(out: Path) -> Path:
     study = saved_study(out)
     text = [f"# {study.title}", ""]
     done = read_results(out / "results")
-    there = {(result.row, result.seed) for result in done}
-    if missing := [run_name(row.name, seed) for row, seed in study.runs() if (row.name, seed) not in there]:
+    if missing := unfinished(study, done):
         text += [f"**Not finished:** {', '.join(missing)}.", ""]
     order = [row.name for row in study.rows]
     done.sort(key=lambda result: order.index(result.row) if result.row in order else len(order))
@@ -83,8 +82,8 @@ def accuracy(results: Sequence[RunResult], score: Score) -> Table:
     organs = results[0].organs
     table: Table = [["network", "input", "seeds", *organs, "mean"]]
     for runs in by_row(results).values():
-        found = scores(runs, score)
-        by_organ = [_plain(estimate(found[:, :, [k]], resamples=1), digits) for k in range(len(organs))]
+        found = scores_of(runs, score)
+        by_organ = [_plain(*spread(found[:, :, [k]]), digits) for k in range(len(organs))]
         first = runs[0]
         table.append([first.network, first.input, str(len(runs)), *by_organ, _full(estimate(found), digits)])
     return table
@@ -100,7 +99,7 @@ def controls(results: Sequence[RunResult]) -> Table | None:
             continue
         ratio = runs[0].voxels / rows[of][0].voxels
         uneven = "" if abs(ratio - 1) <= EVEN_VOXELS else " (not even)"
-        mine, theirs = scores(rows[of], "dice"), scores(runs, "dice")
+        mine, theirs = scores_of(rows[of], "dice"), scores_of(runs, "dice")
         of_both = [_full(estimate(found), 3) for found in (mine, theirs)]
         table.append([of, name, f"{ratio:.2f}{uneven}", *of_both, _full(difference(mine, theirs), 3, sign=True)])
     return table if len(table) > 1 else None
@@ -147,7 +146,7 @@ def figure(results: Sequence[RunResult]) -> Figure:
             points = []
             for runs in rows.values():
                 if runs[0].network == network:
-                    found = estimate(scores(runs, "dice"))
+                    found = estimate(scores_of(runs, "dice"))
                     if found.mean is not None and found.low is not None and found.high is not None:
                         at = inputs.index(runs[0].input) + 0.06 * (shift - (len(networks) - 1) / 2)
                         points.append((at, found.mean, found.mean - found.low, found.high - found.mean))
@@ -180,18 +179,17 @@ def _by(window: str) -> str:
     return window if window == "whole" else f"windows {window.replace('x', '×')}"
 
 
-def _plain(found: Estimate, digits: int) -> str:
-    if found.mean is None:
+def _plain(mean: float | None, deviation: float | None, digits: int) -> str:
+    if mean is None:
         return "–"
-    deviation = "" if found.deviation is None else f" ± {found.deviation:.{digits}f}"
-    return f"{found.mean:.{digits}f}{deviation}"
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def _full(found: Estimate, digits: int, *, sign: bool = False) -> str:
     if found.mean is None:
         return "–"
     plus = "+" if sign else ""
-    text = _plain(found, digits) if not sign else f"{found.mean:+.{digits}f}"
+    text = _plain(found.mean, found.deviation, digits) if not sign else f"{found.mean:+.{digits}f}"
     return f"{text} [{found.low:{plus}.{digits}f}, {found.high:{plus}.{digits}f}]"
 
 

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import CaseResult
-from lamp3d.study.config import run_name
+from lamp3d.intervals import Score, scores
+from lamp3d.study.config import StudyConfig, run_name
 from lamp3d.volume import write_text
 
 
@@ -99,9 +102,24 @@ def read_results(folder: Path) -> list[RunResult]:
     return sorted(results, key=lambda result: (result.row, result.seed))
 
 
+def unfinished(study: StudyConfig, results: Sequence[RunResult]) -> list[str]:
+    """Names of the runs that have no result."""
+    there = {result.name for result in results}
+    return [name for row, seed in study.runs() if (name := run_name(row.name, seed)) not in there]
+
+
 def by_row(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     """The runs of every row, in the order of first appearance."""
     rows: dict[str, list[RunResult]] = {}
     for result in results:
         rows.setdefault(result.row, []).append(result)
     return rows
+
+
+def scores_of(runs: Sequence[RunResult], score: Score) -> NDArray[np.float64]:
+    """(seeds, patients, organs) of one row; NaN where an organ is not annotated or has no such score.
+
+    Raises:
+        ConfigError: the runs have not scored the same patients.
+    """
+    return scores([run.cases for run in runs], runs[0].organs, score)

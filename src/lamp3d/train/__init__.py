@@ -1,6 +1,6 @@
 """Training: loss, curriculum, checkpoints, and the trainer that brings them together."""
 
-from lamp3d.train.checkpoint import Checkpoint, load_weights, network_tensors, save_checkpoint
+from lamp3d.train.checkpoint import Checkpoint, copy_tensors, load_weights, network_tensors, save_checkpoint
 from lamp3d.train.curriculum import CurriculumStage, TrainConfig
 from lamp3d.train.history import EpochRecord, read_history
 from lamp3d.train.loss import HybridLoss, LossConfig
@@ -14,6 +14,7 @@ __all__ = [
     "LossConfig",
     "TrainConfig",
     "Trainer",
+    "copy_tensors",
     "load_weights",
     "network_tensors",
     "read_history",

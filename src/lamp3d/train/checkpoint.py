@@ -8,7 +8,7 @@ trace. The metadata is JSON text. Nothing is ever unpickled from a file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -94,14 +94,21 @@ class Checkpoint:
         """Whether there is anything in this part."""
         return any(name.startswith(part + "/") for name in self.shapes)
 
-    def check_network(self, network: nn.Module) -> None:
+    def check_network(self, network: nn.Module, apart_from: Collection[str] = ()) -> None:
         """Make sure that this is a checkpoint of such a network.
+
+        Args:
+            network: it.
+            apart_from: names of parameters and buffers that may differ.
 
         Raises:
             ConfigError: names or shapes differ; the message names the first differences.
         """
         own = {name: tuple(tensor.shape) for name, tensor in network_tensors(network).items()}
         saved = {name.removeprefix("model/"): s for name, s in self.shapes.items() if name.startswith("model/")}
+        for name in apart_from:
+            own.pop(name, None)
+            saved.pop(name, None)
         if own == saved:
             return
         names = [*own, *sorted(saved.keys() - own.keys())]

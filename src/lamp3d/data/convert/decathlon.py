@@ -13,7 +13,7 @@ from rich.progress import track
 
 from lamp3d.data.dataset import TEST, write_dataset_json
 from lamp3d.errors import DatasetError
-from lamp3d.volume import Volume, write_nifti
+from lamp3d.volume import Volume, write_nifti, write_text
 
 Mask = npt.NDArray[np.bool_]
 
@@ -24,11 +24,13 @@ class Source(ABC):
     Attributes:
         name, description: what ``dataset.json`` says of it.
         organs: in the order of their labels.
+        root: where it lies.
     """
 
     name: ClassVar[str]
     description: ClassVar[str]
     organs: ClassVar[tuple[str, ...]]
+    root: Path
 
     @abstractmethod
     def splits(self) -> Mapping[str, Sequence[str]]:
@@ -58,12 +60,14 @@ def write(source: Source, root: Path) -> None:
         DatasetError: the folder holds a dataset or something else, or the source is not what it should be.
     """
     path, unfinished = root / "dataset.json", root / ".unfinished"
-    begun = unfinished.exists() and not path.exists()
+    begun, origin = unfinished.exists() and not path.exists(), f"{source.name}, {source.root.resolve()}"
+    if begun and (before := unfinished.read_text(encoding="utf-8")) != origin:
+        raise DatasetError(f"{root} has an unfinished conversion of {before}; finish that one, or give a new folder.")
     if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not begun)):
         raise DatasetError(f"{root} is not empty, and nothing in it is replaced; give a new folder.")
     splits = source.splits()
     root.mkdir(parents=True, exist_ok=True)
-    unfinished.touch()
+    write_text(unfinished, origin)
     entries: list[dict[str, object]] = []
     tests: list[dict[str, object]] = []
     for split, cases in splits.items():

@@ -86,8 +86,10 @@ class AnatomyNetSource(Source):
         array = _read(path)
         if array.ndim != 3:
             raise DatasetError(f"{path}: {array.ndim} axes; it should be a volume (z, y, x).")
-        if array.dtype == np.float64:
-            array = array.astype(np.float32)
+        if np.issubdtype(array.dtype, np.floating):
+            if not np.isfinite(array).all():
+                raise DatasetError(f"{path}: has values that are not finite; repair them, or take the case away.")
+            array = array.astype(np.float32)  # NIfTI has no float16, and float64 says no more of a scan
         return Volume(_as_nifti(array), np.diag([-self.spacing_mm[0], -self.spacing_mm[1], self.spacing_mm[2], 1.0]))
 
     def masks(self, case: str, shape: tuple[int, ...]) -> Mapping[str, Mask]:

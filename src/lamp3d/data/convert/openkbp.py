@@ -109,7 +109,8 @@ def _table(path: Path, *, columns: int) -> npt.NDArray[np.float64]:
     try:
         content = path.read_text(encoding="utf-8").splitlines()[1:]
         if not content:
-            raise DatasetError(f"{path} is empty; a structure that was not contoured has no file.")
+            remedy = "a structure that was not contoured has no file" if columns == 1 else "download it again"
+            raise DatasetError(f"{path} is empty; {remedy}.")
         return np.loadtxt(content, delimiter=",", usecols=range(columns), ndmin=2)
     except (ValueError, UnicodeDecodeError) as error:
         raise DatasetError(

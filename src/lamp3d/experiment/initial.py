@@ -1,0 +1,33 @@
+"""The weights that a run begins with: those of another run, or of a model."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lamp3d.experiment.export import find_model
+from lamp3d.experiment.run import Run
+from lamp3d.train import Checkpoint, network_tensors
+
+
+def initial_weights(run: Run) -> dict[str, Tensor]:
+    """Of the run's parameters and buffers those that do not begin afresh, by name; output layers for other organs do.
+
+    Raises:
+        ConfigError: there is no such model, or its network is another one.
+    """
+    if run.config.initial_weights is None:
+        return {}
+    source = Run.open(find_model(run.config.initial_weights))
+    checkpoint = Checkpoint(source.best)
+    fresh = set() if source.organs == run.organs else _output_layers(run)
+    classes = 1 + len(run.organs)
+    network = run.config.network.outline(classes)
+    checkpoint.check_network(network, apart_from=fresh)
+    return checkpoint.read("model", [name for name in network_tensors(network) if name not in fresh])
+
+
+def _output_layers(run: Run) -> set[str]:
+    """What of the network would be larger with one organ more."""
+    classes = 1 + len(run.organs)
+    own, larger = (network_tensors(run.config.network.outline(n)) for n in (classes, classes + 1))
+    return {name for name, tensor in own.items() if tensor.shape != larger[name].shape}
