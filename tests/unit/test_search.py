@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from lamp3d.plan.cut import Cut, best_cut
 from lamp3d.plan.hardware import Hardware, known_hardware, load_hardware, load_link
 from lamp3d.plan.meter import MeasuringMeter, ModelMeter
 from lamp3d.plan.partition import minimise_largest, pairs
-from lamp3d.plan.profile import CellSeconds, Timing, profile_cells
+from lamp3d.plan.profile import CellSeconds, Timing, profile_cells, time_loss
 from lamp3d.plan.schedule import PLACEMENTS
 from lamp3d.plan.search import Option, Request, Search, options
 from lamp3d.plan.slabs import Slabs
@@ -313,6 +314,43 @@ def test_timings_are_kept_and_measured_again_on_demand(tmp_path: Path, monkeypat
     assert len(made) == 4
     monkeypatch.setenv("LAMP3D_CACHE", "/dev/null/nowhere")  # a home that cannot be written to
     assert remembered({"shape": (1, 2)}, measure) == first
+
+
+def test_a_slow_loss_counts_and_moves_the_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMP3D_CACHE", str(tmp_path))
+    network, shape, seen = chain(8), (2, 1, 8, 8, 8), []
+
+    def slow(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.shape)
+        time.sleep(0.2)  # cells take milliseconds
+        return logits.sum()
+
+    settings = {"pipe": 2, "schedule": "1f1b", "micro_batches": 2, "recompute": "never", "repeats": 1}
+    without, counted = (make_plan(network, shape, 2, loss=loss, **settings) for loss in (None, slow))
+    assert counted.step_seconds > without.step_seconds + 0.3  # of two micro-batches, one after the other
+    assert counted.stages[-1].cells == ("7",)
+    assert counted.stages[-1].backward_seconds > 0.2
+    assert set(seen) == {(1, 2, 8, 8, 8)}
+
+    whole = MeasuringMeter(network, (1, 1, 8, 8, 8), 1, NVLINK, workers=2, loss=slow, repeats=1)
+    slab = whole.profile(Slabs((2,), (2,)), "fp32", False, False).cells[-1]
+    assert 0.1 < slab.backward_seconds < 0.2
+
+
+def test_of_a_large_volume_a_part_of_the_loss_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamp3d.plan.profile.LOSS_VOXELS", 128)
+    seen = []
+
+    def slow(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.shape)
+        time.sleep(0.01)
+        return logits.sum()
+
+    graph = trace(chain(2), (3, 1, 8, 8, 8))
+    work = account(graph, (3, 1, 8, 8, 8), precision="fp32", channels_last=True)
+    seconds = time_loss(slow, graph, work.values, torch.device("cpu"), repeats=1)
+    assert set(seen) == {(1, 2, 2, 8, 8)}
+    assert seconds >= 0.12  # three volumes of four such parts
 
 
 def test_a_volume_that_takes_long_is_timed_on_a_smaller_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from lamp3d.experiment import NetworkConfig, load_network, verify
 from lamp3d.plan import SCHEDULES, Plan, Planning, find_plans, format_bytes, parse_bytes
 from lamp3d.plan.hardware import known_hardware
 from lamp3d.report import cells_picture, time_line_picture
+from lamp3d.train import HybridLoss, LossConfig, with_drawn_targets
 from lamp3d.volume import write_text
 
 VERIFY_TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
@@ -64,17 +65,24 @@ def plan(
     json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the plan here.")] = None,  # noqa: UP045
     picture: Annotated[Optional[Path], typer.Option(help="Draw cells and the time line of a step here.")] = None,  # noqa: UP045
 ) -> None:
-    """Does it fit, how is it split, what does it cost? Every way to use the devices is considered."""
+    """Does it fit, how is it split, what does it cost? Every way to use the devices is considered.
+
+    Seconds are those of a training step without the optimizer's; of lamp3d's networks on this machine with the loss.
+    """
     limit = None if memory is None else parse_bytes(memory)  # before the profiling, which takes a while
     make, shape = _network(net, filters, classes, stem_stride, volume)
+    loss = None
     if hardware is None:
         network = make()
+        if ":" not in net:
+            loss = with_drawn_targets(HybridLoss(LossConfig(), [str(label) for label in range(1, classes)]))
     else:
         with torch.device("meta"):
             network = make()
     found = _find_plans(
         network, (batch, 1, *shape), devices, recompute, micro_batches=micro_batches, schedule=schedule, data=data,
         pipe=pipe, space=_slabs(space), precision=precision, memory=limit, hardware=hardware, link=link, fresh=fresh,
+        loss=loss,
     )  # fmt: skip
     console.print(found.plan.table())
     console.print(found.alternatives())

@@ -14,7 +14,7 @@ from lamp3d.experiment.config import ExperimentConfig
 from lamp3d.experiment.run import Run, cache_folder
 from lamp3d.plan import Plan, make_plan
 from lamp3d.plan.hardware import cpu_cores
-from lamp3d.train import CurriculumStage
+from lamp3d.train import CurriculumStage, HybridLoss, with_drawn_targets
 
 Show = Callable[[int, CurriculumStage, Plan], object]
 """Called with every stage's number (from 0), the stage and its plan, once that is known."""
@@ -157,6 +157,7 @@ def stage_plan(
     stage = run.config.train.curriculum[index]
     torch.manual_seed(run.config.train.seed)
     network = run.network()
+    loss = run.config.loss.model_copy(update={"class_weights": {}})  # they change no seconds
     return make_plan(
         network,
         (stage.batch, 1, *_largest_input(stage, store, cases, network.divisor)),
@@ -169,6 +170,7 @@ def stage_plan(
         recompute=stage.recompute,
         precision=run.config.train.precision,
         memory=memory,
+        loss=with_drawn_targets(HybridLoss(loss, run.organs, network.heads)),
     )
 
 

@@ -12,7 +12,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ from lamp3d.plan.hardware import (
     has_fast_bf16,
     worker_threads,
 )
-from lamp3d.plan.profile import Profile, Timing, model_cells, profile_of, scale_timing, time_cells
+from lamp3d.plan.profile import Profile, TimedLoss, Timing, model_cells, profile_of, scale_timing, time_cells, time_loss
 from lamp3d.plan.slabs import Slabs, shared, slab_shape
 from lamp3d.plan.work import Work, account
 
@@ -106,10 +106,16 @@ class Meter(ABC):
     def profile(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Profile:
         """What the cells cost a rank, for the smallest micro-batch."""
         timing = self.timing(slabs, precision, channels_last, split)
-        near = self.work(self.near(slabs), precision, channels_last, split)
-        return shared(
-            profile_of(near, timing), near, self.whole(precision, channels_last), self.graph, slabs, self.link
+        near, whole = self.work(self.near(slabs), precision, channels_last, split), self.whole(precision, channels_last)
+        profile = shared(profile_of(near, timing), near, whole, self.graph, slabs, self.link)
+        part = sum(profile.value_bytes[name] for name in self.graph.outputs) / sum(
+            whole.value_bytes[name] for name in self.graph.outputs
         )
+        return profile.with_loss(part * self.loss_seconds(precision, channels_last))
+
+    def loss_seconds(self, precision: str, channels_last: bool) -> float:
+        """Of the loss of a micro-batch of whole volumes, forward and backward; 0 where it is not known."""
+        return 0.0
 
     def _work(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Work:
         shape = slab_shape(self.shape, slabs, self.divisor)
@@ -168,6 +174,7 @@ class MeasuringMeter(Meter):
 
     Args:
         workers: that will be at work at once.
+        loss: that the network is trained with; None: it is not counted.
         repeats: timed repetitions of each cell.
         fresh: time them even if that was done before.
     """
@@ -180,12 +187,13 @@ class MeasuringMeter(Meter):
         link: Link,
         *,
         workers: int,
+        loss: TimedLoss | None = None,
         repeats: int = 3,
         fresh: bool = False,
     ):
         super().__init__(network, input_shape, micro_batch, link, device_type())
-        self.workers, self.repeats, self.fresh = workers, repeats, fresh
-        self.timing_of = functools.cache(self._timing)
+        self.workers, self.loss, self.repeats, self.fresh = workers, loss, repeats, fresh
+        self.timing_of, self.loss_seconds_of = functools.cache(self._timing), functools.cache(self._loss_seconds)
 
     @property
     def memory(self) -> int:
@@ -197,6 +205,16 @@ class MeasuringMeter(Meter):
 
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
         return self.timing_of(slabs, precision, channels_last, split)
+
+    def loss_seconds(self, precision: str, channels_last: bool) -> float:
+        return self.loss_seconds_of(precision, channels_last)
+
+    def _loss_seconds(self, precision: str, channels_last: bool) -> float:
+        if self.loss is None:
+            return 0.0
+        with self._worker_conditions():
+            values = self.whole(precision, channels_last).values
+            return time_loss(self.loss, self.graph, values, torch.device(self.kind), self.repeats)
 
     def _timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
         wanted = slab_shape(self.shape, slabs, self.divisor)
@@ -229,8 +247,9 @@ class MeasuringMeter(Meter):
         }
 
         def measure() -> Timing:
-            with self._worker_conditions(channels_last) as twin:
-                return time_cells(trace(twin, shape), shape, repeats=self.repeats, **settings)  # type: ignore[arg-type]
+            with self._worker_conditions():
+                twin = trace(self._twin(channels_last), shape)
+                return time_cells(twin, shape, repeats=self.repeats, **settings)  # type: ignore[arg-type]
 
         return remembered(key, measure, fresh=self.fresh)
 
@@ -262,19 +281,20 @@ class MeasuringMeter(Meter):
         return (*shape[:longest], half, *shape[longest + 1 :])
 
     @contextmanager
-    def _worker_conditions(self, channels_last: bool) -> Iterator[nn.Module]:
-        """A copy of the network on the device, in the layout, with the threads and the allocator that a worker has."""
+    def _worker_conditions(self) -> Iterator[None]:
+        """The threads and the allocator that a worker has; random numbers are as they were afterwards."""
+        devices = [torch.cuda.current_device()] if self.kind == "cuda" else []
+        threads = torch.get_num_threads()
+        with torch.random.fork_rng(devices), freed_memory_kept() if self.kind == "cpu" else nullcontext():
+            if self.kind == "cpu":
+                torch.set_num_threads(worker_threads(self.workers))
+            try:
+                yield
+            finally:
+                torch.set_num_threads(threads)
+
+    def _twin(self, channels_last: bool) -> nn.Module:
+        """A copy of the network on the device and in the layout."""
         twin = copy.deepcopy(self.network)
         lay_out_weights(twin, channels_last)
-        twin.to(self.kind)
-        if self.kind == "cuda":
-            with torch.random.fork_rng([torch.cuda.current_device()]):
-                yield twin
-            return
-        threads = torch.get_num_threads()
-        torch.set_num_threads(worker_threads(self.workers))
-        try:
-            with torch.random.fork_rng([]), freed_memory_kept():
-                yield twin
-        finally:
-            torch.set_num_threads(threads)
+        return twin.to(self.kind)

@@ -20,6 +20,7 @@ from lamp3d.plan.hardware import device_type as local_device_type
 from lamp3d.plan.meter import MeasuringMeter, Meter, ModelMeter
 from lamp3d.plan.plan import DevicePlan, EdgePlan, Plan, Precision, Recompute, StagePlan, check_schedule
 from lamp3d.plan.plan import recompute_setting as in_blocks
+from lamp3d.plan.profile import TimedLoss
 from lamp3d.plan.search import DOES_NOT_FIT, KEPT, Answer, Found, Request, Search, meshes
 from lamp3d.plan.slabs import is_gathered, longest_axes
 
@@ -88,6 +89,7 @@ def find_plans(
     pipe: int | None = None,
     space: int | Sequence[int] | None = None,
     least_planes: int = 1,
+    loss: TimedLoss | None = None,
     any_loss: bool = False,
     hardware: str | Hardware | None = None,
     link: str | int | None = None,
@@ -116,6 +118,8 @@ def find_plans(
         space: slabs that a volume is cut into along its longest axis; or two numbers, such as (2, 2), along its two
             longest axes.
         least_planes: a level of the network whose slabs have fewer planes is gathered and computed by every rank.
+        loss: from the network's output to a 0-dim tensor; it is timed, and counts in the last cell's backward. None, or
+            with ``hardware``: it does not count.
         any_loss: only plans that are right for a loss that is no mean over cases.
         hardware: the devices are not here: the name of a description, such as ``"a100-80g"``, or one's path. Seconds
             are then worked out from arithmetic and bytes, and nothing is allocated.
@@ -142,7 +146,9 @@ def find_plans(
     )
     meter: Meter
     if described is None:
-        meter = MeasuringMeter(network, input_shape, smallest, joined, workers=devices, repeats=repeats, fresh=fresh)
+        meter = MeasuringMeter(
+            network, input_shape, smallest, joined, workers=devices, loss=loss, repeats=repeats, fresh=fresh
+        )
     else:
         meter = ModelMeter(network, input_shape, smallest, described, joined)
     chosen: Precision = meter.precision if precision == "auto" else precision  # type: ignore[assignment]

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from lamp3d.graph import CellGraph, DeferredWeights, Stage, arithmetic, module_device, preserved_buffers
+from lamp3d.graph import CellGraph, DeferredWeights, Stage, arithmetic, laid_out, module_device, preserved_buffers
 from lamp3d.graph.inputs import InputShape
+from lamp3d.graph.shapes import ValueSpec
 from lamp3d.plan.hardware import Hardware
 from lamp3d.plan.walk import Values, inputs_of, walk
 from lamp3d.plan.work import CellWork, Operation, Work, account
+
+TimedLoss = Callable[[Any], Tensor]
+"""From a network's output to a 0-dim tensor: with targets of its own, to be timed."""
+
+LOSS_VOXELS = 1 << 20
+"""At most so many are timed; losses of larger volumes take in proportion."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,11 @@ class Profile:
             for cell in self.cells
         ]
         return replace(self, cells=tuple(cells), value_bytes={n: size * factor for n, size in self.value_bytes.items()})
+
+    def with_loss(self, seconds: float) -> Profile:
+        """With what the loss takes, forward and backward, in the last cell's backward: it is computed just before."""
+        *cells, last = self.cells
+        return replace(self, cells=(*cells, replace(last, backward_seconds=last.backward_seconds + seconds)))
 
 
 def profile_of(work: Work, timing: Timing) -> Profile:
@@ -215,6 +229,38 @@ def time_cells(
     totals = [sum(cell.forward + cell.backward for cell in cells) for cells in zip(*every, strict=True)]
     uncertainty = (max(totals) - min(totals)) / 2 / statistics.median(totals)
     return Timing(tuple(_median(seconds) for seconds in every), uncertainty)
+
+
+def time_loss(
+    loss: TimedLoss, graph: CellGraph, values: Mapping[str, ValueSpec], device: torch.device, repeats: int = 3
+) -> float:
+    """Seconds that a loss takes for one micro-batch, forward and backward.
+
+    Args:
+        loss: it.
+        graph: the network's cells.
+        values: the network's outputs among them.
+        device: on which to time it.
+        repeats: timed repetitions, after one that warms up.
+    """
+    shapes = {name: values[name].shape for name in graph.outputs}
+    factor = 1.0
+    if len(shapes) == 1 and len(shape := values[graph.outputs[0]].shape) == 5:
+        planes = min(shape[2], max(1, LOSS_VOXELS // (shape[3] * shape[4])))
+        shapes = {graph.outputs[0]: (1, shape[1], planes, *shape[3:])}
+        factor = shape[0] * shape[2] / planes
+    outputs = {
+        name: laid_out(torch.randn(shape, dtype=values[name].dtype, device=device), values[name].channels_last)
+        for name, shape in shapes.items()
+    }
+    seconds = []
+    for _ in range(repeats + 1):
+        leaves = {name: output.detach().requires_grad_() for name, output in outputs.items()}
+        begin = _now(device)
+        with torch.enable_grad():
+            torch.autograd.backward(loss(graph.collect(leaves)))
+        seconds.append(_now(device) - begin)
+    return factor * statistics.median(seconds[1:])
 
 
 def _time_cell(

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from lamp3d.graph import CellGraph, DeferredWeights, Stage, arithmetic, laid_out
 from lamp3d.graph.footprint import LiveBytes
 from lamp3d.graph.inputs import InputShape
+from lamp3d.graph.shapes import ValueSpec, spec_of
 from lamp3d.plan.walk import Values, inputs_of, walk
 
 Sides = tuple[int, int, int]
@@ -89,10 +90,15 @@ class CellWork:
 
 @dataclass(frozen=True)
 class Work:
-    """All cells, and the bytes of every value that passes between them."""
+    """All cells, and every value that passes between them or leaves the network."""
 
     cells: tuple[CellWork, ...]
-    value_bytes: dict[str, int]
+    values: dict[str, ValueSpec]
+
+    @property
+    def value_bytes(self) -> dict[str, int]:
+        """How large the values are."""
+        return {name: spec.nbytes for name, spec in self.values.items()}
 
 
 def account(
@@ -121,12 +127,12 @@ def account(
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         values = inputs_of(graph, input_shape, torch.empty, where, channels_last=channels_last)
-        value_bytes = {name: value.nbytes for name, value in values.items()}
+        specs = {name: spec_of(value) for name, value in values.items()}
         cells = []
         for cell, made in walk(graph, values, run):
             cells.append(cell)
-            value_bytes.update({name: value.nbytes for name, value in made.items()})
-    return Work(tuple(cells), value_bytes)
+            specs |= {name: spec_of(value) for name, value in made.items()}
+    return Work(tuple(cells), specs)
 
 
 def _account_cell(

@@ -3,7 +3,7 @@
 from lamp3d.train.checkpoint import Checkpoint, copy_tensors, load_weights, network_tensors, save_checkpoint
 from lamp3d.train.curriculum import CurriculumStage, TrainConfig
 from lamp3d.train.history import EpochRecord, read_history
-from lamp3d.train.loss import HybridLoss, LossConfig
+from lamp3d.train.loss import HybridLoss, LossConfig, with_drawn_targets
 from lamp3d.train.trainer import Trainer, time_line_path
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "read_history",
     "save_checkpoint",
     "time_line_path",
+    "with_drawn_targets",
 ]

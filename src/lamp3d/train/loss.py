@@ -13,8 +13,9 @@ softmax again instead of keeping it: beside the logits, the only thing as large 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -147,6 +148,18 @@ class HybridLoss(nn.Module):
                 of_head, labels, weights, self.focal_weight, self.focal_exponent, voxels, space
             )
         return loss
+
+
+def with_drawn_targets(loss: HybridLoss) -> Callable[[Tensor], Tensor]:
+    """The loss of logits alone, to be timed: labels are drawn once for every shape, and all organs are annotated."""
+
+    @functools.cache
+    def targets(shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+        classes = len(loss.class_weights)
+        labels = torch.randint(classes, (shape[0], 1, *shape[2:]), dtype=torch.uint8, device=device)
+        return labels, torch.ones(shape[0], classes, dtype=torch.bool, device=device)
+
+    return lambda logits: loss(logits, targets(logits.shape, logits.device))
 
 
 def _merged(logits: Tensor, annotated: Tensor) -> tuple[Tensor, Tensor]:
