@@ -306,6 +306,7 @@ def test_the_loss_holds_the_mini_batchs_outputs_joined_and_their_gradient() -> N
     logits = 4 * 3 * math.prod(SHAPE[2:])  # fp32, three classes
     assert costs.loss_bytes() == 2 * 3 * logits  # three micro-batches; the outputs themselves are held by the stage
     assert replace(costs, micro_batches=1).loss_bytes() == logits  # nothing to join
+    assert replace(costs, loss_at_once=False).loss_bytes() == logits  # a micro-batch at a time
 
 
 def test_recomputation_keeps_what_was_received_and_one_micro_batch() -> None:

@@ -19,6 +19,7 @@ from torchgpipe.balance import blockpartition
 from lamp3d.errors import ConfigError, PlanError
 from lamp3d.graph import trace
 from lamp3d.nets import SEUNet, UNet
+from lamp3d.parallel import mean_over_cases
 from lamp3d.plan import Plan, find_plans, make_plan
 from lamp3d.plan.cache import remembered
 from lamp3d.plan.cut import Cut, best_cut
@@ -332,9 +333,11 @@ def test_a_slow_loss_counts_and_moves_the_cut(tmp_path: Path, monkeypatch: pytes
     assert counted.stages[-1].backward_seconds > 0.2
     assert set(seen) == {(1, 2, 8, 8, 8)}
 
-    whole = MeasuringMeter(network, (1, 1, 8, 8, 8), 1, NVLINK, workers=2, loss=slow, repeats=1)
-    slab = whole.profile(Slabs((2,), (2,)), "fp32", False, False).cells[-1]
-    assert 0.1 < slab.backward_seconds < 0.2
+    of_slab = []
+    for loss in (None, slow):  # cells are timed once, and then remembered
+        meter = MeasuringMeter(network, (1, 1, 8, 8, 8), 1, NVLINK, workers=2, loss=loss, repeats=1)
+        of_slab.append(meter.profile(Slabs((2,), (2,)), "fp32", False, False).cells[-1].backward_seconds)
+    assert of_slab[1] - of_slab[0] == pytest.approx(meter.loss_cost("fp32", False).seconds / 2)
 
 
 def test_of_a_large_volume_a_part_of_the_loss_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,9 +351,35 @@ def test_of_a_large_volume_a_part_of_the_loss_is_timed(monkeypatch: pytest.Monke
 
     graph = trace(chain(2), (3, 1, 8, 8, 8))
     work = account(graph, (3, 1, 8, 8, 8), precision="fp32", channels_last=True)
-    seconds = time_loss(slow, graph, work.values, torch.device("cpu"), repeats=1)
+    cost = time_loss(slow, graph, work.values, torch.device("cpu"), repeats=1)
     assert set(seen) == {(1, 2, 2, 8, 8)}
-    assert seconds >= 0.12  # three volumes of four such parts
+    assert cost.extra_bytes < 200  # a few numbers
+    assert cost.seconds >= 0.12  # three volumes of four such parts
+
+
+def test_what_a_loss_has_alive_counts() -> None:
+    shape = (4, 1, 8, 8, 8)
+    logits = 4 * 2 * 8**3
+
+    def careless(output: torch.Tensor) -> torch.Tensor:
+        return (output * 2 * 3).exp().sum()
+
+    settings = {"pipe": 2, "micro_batches": 4, "recompute": "never", "repeats": 1}
+    costs = {}
+    for declared in (False, True):
+        loss = mean_over_cases(careless) if declared else careless
+        meter = MeasuringMeter(chain(8), shape, 1, NVLINK, workers=2, loss=loss, repeats=1)
+        request = Request(shape, 2, None, "fp32", False, by_case=declared)
+        option = Option(1, Slabs(), 2, 4, "gpipe")
+        costs[declared] = Search(meter, request).costs(option, "never")
+        assert 0 < costs[declared].profile.loss_bytes <= 4 * logits
+    assert costs[False].loss_bytes() == 8 * logits
+    assert costs[True].loss_bytes() == logits
+    assert costs[True].backward_bytes(7, 8) >= costs[True].profile.loss_bytes
+    plans = [
+        make_plan(chain(8), shape, 2, schedule="gpipe", loss=loss, **settings) for loss in (lambda x: x.sum(), careless)
+    ]
+    assert plans[1].peak_bytes < plans[0].peak_bytes
 
 
 def test_a_volume_that_takes_long_is_timed_on_a_smaller_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from lamp3d.plan import Action
 from lamp3d.plan.routes import AHEAD, Message, Routes, user_ranks
 
 LossFunction = Callable[[Any, Any], Tensor]
+Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,7 @@ class MiniBatchLoss:
         return loss.detach().double().cpu()
 
 
-def mean_over_cases(loss_fn: LossFunction) -> LossFunction:
+def mean_over_cases(loss_fn: Loss) -> Loss:
     """Declare that a loss is the mean over its cases: ``loss(batch) == mean(loss(case) for case in batch)``.
 
     Only then may a schedule such as 1F1B compute it a micro-batch at a time. Nothing checks it; ``lamp3d verify`` does.

@@ -31,12 +31,14 @@ class StageCosts:
         profile: what each of them costs for one micro-batch.
         micro_batches: M.
         recompute: "never", "always", or the blocks of cells that are computed again in backward.
+        loss_at_once: whether the loss sees all micro-batches' outputs together, or each by itself.
     """
 
     graph: CellGraph
     profile: Profile
     micro_batches: int
     recompute: Recompute
+    loss_at_once: bool = True
 
     @cached_property
     def _maker(self) -> dict[str, int]:
@@ -128,7 +130,9 @@ class StageCosts:
     def peak(self, in_flight: int) -> Matrix:
         """Of every run: peak memory with so many micro-batches in flight, if its rank has no other runs."""
         held, again, _ = self._memory
-        return self.static + in_flight * held + again + self.workspace_bytes
+        beside = again + self.workspace_bytes
+        beside[:-1, -1] = np.maximum(beside[:-1, -1], self._loss_workspace)
+        return self.static + in_flight * held + beside
 
     @cached_property
     def workspace_bytes(self) -> Matrix:
@@ -176,9 +180,18 @@ class StageCosts:
         return self.parameter_bytes(begin, end) * (2 + OPTIMIZER_COPIES) + loss
 
     def loss_bytes(self) -> int:
-        """What the loss holds beside the outputs: the whole mini-batch's, joined, and their gradient."""
-        outputs = self.micro_batches * sum(self.profile.value_bytes[value] for value in self.graph.outputs)
-        return outputs * (2 if self.micro_batches > 1 else 1)
+        """What the loss leaves beside the outputs: their gradient, and if it sees all at once, what joined them."""
+        outputs = sum(self.profile.value_bytes[value] for value in self.graph.outputs)
+        return outputs * (2 * self.micro_batches if self._joins else 1)
+
+    @property
+    def _joins(self) -> bool:
+        return self.loss_at_once and self.micro_batches > 1
+
+    @property
+    def _loss_workspace(self) -> int:
+        """What the loss has alive for a moment beside that."""
+        return self.profile.loss_bytes * (self.micro_batches if self._joins else 1)
 
     def held(self, begin: int, end: int) -> Held:
         """What one micro-batch holds between its forward and its backward."""
@@ -198,7 +211,8 @@ class StageCosts:
         ends = np.arange(begin + 1, end + 1)
         received = self.received_bytes[begin, end] - self.received_bytes[begin, ends]
         at_work = np.array([cell.workspace_bytes for cell in self.profile.cells[begin:end]])
-        return int((held[begin, ends] - held[begin, end] + received + brought[begin, ends] + at_work).max())
+        most = int((held[begin, ends] - held[begin, end] + received + brought[begin, ends] + at_work).max())
+        return max(most, self._loss_workspace) if end == len(self.profile.cells) else most
 
     def deferred(self, begin: int, end: int) -> Held:
         """What one micro-batch holds between the two parts of a split backward."""

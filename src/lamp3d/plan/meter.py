@@ -31,7 +31,17 @@ from lamp3d.plan.hardware import (
     has_fast_bf16,
     worker_threads,
 )
-from lamp3d.plan.profile import Profile, TimedLoss, Timing, model_cells, profile_of, scale_timing, time_cells, time_loss
+from lamp3d.plan.profile import (
+    LossCost,
+    Profile,
+    TimedLoss,
+    Timing,
+    model_cells,
+    profile_of,
+    scale_timing,
+    time_cells,
+    time_loss,
+)
 from lamp3d.plan.slabs import Slabs, shared, slab_shape
 from lamp3d.plan.work import Work, account
 
@@ -111,11 +121,11 @@ class Meter(ABC):
         part = sum(profile.value_bytes[name] for name in self.graph.outputs) / sum(
             whole.value_bytes[name] for name in self.graph.outputs
         )
-        return profile.with_loss(part * self.loss_seconds(precision, channels_last))
+        return profile.with_loss(self.loss_cost(precision, channels_last), part)
 
-    def loss_seconds(self, precision: str, channels_last: bool) -> float:
-        """Of the loss of a micro-batch of whole volumes, forward and backward; 0 where it is not known."""
-        return 0.0
+    def loss_cost(self, precision: str, channels_last: bool) -> LossCost:
+        """Of a micro-batch of whole volumes; nothing where the loss is not known."""
+        return LossCost(0.0, 0)
 
     def _work(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Work:
         shape = slab_shape(self.shape, slabs, self.divisor)
@@ -193,7 +203,7 @@ class MeasuringMeter(Meter):
     ):
         super().__init__(network, input_shape, micro_batch, link, device_type())
         self.workers, self.loss, self.repeats, self.fresh = workers, loss, repeats, fresh
-        self.timing_of, self.loss_seconds_of = functools.cache(self._timing), functools.cache(self._loss_seconds)
+        self.timing_of, self.loss_cost_of = functools.cache(self._timing), functools.cache(self._loss_cost)
 
     @property
     def memory(self) -> int:
@@ -206,14 +216,14 @@ class MeasuringMeter(Meter):
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
         return self.timing_of(slabs, precision, channels_last, split)
 
-    def loss_seconds(self, precision: str, channels_last: bool) -> float:
-        return self.loss_seconds_of(precision, channels_last)
+    def loss_cost(self, precision: str, channels_last: bool) -> LossCost:
+        return self.loss_cost_of(precision, channels_last)
 
-    def _loss_seconds(self, precision: str, channels_last: bool) -> float:
+    def _loss_cost(self, precision: str, channels_last: bool) -> LossCost:
         if self.loss is None:
-            return 0.0
+            return LossCost(0.0, 0)
+        values = self.whole(precision, channels_last).values
         with self._worker_conditions():
-            values = self.whole(precision, channels_last).values
             return time_loss(self.loss, self.graph, values, torch.device(self.kind), self.repeats)
 
     def _timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:

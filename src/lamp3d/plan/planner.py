@@ -118,8 +118,9 @@ def find_plans(
         space: slabs that a volume is cut into along its longest axis; or two numbers, such as (2, 2), along its two
             longest axes.
         least_planes: a level of the network whose slabs have fewer planes is gathered and computed by every rank.
-        loss: from the network's output to a 0-dim tensor; it is timed, and counts in the last cell's backward. None, or
-            with ``hardware``: it does not count.
+        loss: from the network's output to a 0-dim tensor; it is timed, and counts in the last cell's backward. If it is
+            declared to be a mean over cases, GPipe need not keep a mini-batch's outputs joined for it. None, or with
+            ``hardware``: its seconds do not count.
         any_loss: only plans that are right for a loss that is no mean over cases.
         hardware: the devices are not here: the name of a description, such as ``"a100-80g"``, or one's path. Seconds
             are then worked out from arithmetic and bytes, and nothing is allocated.
@@ -166,6 +167,7 @@ def find_plans(
         recompute=in_blocks(recompute),
         least_planes=least_planes,
         any_loss=any_loss,
+        by_case=getattr(loss, "mean_over_cases", False),
     )
     if mesh:
         longest_axes(input_shape, mesh)  # or it says why they cannot be cut so

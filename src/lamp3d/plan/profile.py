@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lamp3d.graph import CellGraph, DeferredWeights, Stage, arithmetic, laid_out, module_device, preserved_buffers
+from lamp3d.graph.footprint import LiveBytes
 from lamp3d.graph.inputs import InputShape
 from lamp3d.graph.shapes import ValueSpec
 from lamp3d.plan.hardware import Hardware
@@ -45,6 +46,19 @@ class Timing:
 
     cells: tuple[CellSeconds, ...]
     uncertainty: float = 0.0
+
+
+@dataclass(frozen=True)
+class LossCost:
+    """What a loss costs for one micro-batch.
+
+    Attributes:
+        seconds: forward and backward.
+        extra_bytes: alive at its fullest moment, beside the outputs and their gradient.
+    """
+
+    seconds: float
+    extra_bytes: int
 
 
 @dataclass(frozen=True)
@@ -83,11 +97,19 @@ class CellProfile:
 
 @dataclass(frozen=True)
 class Profile:
-    """The cells' costs, the bytes of every value that passes between cells, and how uncertain the seconds are."""
+    """What a micro-batch costs.
+
+    Attributes:
+        cells: each of them; with the loss in the last one's backward, if it is known.
+        value_bytes: of every value that passes between cells.
+        uncertainty: of the seconds, relative.
+        loss_bytes: what the loss has alive at its fullest moment, beside the outputs and their gradient.
+    """
 
     cells: tuple[CellProfile, ...]
     value_bytes: dict[str, int]
     uncertainty: float = 0.0
+    loss_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -111,12 +133,14 @@ class Profile:
             )
             for cell in self.cells
         ]
-        return replace(self, cells=tuple(cells), value_bytes={n: size * factor for n, size in self.value_bytes.items()})
+        value_bytes = {name: size * factor for name, size in self.value_bytes.items()}
+        return replace(self, cells=tuple(cells), value_bytes=value_bytes, loss_bytes=self.loss_bytes * factor)
 
-    def with_loss(self, seconds: float) -> Profile:
-        """With what the loss takes, forward and backward, in the last cell's backward: it is computed just before."""
+    def with_loss(self, cost: LossCost, part: float) -> Profile:
+        """With so large a part of a loss: its seconds are the last cell's, before whose backward it is computed."""
         *cells, last = self.cells
-        return replace(self, cells=(*cells, replace(last, backward_seconds=last.backward_seconds + seconds)))
+        last = replace(last, backward_seconds=last.backward_seconds + part * cost.seconds)
+        return replace(self, cells=(*cells, last), loss_bytes=round(part * cost.extra_bytes))
 
 
 def profile_of(work: Work, timing: Timing) -> Profile:
@@ -233,8 +257,8 @@ def time_cells(
 
 def time_loss(
     loss: TimedLoss, graph: CellGraph, values: Mapping[str, ValueSpec], device: torch.device, repeats: int = 3
-) -> float:
-    """Seconds that a loss takes for one micro-batch, forward and backward.
+) -> LossCost:
+    """What a loss costs for one micro-batch.
 
     Args:
         loss: it.
@@ -253,14 +277,18 @@ def time_loss(
         name: laid_out(torch.randn(shape, dtype=values[name].dtype, device=device), values[name].channels_last)
         for name, shape in shapes.items()
     }
-    seconds = []
-    for _ in range(repeats + 1):
+
+    def seconds() -> float:
         leaves = {name: output.detach().requires_grad_() for name, output in outputs.items()}
         begin = _now(device)
         with torch.enable_grad():
             torch.autograd.backward(loss(graph.collect(leaves)))
-        seconds.append(_now(device) - begin)
-    return factor * statistics.median(seconds[1:])
+        return _now(device) - begin
+
+    with LiveBytes() as live:
+        seconds()
+    extra = max(0, live.highest - sum(output.nbytes for output in outputs.values()))
+    return LossCost(factor * statistics.median(seconds() for _ in range(repeats)), round(factor * extra))
 
 
 def _time_cell(

@@ -120,6 +120,7 @@ class Request:
         data, space, pipe, micro_batches, schedule, recompute: what is fixed; None: what is best.
         least_planes: a level whose slabs have fewer planes is gathered.
         any_loss: whether the plan must do for losses that are no mean over cases.
+        by_case: whether the loss is known to be such a mean, and so computed a micro-batch at a time.
     """
 
     volume: tuple[int, ...]
@@ -135,6 +136,7 @@ class Request:
     recompute: Recompute | None = None
     least_planes: int = 1
     any_loss: bool = False
+    by_case: bool = False
 
     @property
     def batch(self) -> int:
@@ -238,10 +240,11 @@ class Search:
         """What a micro-batch of an option costs."""
         cases = math.ceil(self.request.batch / option.data / option.micro_batches)
         split = option.pipe > 1 and splits_backward(option.schedule)
-        key = option.slabs, split, cases, option.micro_batches, recompute
+        at_once = option.schedule == "gpipe" and not self.request.by_case
+        key = option.slabs, split, cases, option.micro_batches, recompute, at_once
         if key not in self._costs:
             profile = self._profile(option.slabs, split).times(math.ceil(cases / self.meter.micro_batch))
-            self._costs[key] = StageCosts(self.meter.graph, profile, option.micro_batches, recompute)
+            self._costs[key] = StageCosts(self.meter.graph, profile, option.micro_batches, recompute, at_once)
         return self._costs[key]
 
     def bound(self, option: Option) -> float:

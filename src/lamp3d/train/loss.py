@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from lamp3d.errors import ConfigError
+from lamp3d.parallel import mean_over_cases
 from lamp3d.parallel.sharded import ShardedVolume
 from lamp3d.parallel.space.ranks import Space
 
@@ -159,7 +160,12 @@ def with_drawn_targets(loss: HybridLoss) -> Callable[[Tensor], Tensor]:
         labels = torch.randint(classes, (shape[0], 1, *shape[2:]), dtype=torch.uint8, device=device)
         return labels, torch.ones(shape[0], classes, dtype=torch.bool, device=device)
 
-    return lambda logits: loss(logits, targets(logits.shape, logits.device))
+    @mean_over_cases
+    def timed(logits: Tensor) -> Tensor:
+        value: Tensor = loss(logits, targets(logits.shape, logits.device))
+        return value
+
+    return timed
 
 
 def _merged(logits: Tensor, annotated: Tensor) -> tuple[Tensor, Tensor]:
