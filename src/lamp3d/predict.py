@@ -6,14 +6,21 @@ holds its output does no work on voxels: it only needs to know the shapes.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
+import scipy.ndimage
 import torch
 from monai.inferers import sliding_window_inference
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamp3d.data.augment import LEFT_RIGHT_AXIS
 from lamp3d.data.preprocess import PreprocessConfig, prepare_scan
 from lamp3d.errors import ConfigError
 from lamp3d.parallel import Engine
@@ -21,6 +28,32 @@ from lamp3d.parallel.sharded import whole
 from lamp3d.volume import Volume
 
 WINDOW_OVERLAP = 0.5
+
+
+class PredictConfig(BaseModel):
+    """How a network's output becomes a label map.
+
+    Args:
+        mirror: average the output over the scan's mirror images, along the axes that training flips; takes twice as
+            long an axis.
+        largest_part: organs of which only the largest connected part is kept: those that are one piece in everybody.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mirror: bool = False
+    largest_part: tuple[str, ...] = ()
+
+
+def single_parts(config: PredictConfig, organs: Sequence[str]) -> tuple[int, ...]:
+    """The labels of the organs that are one piece.
+
+    Raises:
+        ConfigError: the configuration names an organ that is not there.
+    """
+    if unknown := sorted(set(config.largest_part) - set(organs)):
+        raise ConfigError(f"predict.largest_part names {', '.join(unknown)}; the organs are {', '.join(organs)}.")
+    return tuple(1 + organs.index(organ) for organ in config.largest_part)
 
 
 class Predictor:
@@ -32,6 +65,9 @@ class Predictor:
         divisor: what every side of the network's input must be a multiple of (16 for the U-Net with four levels).
         window: the sides of the sliding window in voxels (paper §3, "64³"); None predicts the whole volume at once.
         classes: how many channels of the output to predict with, the rest being deep supervision; None: all.
+        mirror_axes: of (D, H, W), along which the scan is mirrored too: the output is the mean over all mirror images.
+        twins: the channel that each channel becomes in a left-right mirror image; None: none has a side.
+        single_parts: labels of which only the largest connected part is kept.
 
     Raises:
         ConfigError: if the window's sides are not multiples of the divisor.
@@ -44,6 +80,9 @@ class Predictor:
         divisor: int,
         window: tuple[int, int, int] | None = None,
         classes: int | None = None,
+        mirror_axes: Sequence[int] = (),
+        twins: Tensor | None = None,
+        single_parts: Sequence[int] = (),
     ) -> None:
         if window is not None and any(side <= 0 or side % divisor for side in window):
             raise ConfigError(
@@ -55,6 +94,9 @@ class Predictor:
         self.divisor = divisor
         self.window = window
         self.classes = classes
+        self.twins = twins
+        self.single_parts = single_parts
+        self.views = [axes for n in range(1 + len(mirror_axes)) for axes in itertools.combinations(mirror_axes, n)]
         # Ranks that share a volume all learn the result; one of them is enough to hand it on.
         self.holds_result = engine.holds_output and engine.is_first_slab
 
@@ -72,7 +114,10 @@ class Predictor:
         """
         prepared = prepare_scan(scan, self.preprocess)
         (logits,) = self.predict_prepared([prepared.image])
-        return None if logits is None else prepared.restore_labels(logits)
+        if logits is None:
+            return None
+        labels = prepared.restore_labels(logits)
+        return replace(labels, data=with_largest_parts(labels.data, self.single_parts))
 
     def predict_prepared(self, images: Iterable[Tensor]) -> Iterator[Tensor | None]:
         """The logits of prepared volumes, in order; whole volumes follow each other through the pipeline.
@@ -84,6 +129,25 @@ class Predictor:
         Yields:
             (C, D, H, W) logits on the engine's device, or None on all ranks but one that holds the network's output.
         """
+        if len(self.views) == 1:
+            yield from self._outputs(images)
+            return
+        views = (image.flip([1 + axis for axis in axes]) for image in images for axes in self.views)
+        mean: Tensor | None = None
+        for axes, logits in zip(itertools.cycle(self.views), self._outputs(views), strict=False):
+            if logits is not None:
+                logits = self._mirrored_back(logits, axes) / len(self.views)
+                mean = logits if mean is None else mean.add_(logits)
+            if axes == self.views[-1]:
+                yield mean
+                mean = None
+
+    def _mirrored_back(self, logits: Tensor, axes: Sequence[int]) -> Tensor:
+        if LEFT_RIGHT_AXIS in axes and self.twins is not None:
+            logits = logits[self.twins.to(logits.device)]
+        return logits.float().flip([1 + axis for axis in axes])
+
+    def _outputs(self, images: Iterable[Tensor]) -> Iterator[Tensor | None]:
         if self.window is None:
             yield from self._whole(images)
         else:
@@ -138,3 +202,24 @@ class Predictor:
             if self.holds_result
             else windows.new_zeros(len(windows), 1, *windows.shape[2:])
         )
+
+
+def with_largest_parts(labels: npt.NDArray[np.generic], single: Iterable[int]) -> npt.NDArray[np.generic]:
+    """A label map in which some labels have but their largest connected part; what else they had is background.
+
+    Args:
+        labels: integers, of any shape.
+        single: those labels; voxels that touch at a corner are connected.
+    """
+    if not (values := list(single)):
+        return labels
+    labels, boxes = labels.copy(), scipy.ndimage.find_objects(labels)
+    for value in values:
+        box = boxes[value - 1] if value <= len(boxes) else None
+        if box is not None:
+            mask = labels[box] == value
+            parts, count = scipy.ndimage.label(mask, np.ones((3,) * mask.ndim))
+            if count > 1:
+                sizes = np.bincount(parts.ravel())
+                labels[box][mask & (parts != 1 + sizes[1:].argmax())] = 0
+    return labels

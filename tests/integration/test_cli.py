@@ -138,6 +138,9 @@ def test_an_exported_model_predicts_as_its_run_does(
     assert not list(tmp_path.glob(".*"))  # nothing half-written
     assert "is not empty" in lamp3d("export", trained, model, *told).complaint()
     assert "no model 'openkpb'" in lamp3d("predict", "--model", "openkpb", scan, "--out", tmp_path / "x").complaint()
+    assert (
+        "was trained without flips" in lamp3d("predict", trained, scan, "--mirror", "--out", tmp_path / "x").complaint()
+    )
     assert "no scans" in lamp3d("predict", trained, "--out", tmp_path / "x").complaint()
 
 

@@ -95,6 +95,7 @@ def test_single_keys_are_changed(path: Path) -> None:
         ("train.curriculum.0.patch=small", ["train.curriculum.0.patch", "'small'"]),
         ("train.curriculum=[]", ["train.curriculum", "at least 1 item"]),
         ("preprocess.window=[5, 5]", ["preprocess", "must rise"]),
+        ("predict.mirror=true", ["predict.mirror goes with augment.flip_axes"]),
         ("memory=lots", ["'lots' is not an amount of memory"]),
         # Unknown keys at every depth, with the likely one or the known ones.
         ("netwrok.filters=3", ["unknown key 'netwrok'", "did you mean 'network'?"]),

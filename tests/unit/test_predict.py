@@ -11,7 +11,7 @@ from lamp3d.errors import ConfigError
 from lamp3d.nets import UNet
 from lamp3d.parallel import Engine
 from lamp3d.plan import make_plan
-from lamp3d.predict import Predictor
+from lamp3d.predict import PredictConfig, Predictor, single_parts, with_largest_parts
 from lamp3d.volume import Volume
 
 
@@ -132,3 +132,72 @@ def test_the_engine_on_one_device_gives_the_networks_own_logits():
 def test_a_window_that_the_network_cannot_halve_is_refused():
     with pytest.raises(ConfigError, match=r"multiples of 16.*take \(64, 64, 80\)"):
         Predictor(OneRankEngine(Threshold()), PREPROCESS, divisor=16, window=(64, 70, 80))
+
+
+class Sided(nn.Module):
+    """Three channels that tell left from right, up from down, and where in the volume they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = torch.arange(x[0, 0].numel(), dtype=x.dtype).reshape(x[0, 0].shape) / x[0, 0].numel()
+        return torch.cat([x, x.roll(1, 2) * place, x.roll(1, 3) + place], dim=1)
+
+
+TWINS = torch.tensor([0, 2, 1])
+
+
+@pytest.mark.parametrize("window", [None, (8, 8, 8)])
+@pytest.mark.parametrize("axes", [(0,), (1, 2), (0, 2)])
+def test_mirror_images_are_averaged(window, axes):
+    images = [torch.rand(1, 10, 9, 8), torch.rand(1, 8, 8, 17)]
+    plain = Predictor(OneRankEngine(Sided()), PREPROCESS, 4, window)
+    every = [(), *((axis,) for axis in axes), *([axes] if len(axes) > 1 else [])]
+    expected = []
+    for image in images:
+        of_views = []
+        for view in every:
+            dims = [1 + axis for axis in view]
+            (logits,) = plain.predict_prepared([image.flip(dims)])
+            of_views.append((logits[TWINS] if 0 in view else logits).flip(dims))
+        expected.append(torch.stack(of_views).mean(0))
+
+    mirrored = Predictor(OneRankEngine(Sided()), PREPROCESS, 4, window, mirror_axes=axes, twins=TWINS)
+    for result, wanted in zip(mirrored.predict_prepared(iter(images)), expected, strict=True):
+        torch.testing.assert_close(result, wanted)
+
+    other_rank = OneRankEngine(Sided(), reads_input=False, holds_output=False)
+    given = [image.to("meta") for image in images]
+    other = Predictor(other_rank, PREPROCESS, 4, window, mirror_axes=axes, twins=TWINS)
+    assert list(other.predict_prepared(given)) == [None, None]
+    assert len(other_rank.calls) == len(mirrored.engine.calls)
+
+
+def test_organs_that_are_one_piece_have_one_piece():
+    labels = np.zeros((6, 7, 8), np.uint8)
+    labels[0, 0, :3] = 1
+    labels[1, 1, 3] = 1  # touches at a corner
+    labels[4:6, 4:6, 4:6] = 1
+    labels[4, 4, 4] = 2  # within it
+    labels[2, 6, 0:2] = 2
+    labels[0, 6, 7] = 3
+    found = with_largest_parts(labels, (1, 2, 4))  # 4 is nowhere
+    expected = labels.copy()
+    expected[:2, :2, :4] = 0
+    expected[4, 4, 4] = 0
+    np.testing.assert_array_equal(found, expected)
+    assert labels[0, 0, 0] == 1  # what was given is as it was
+    assert with_largest_parts(labels, ()) is labels
+
+    volume, expected = scan()
+    volume.data[12, 16, 9] = 900  # a speck
+    (kept, all_) = (
+        Predictor(OneRankEngine(Threshold()), PREPROCESS, divisor=4, single_parts=single).predict(volume)
+        for single in ((1,), ())
+    )
+    np.testing.assert_array_equal(kept.data, expected)
+    assert all_.data.sum() > expected.sum()
+
+
+def test_an_organ_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match=r"largest_part names Spleen; the organs are Liver, Tumour"):
+        single_parts(PredictConfig(largest_part=("Liver", "Spleen")), ("Liver", "Tumour"))
+    assert single_parts(PredictConfig(largest_part=("Tumour",)), ("Liver", "Tumour")) == (2,)

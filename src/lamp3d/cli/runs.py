@@ -18,6 +18,10 @@ from lamp3d.experiment import ExperimentConfig, Run, evaluate, export, find_mode
 from lamp3d.report import time_line_picture, write_report
 
 WindowOption = Annotated[str, typer.Option(help="'whole', or the side of a sliding window, such as 64 or 64x64x32.")]
+MirrorOption = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option("--mirror/--no-mirror", help="Average over mirror images of the scan; default: as the run's config."),
+]
 DEMO_CONFIG = Path(__file__).parents[1] / "demo.yaml"
 DEMO_SECONDS = 110.0
 """Of training, so that with phantoms, plans, evaluation and report the demo stays under three minutes."""
@@ -94,6 +98,7 @@ def predict_command(
     ] = None,
     window: WindowOption = "whole",
     devices: Devices = 1,
+    mirror: MirrorOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace label maps that are there.")] = False,
 ) -> None:
     """Label maps of scans, each on its scan's own grid."""
@@ -101,7 +106,7 @@ def predict_command(
     if not scans:
         raise ConfigError("no scans: give a run folder and at least one scan, or --model NAME and scans.")
     opened = Run.open(run)
-    done = predict(opened, scans, out, window=_window(window), devices=devices, overwrite=overwrite)
+    done = predict(opened, scans, out, window=_window(window), devices=devices, mirror=mirror, overwrite=overwrite)
     for prediction in done:
         say(f"{prediction.path}  {prediction.seconds:.2f} s")
     names = ", ".join(f"{label} {organ}" for label, organ in enumerate(opened.organs, start=1))
@@ -115,11 +120,12 @@ def evaluate_command(
     split: Annotated[str, typer.Option(help="Which cases.")] = "validation",
     window: WindowOption = "whole",
     devices: Devices = 1,
+    mirror: MirrorOption = None,
     tolerance_mm: Annotated[float, typer.Option(help="Of the surface Dice.")] = 2.0,
 ) -> None:
     """Predict a split and score it: Dice, HD95 and surface Dice per organ and case, in results.json."""
     results = evaluate(
-        Run.open(run), dataset, split, window=_window(window), devices=devices, tolerance_mm=tolerance_mm
+        Run.open(run), dataset, split, window=_window(window), devices=devices, mirror=mirror, tolerance_mm=tolerance_mm
     )
     console.print(_results_table(results))
     say(f"Results: {run / 'results.json'}")

@@ -16,6 +16,7 @@ from lamp3d.data import AugmentConfig, PreprocessConfig, SplitConfig
 from lamp3d.errors import ConfigError
 from lamp3d.nets import FromMonai, SEUNet, UNet
 from lamp3d.plan import parse_bytes
+from lamp3d.predict import PredictConfig
 from lamp3d.train import LossConfig, TrainConfig
 from lamp3d.volume import write_text
 
@@ -102,9 +103,16 @@ class ExperimentConfig(BaseModel):
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig
+    predict: PredictConfig = PredictConfig()
     initial_weights: str | None = None
     memory: str | None = None
     cache: Path | None = None
+
+    @model_validator(mode="after")
+    def _mirrors_as_trained(self) -> ExperimentConfig:
+        if self.predict.mirror and not self.augment.flip_axes:
+            raise ValueError("predict.mirror goes with augment.flip_axes: the network has to have seen such images")
+        return self
 
     @field_validator("memory")
     @classmethod

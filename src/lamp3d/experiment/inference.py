@@ -6,18 +6,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lamp3d.data import Case, Dataset
+from lamp3d.data.augment import label_swap
 from lamp3d.errors import ConfigError, DatasetError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
 from lamp3d.experiment.run import Run
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, make_plan
 from lamp3d.plan.hardware import device_type
-from lamp3d.predict import Predictor
+from lamp3d.predict import Predictor, single_parts
 from lamp3d.train import Checkpoint, load_weights
 from lamp3d.volume import read_volume, scan_name, write_nifti
 
@@ -34,7 +36,14 @@ class Prediction:
 
 
 def predict(
-    run: Run, scans: Sequence[Path], out: Path, *, window: Window = None, devices: int = 1, overwrite: bool = False
+    run: Run,
+    scans: Sequence[Path],
+    out: Path,
+    *,
+    window: Window = None,
+    devices: int = 1,
+    mirror: bool | None = None,
+    overwrite: bool = False,
 ) -> list[Prediction]:
     """Write the label map of every scan, on the scan's own grid, to ``out``.
 
@@ -44,14 +53,18 @@ def predict(
         out: the folder; label maps are named after the scans.
         window: sides of a sliding window; None: whole volumes.
         devices: worker processes.
+        mirror: average over the scan's mirror images; None: as the run's configuration says.
         overwrite: whether label maps that are there already may be replaced.
 
     Raises:
-        ConfigError: the run has no weights, two scans have one name, or a label map is there already.
+        ConfigError: the run has no weights, it has not seen mirror images, two scans have one name, or a label map is
+            there already.
         ScanError: a scan cannot be read; those before it are done.
     """
     if not run.best.exists():
         raise ConfigError(f"{run.folder} has no checkpoint yet; train first.")
+    mirror = run.config.predict.mirror if mirror is None else mirror
+    settings = _predictor_settings(run, mirror)
     targets = [out / f"{scan_name(scan)}.nii.gz" for scan in scans]
     if len(set(targets)) < len(targets):
         raise ConfigError("several scans have the same name; predict them into different folders.")
@@ -62,7 +75,8 @@ def predict(
             raise ConfigError(f"no scan at {scan}.")
     out.mkdir(parents=True, exist_ok=True)
     plan = _inference_plan(run, devices, window)
-    results = launch(_predict_worker, devices, (run.folder, plan, list(zip(scans, targets, strict=True)), window))
+    pairs = list(zip(scans, targets, strict=True))
+    results = launch(_predict_worker, devices, (run.folder, plan, pairs, {"window": window, **settings}))
     return next(result for result in results if result is not None)
 
 
@@ -73,6 +87,7 @@ def evaluate(
     *,
     window: Window = None,
     devices: int = 1,
+    mirror: bool | None = None,
     tolerance_mm: float = 2.0,
 ) -> Results:
     """Predict a split with contours and score it; leaves ``predictions/SPLIT/`` and ``results.json`` in the run folder.
@@ -83,6 +98,7 @@ def evaluate(
         split: "validation", "test", …
         window: sides of a sliding window; None: whole volumes.
         devices: worker processes.
+        mirror: average over the scans' mirror images; None: as the run's configuration says.
         tolerance_mm: of the surface Dice.
 
     Raises:
@@ -91,7 +107,10 @@ def evaluate(
     dataset = run.read_dataset(dataset_root)
     cases = _labelled(dataset, split, run)
     folder = run.folder / "predictions" / split
-    predictions = predict(run, [case.image for case in cases], folder, window=window, devices=devices, overwrite=True)
+    mirror = run.config.predict.mirror if mirror is None else mirror
+    predictions = predict(
+        run, [case.image for case in cases], folder, window=window, devices=devices, mirror=mirror, overwrite=True
+    )
     results = []
     with _progress() as progress:
         for case, prediction in progress.track(
@@ -118,6 +137,8 @@ def evaluate(
             "checkpoint_epochs": Checkpoint(run.best).progress.get("epochs"),
             "window": "whole" if window is None else list(window),
             "devices": devices,
+            "mirror": mirror,
+            "largest_part": list(run.config.predict.largest_part),
             "tolerance_mm": tolerance_mm,
         },
     )
@@ -135,6 +156,18 @@ def _labelled(dataset: Dataset, split: str, run: Run) -> tuple[Case, ...]:
     if bare := [case.name for case in cases if case.label is None]:
         raise DatasetError(f"cases of split {split!r} have no contours to compare with: {', '.join(bare[:5])}.")
     return cases
+
+
+def _predictor_settings(run: Run, mirror: bool) -> dict[str, Any]:
+    """What a `Predictor` is told of mirror images and of organs in one piece."""
+    config = run.config
+    if mirror and not config.augment.flip_axes:
+        raise ConfigError(f"{run.folder} was trained without flips (augment.flip_axes): predict without mirror images.")
+    return {
+        "mirror_axes": config.augment.flip_axes if mirror else (),
+        "twins": label_swap(config.augment, run.organs) if mirror else None,
+        "single_parts": single_parts(config.predict, run.organs),
+    }
 
 
 def _inference_plan(run: Run, devices: int, window: Window) -> Plan:
@@ -160,13 +193,13 @@ def _inference_plan(run: Run, devices: int, window: Window) -> Plan:
 
 
 def _predict_worker(
-    folder: Path, plan: Plan, pairs: list[tuple[Path, Path]], window: Window
+    folder: Path, plan: Plan, pairs: list[tuple[Path, Path]], settings: dict[str, Any]
 ) -> list[Prediction] | None:
     run = Run.open(folder)
     network = run.network()
     load_weights(network, run.best)
     engine = Engine(network.eval(), plan)
-    predictor = Predictor(engine, run.config.preprocess, network.divisor, window, 1 + len(run.organs))
+    predictor = Predictor(engine, run.config.preprocess, network.divisor, classes=1 + len(run.organs), **settings)
     predictions = []
     with _progress(hidden=not predictor.holds_result) as progress:
         for scan, target in progress.track(pairs, description="Predicting"):

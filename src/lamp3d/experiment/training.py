@@ -19,7 +19,7 @@ from lamp3d.experiment.planning import plan_stages, stage_batches, stage_plan
 from lamp3d.experiment.run import Run, cache_folder
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, format_bytes
-from lamp3d.predict import Predictor
+from lamp3d.predict import Predictor, single_parts
 from lamp3d.train import Checkpoint, CurriculumStage, HybridLoss, Trainer, copy_tensors, network_tensors
 
 SAFER = 0.8
@@ -58,6 +58,7 @@ def train(
     train_cases, validation_cases = dataset.split("train"), _validation_cases(dataset)
     loss = config.loss.resolved_for([case.annotated for case in train_cases], dataset.organs)
     config = config.model_copy(update={"loss": loss})
+    single_parts(config.predict, dataset.organs)  # or it says which organ is not there
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
     run = Run(out, config, dataset.root.resolve(), dataset.organs)
     if config.initial_weights is not None and not (out / "last.safetensors").exists():
