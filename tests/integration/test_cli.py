@@ -219,6 +219,20 @@ def test_verify_shows_that_a_plan_is_exact(lamp3d: CommandLine, tmp_path: Path) 
     assert {event["cat"] for event in events} == {"forward", "backward_input", "backward_weight"}
 
 
+def test_the_network_of_a_configuration_is_planned_for(lamp3d: CommandLine, config: Path, tmp_path: Path) -> None:
+    kind = "network: {kind: monai, name: BasicUNet, arguments: {features: [4, 4, 4, 4, 4, 4]}, divisor: 16}"
+    other = tmp_path / "other.yaml"
+    other.write_text(config.read_text("utf-8").replace("network: {kind: unet, filters: 2}", kind), "utf-8")
+    options = ("--classes", 3, "--volume", "32x32x16", "--precision", "fp32")
+    found = []
+    for net in (config, other):
+        done = lamp3d("plan", "--net", net, *options, "--json", tmp_path / f"{len(found)}.json")
+        assert done.code == 0, done.err
+        found.append(Plan.load(tmp_path / f"{len(found)}.json"))
+    assert [plan.network for plan in found] == ["UNet", "FromMonai"]
+    assert "no configuration at nowhere.yaml" in lamp3d("plan", "--net", "nowhere.yaml").complaint()
+
+
 def test_verify_tells_of_a_network_that_a_plan_changes(lamp3d: CommandLine) -> None:
     # Dropout draws other numbers for micro-batches than for the mini-batch.
     layers = "nn.Conv3d(1, 4, 3), nn.Dropout(), nn.Conv3d(4, 1, 1)"

@@ -13,7 +13,8 @@ from torch import nn
 
 from lamp3d.cli.common import Devices, app, console, say, sides, stop
 from lamp3d.errors import ConfigError
-from lamp3d.experiment import NetworkConfig, load_network, verify
+from lamp3d.experiment import NetworkConfig, load_config, load_network, verify
+from lamp3d.nets import FromMonai, SEUNet, UNet
 from lamp3d.plan import SCHEDULES, Plan, Planning, find_plans, format_bytes, parse_bytes
 from lamp3d.plan.hardware import known_hardware
 from lamp3d.report import cells_picture, time_line_picture
@@ -22,7 +23,12 @@ from lamp3d.volume import write_text
 
 VERIFY_TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 
-Net = Annotated[str, typer.Option(help="unet, seunet, or package.module:function that gives a network.")]
+Net = Annotated[
+    str,
+    typer.Option(
+        help="unet, seunet, package.module:function that gives a network, or a configuration (.yaml) with one."
+    ),
+]
 Filters = Annotated[int, typer.Option(min=1, help="Channels of the first block.")]
 Classes = Annotated[int, typer.Option(min=2, help="Organs and background.")]
 StemStride = Annotated[int, typer.Option(min=1, max=2, help="1: full resolution; 2: half.")]
@@ -74,8 +80,9 @@ def plan(
     loss = None
     if hardware is None:
         network = make()
-        if ":" not in net:
-            loss = with_drawn_targets(HybridLoss(LossConfig(), [str(label) for label in range(1, classes)]))
+        if isinstance(network, UNet | SEUNet | FromMonai):  # its logits are what lamp3d's loss takes
+            organs = [str(label) for label in range(1, classes)]
+            loss = with_drawn_targets(HybridLoss(LossConfig(), organs, network.heads))
     else:
         with torch.device("meta"):
             network = make()
@@ -155,9 +162,12 @@ def _network(
     """A function that makes the network, with its weights seeded, and the volume's sides."""
     torch.manual_seed(0)
     shape = sides(volume)
-    if ":" in net:
+    if net.endswith((".yaml", ".yml")):
+        settings = load_config(Path(net)).network
+    elif ":" in net:
         return partial(load_network, net), shape
-    settings = NetworkConfig.model_validate({"kind": net, "filters": filters, "stem_stride": stem_stride})
+    else:
+        settings = NetworkConfig.model_validate({"kind": net, "filters": filters, "stem_stride": stem_stride})
     network = settings.build(classes)
     if any(side % network.divisor for side in shape):
         near = "x".join(str(-(-side // network.divisor) * network.divisor) for side in shape)
