@@ -75,6 +75,31 @@ def test_resampling_keeps_the_extent_and_comes_back(spacing: tuple[float, float,
     assert dice > (0.999 if spacing[0] < 2 else 0.8)
 
 
+def test_only_scans_beyond_the_limits_are_resampled() -> None:
+    image, label = tiny_scan(0)  # voxels of 2 x 2.5 x 3 mm, axes as in RAS
+    own = prepare_scan(image, CONFIG, label)
+    within = CONFIG.model_copy(update={"spacing_limits_mm": ((1, 2.5, 2), (2, 3, 4))})
+    torch.testing.assert_close(prepare_scan(image, within, label).image, own.image, rtol=0, atol=0)
+    beyond = CONFIG.model_copy(update={"spacing_limits_mm": ((4, 1, 1), (8, 1.25, 4))})
+    fixed = CONFIG.model_copy(update={"spacing_mm": (4, 1.25, 3)})
+    found, expected = (prepare_scan(image, config, label) for config in (beyond, fixed))
+    torch.testing.assert_close(found.image, expected.image)
+    np.testing.assert_allclose(found.affine, expected.affine)
+
+
+def test_scans_in_hounsfield_units_are_brought_to_the_datasets_own() -> None:
+    image, _ = tiny_scan(0)
+    config = CONFIG.model_copy(update={"window": (824, 1424), "foreground_above": 524, "hu_offset": 1024})
+    lifted = Volume(image.data + 1024, image.affine)
+    expected = prepare_scan(image, CONFIG).image
+    assert image.data.min() < -512 < lifted.data.min()
+    for given in (image, lifted):
+        torch.testing.assert_close(prepare_scan(given, config).image, expected)
+    before = image.data.copy()
+    prepare_scan(image, config)
+    np.testing.assert_array_equal(image.data, before)
+
+
 def test_restore_interpolates_scores_not_labels() -> None:
     """Twice too coarse and half a voxel off: the border between two classes runs where their scores cross."""
     image = Volume(np.zeros((8, 4, 4), np.float32), np.eye(4))
@@ -94,7 +119,15 @@ def test_scan_without_foreground_is_refused_with_its_values() -> None:
 
 
 def test_configuration_is_checked() -> None:
-    for bad in ({"windows": (0, 1)}, {"window": (1, 0)}, {"spacing_mm": (0, 1, 1)}, {"margin_voxels": -1}):
+    for bad in (
+        {"windows": (0, 1)},
+        {"window": (1, 0)},
+        {"spacing_mm": (0, 1, 1)},
+        {"margin_voxels": -1},
+        {"hu_offset": -1},
+        {"spacing_limits_mm": ((2, 2, 2), (1, 3, 3))},
+        {"spacing_mm": (1, 1, 1), "spacing_limits_mm": ((1, 1, 1), (2, 2, 2))},
+    ):
         with pytest.raises(ValidationError):
             PreprocessConfig(**bad)
 

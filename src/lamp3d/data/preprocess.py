@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,9 @@ from lamp3d.volume import Volume
 _AXIS_ENDS = (("L", "R"), ("P", "A"), ("I", "S"))
 _KEYS = ("image", "label")
 
+Spacing = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+"""Of voxels along x, y, z, in mm."""
+
 
 class PreprocessConfig(BaseModel):
     """How scans are brought to one form.
@@ -28,6 +31,10 @@ class PreprocessConfig(BaseModel):
         orientation: what the axes of a prepared scan grow towards; the augmentation's left and right rely on RAS.
         spacing_mm: voxel size of a prepared scan; None keeps the scan's own. Reached to the nearest whole number of
             voxels, so that the scan's extent stays exactly as it is.
+        spacing_limits_mm: instead, the smallest and the largest voxel size: only scans beyond a limit are resampled, to
+            that limit. For models that are used on others' scans.
+        hu_offset: what the dataset's intensities are above Hounsfield units, such as 1024. A scan with values below
+            minus half of it is in Hounsfield units, and gets it added.
         window: intensities that become 0 and 1; what lies outside is clipped.
         crop_foreground: cut away the air around the patient.
         foreground_above: raw intensity above which a voxel belongs to the patient.
@@ -37,17 +44,31 @@ class PreprocessConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     orientation: Literal["RAS"] = "RAS"
-    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    spacing_mm: Spacing | None = None
+    spacing_limits_mm: tuple[Spacing, Spacing] | None = None
+    hu_offset: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     window: tuple[float, float] = (-200.0, 400.0)
     crop_foreground: bool = True
     foreground_above: float = -500.0
     margin_voxels: int = Field(default=2, ge=0)
 
     @model_validator(mode="after")
-    def _window_rises(self) -> PreprocessConfig:
+    def _is_possible(self) -> PreprocessConfig:
         if not self.window[0] < self.window[1]:
             raise ValueError(f"window {self.window} must rise: (intensity that becomes 0, intensity that becomes 1)")
+        if self.spacing_limits_mm is not None:
+            smallest, largest = self.spacing_limits_mm
+            if self.spacing_mm is not None:
+                raise ValueError("spacing_mm and spacing_limits_mm: give one of them")
+            if any(low > high for low, high in zip(smallest, largest, strict=True)):
+                raise ValueError(f"spacing_limits_mm {self.spacing_limits_mm} must be (smallest, largest)")
         return self
+
+    def spacing_for(self, spacing_mm: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The voxel size (3,) of a prepared scan whose own is ``spacing_mm``, axes as configured."""
+        if self.spacing_mm is not None:
+            return np.array(self.spacing_mm)
+        return spacing_mm if self.spacing_limits_mm is None else np.clip(spacing_mm, *self.spacing_limits_mm)
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,8 @@ def prepare_scan(volume: Volume, config: PreprocessConfig, label: Volume | None 
     Raises:
         ScanError: nothing in the scan is brighter than ``foreground_above``.
     """
+    if volume.data.min() < -config.hu_offset / 2 < 0:
+        volume = replace(volume, data=volume.data.astype(np.float32) + config.hu_offset)
     scan: dict[str, Any] = {"image": _meta(volume.data.astype(np.float32), volume.affine)}
     if label is not None:
         # On the image's affine: the two were found equal up to rounding, and must be turned alike.
@@ -117,11 +140,10 @@ def prepare_scan(volume: Volume, config: PreprocessConfig, label: Volume | None 
     # Windowed before it is resampled, so that metal of +20,000 does not bleed into its neighbours.
     low, high = config.window
     scan = ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True)(scan)
-    if config.spacing_mm is not None:
-        spacing = np.linalg.norm(np.asarray(crop.affine)[:3, :3], axis=0)
-        size = [
-            max(1, round(n * old / new)) for n, old, new in zip(crop.shape[1:], spacing, config.spacing_mm, strict=True)
-        ]
+    spacing = np.linalg.norm(np.asarray(crop.affine, dtype=np.float64)[:3, :3], axis=0)
+    wanted = config.spacing_for(spacing)
+    if config.spacing_mm is not None or (wanted != spacing).any():
+        size = [max(1, round(n * old / new)) for n, old, new in zip(crop.shape[1:], spacing, wanted, strict=True)]
         resize = Resized(
             _KEYS,
             size,
