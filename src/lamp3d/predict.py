@@ -56,6 +56,19 @@ def single_parts(config: PredictConfig, organs: Sequence[str]) -> tuple[int, ...
     return tuple(1 + organs.index(organ) for organ in config.largest_part)
 
 
+def check_window(window: tuple[int, int, int] | None, divisor: int) -> None:
+    """Whether a network can take such windows.
+
+    Raises:
+        ConfigError: a side is no multiple of the divisor.
+    """
+    if window is not None and any(side <= 0 or side % divisor for side in window):
+        raise ConfigError(
+            f"the window's sides {window} must be multiples of {divisor}, by which this network halves its "
+            f"volumes: take {tuple(max(1, round(side / divisor)) * divisor for side in window)}"
+        )
+
+
 class Predictor:
     """Predicts label maps of whole scans in one pass, or by a sliding window.
 
@@ -84,11 +97,7 @@ class Predictor:
         twins: Tensor | None = None,
         single_parts: Sequence[int] = (),
     ) -> None:
-        if window is not None and any(side <= 0 or side % divisor for side in window):
-            raise ConfigError(
-                f"the window's sides {window} must be multiples of {divisor}, by which this network halves its "
-                f"volumes: take {tuple(max(1, round(side / divisor)) * divisor for side in window)}"
-            )
+        check_window(window, divisor)
         self.engine = engine
         self.preprocess = preprocess
         self.divisor = divisor

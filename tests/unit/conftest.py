@@ -1,4 +1,4 @@
-"""A small dataset on disk, and the real one beside the repository where it is there."""
+"""A small dataset on disk."""
 
 from __future__ import annotations
 
@@ -22,11 +22,3 @@ def tiny(tmp_path: Path) -> Callable[..., Dataset]:
         return read_dataset(root)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def openkbp() -> Path:
-    root = Path(__file__).resolve().parents[2].parent / "shared" / "openkbp"
-    if not (root / "dataset.json").exists():
-        pytest.skip(f"the real head-and-neck CTs are not at {root}")
-    return root

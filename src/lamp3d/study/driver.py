@@ -14,6 +14,7 @@ from lamp3d.data import Dataset
 from lamp3d.errors import ConfigError, LampError
 from lamp3d.experiment import ExperimentConfig, Run, evaluate, forecast, predict, train
 from lamp3d.experiment.planning import voxels_seen
+from lamp3d.predict import check_window
 from lamp3d.study.config import Row, StudyConfig, Window, load_study, run_name, saved_study
 from lamp3d.study.result import RunResult, Timing, read_results, unfinished
 from lamp3d.train import read_history
@@ -143,10 +144,10 @@ def _remember(study: StudyConfig, configs: dict[str, ExperimentConfig], out: Pat
 def _check_windows(row: Row, study: StudyConfig, config: ExperimentConfig) -> None:
     divisor = config.network.outline(2).divisor
     for window in (row.window, *study.windows):
-        if window is not None and any(side % divisor for side in window):
-            raise ConfigError(
-                f"row {row.name}: a window of {window} is not a multiple of {divisor}, as its network needs."
-            )
+        try:
+            check_window(window, divisor)
+        except ConfigError as error:
+            raise ConfigError(f"row {row.name}: {error}") from None
 
 
 def _run(
