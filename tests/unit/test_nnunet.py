@@ -63,6 +63,30 @@ def test_nnunets_first_fold_is_the_split(tmp_path: Path, where: str) -> None:
     assert read_dataset(root).splits == {"train": ("CT_000", "CT_002"), "validation": ("CT_001", "CT_003")}
 
 
+def test_files_that_nnunet_has_listed_may_lie_anywhere(tmp_path: Path) -> None:
+    write_nnunet(tmp_path / "Dataset001_Elsewhere", cases=2, tests=0)
+    listed = {
+        name: {
+            "images": [f"../Dataset001_Elsewhere/imagesTr/CT_00{i}_0000.nii.gz"],
+            "label": f"../Dataset001_Elsewhere/labelsTr/CT_00{i}.nii.gz",
+        }
+        for i, name in enumerate(("one", "two"))
+    }
+    root = tmp_path / "Dataset002_Listed"
+    root.mkdir()
+    write_nnunet(root, cases=0, tests=0, numTraining=2, dataset=listed)
+    dataset = read_dataset(root)
+    assert [case.name for case in dataset.cases] == ["one", "two"]
+    case = dataset.cases[1]
+    assert case.label is not None
+    assert case.image.resolve() == tmp_path / "Dataset001_Elsewhere" / "imagesTr" / "CT_001_0000.nii.gz"
+    assert case.label.exists()
+    for wrong, message in (({"one": {"images": ["a", "b"], "label": "c"}}, "dataset, one"), ({}, "should map cases")):
+        write_nnunet(root, cases=0, tests=0, dataset=wrong)
+        with pytest.raises(DatasetError, match=message):
+            read_dataset(root)
+
+
 def _no_label(root: Path) -> None:
     (root / "labelsTr" / "CT_002.nii.gz").unlink()
 

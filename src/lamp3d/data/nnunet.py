@@ -2,8 +2,9 @@
 
 ``Dataset003_Liver/`` has ``imagesTr/CASE_0000.nii.gz`` (one file a channel), ``labelsTr/CASE.nii.gz`` and a
 ``dataset.json`` with ``channel_names``, ``labels`` (name to value), ``file_ending`` and ``numTraining``. Cases in
-``imagesTs`` are the test split. Where there is a ``splits_final.json``, beside or in the preprocessed folder, its first
-fold says which cases are for validation.
+``imagesTs`` are the test split. Instead of by these names, files may be listed: ``dataset`` gives each case its
+``images`` and ``label``, relative to the folder. Where there is a ``splits_final.json``, beside or in the preprocessed
+folder, its first fold says which cases are for validation.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def as_decathlon(root: Path, content: dict[str, Any]) -> dict[str, Any]:
         raise DatasetError(f"{path}: {len(channels)} channels ({channels}); lamp3d reads scans with one.")
     if ending not in ENDINGS:
         raise DatasetError(f"{path}: file_ending {ending!r}; lamp3d reads {' and '.join(ENDINGS)}: convert the files.")
-    training = _entries(root, "Tr", ending)
+    training = _listed(path, content["dataset"]) if "dataset" in content else _entries(root, "Tr", ending)
     if not training:
         raise DatasetError(f"{root / 'imagesTr'}: no files CASE{CHANNEL}{ending}.")
     if (bare := [entry["name"] for entry in training if "label" not in entry]) != []:
@@ -60,6 +61,21 @@ def as_decathlon(root: Path, content: dict[str, Any]) -> dict[str, Any]:
     if (splits := _first_fold(root)) is not None:
         found["splits"] = splits | ({"test": [entry["name"] for entry in tests]} if tests else {})
     return found
+
+
+def _listed(path: Path, cases: Any) -> list[dict[str, str]]:
+    entries = []
+    for name, files in cases.items() if isinstance(cases, dict) else ():
+        try:
+            [image], label = files["images"], files["label"]
+        except (KeyError, TypeError, ValueError):
+            raise DatasetError(
+                f'{path}: dataset, {name}: {files!r}; it should be {{"images": [one path], "label": a path}}.'
+            ) from None
+        entries.append({"name": str(name), "image": str(image), "label": str(label)})
+    if not entries:
+        raise DatasetError(f"{path}: dataset should map cases to their images and label.")
+    return entries
 
 
 def _entries(root: Path, of: str, ending: str) -> list[dict[str, str]]:
