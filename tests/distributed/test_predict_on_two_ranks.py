@@ -1,4 +1,4 @@
-"""Two ranks, as a pipeline or sharing volumes, predict what one does: whole volumes in flight, and a sliding window."""
+"""Two ranks, as a pipeline or sharing volumes, predict what one does: whole volumes, windows, mirror images."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from lamp3d.plan import Plan, make_plan
 from lamp3d.predict import Predictor
 from lamp3d.volume import Volume
 
-WINDOWS = (None, (32, 16, 16))
+WAYS = ({}, {"window": (32, 16, 16)}, {"mirror_axes": (0, 2), "twins": torch.tensor([0, 2, 1])})
 PREPROCESS = PreprocessConfig(window=(0, 1000), foreground_above=100, margin_voxels=1)
 
 
@@ -26,13 +26,13 @@ def scan() -> Volume:
 
 
 def predict(plan: Plan) -> list[tuple[Volume | None, list[torch.Tensor | None]]]:
-    """In each worker: for every window, the label map of a scan and the logits of two volumes."""
+    """In each worker: for every way to predict, the label map of a scan and the logits of two volumes."""
     engine = Engine(network(), plan)
     images = [torch.rand(1, 16, 17, 30, generator=torch.Generator().manual_seed(k)) for k in range(2)]
     given = images if engine.reads_input else [image.to("meta") for image in images]
     results = []
-    for window in WINDOWS:
-        predictor = Predictor(engine, PREPROCESS, divisor=16, window=window)
+    for way in WAYS:
+        predictor = Predictor(engine, PREPROCESS, divisor=16, **way)
         labels = predictor.predict(scan())
         logits = list(predictor.predict_prepared(given))
         results.append((labels, logits))
@@ -59,7 +59,7 @@ def test_two_ranks_predict_what_one_does():
     expected = predict(alone)
     none, of_pipeline = launch(predict, devices=2, args=(pipeline,))
     of_slabs, none_either = launch(predict, devices=2, args=(slabs,))
-    assert none == none_either == [(None, [None, None])] * len(WINDOWS)
+    assert none == none_either == [(None, [None, None])] * len(WAYS)
     for found in (of_pipeline, of_slabs):
         for (labels, logits), (expected_labels, expected_logits) in zip(found, expected, strict=True):
             np.testing.assert_array_equal(labels.data, expected_labels.data)
