@@ -89,6 +89,11 @@ class PreparedScan:
     _to_crop: Compose = field(repr=False, compare=False)
     _crop: MetaTensor = field(repr=False, compare=False)
 
+    @property
+    def resampled(self) -> bool:
+        """Whether it has other voxels than the scan that it was made from."""
+        return tuple(self.image.shape) != tuple(self._crop.shape)
+
     def restore_labels(self, logits: Tensor) -> Volume:
         """The likeliest class of every voxel of the source scan, on that scan's own grid and affine.
 
@@ -142,8 +147,8 @@ def prepare_scan(volume: Volume, config: PreprocessConfig, label: Volume | None 
     scan = ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True)(scan)
     spacing = np.linalg.norm(np.asarray(crop.affine, dtype=np.float64)[:3, :3], axis=0)
     wanted = config.spacing_for(spacing)
-    if config.spacing_mm is not None or (wanted != spacing).any():
-        size = [max(1, round(n * old / new)) for n, old, new in zip(crop.shape[1:], spacing, wanted, strict=True)]
+    size = [max(1, round(n * old / new)) for n, old, new in zip(crop.shape[1:], spacing, wanted, strict=True)]
+    if size != list(crop.shape[1:]):
         resize = Resized(
             _KEYS,
             size,

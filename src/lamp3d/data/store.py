@@ -189,7 +189,7 @@ def _prepare_case(case: Case, organs: tuple[str, ...], config: PreprocessConfig,
         raise ScanError(f"{case.image}: {error}") from error
     tensors = {"image": scan.image}
     if truth is not None and scan.label is not None:
-        if config.spacing_mm is None and config.spacing_limits_mm is None:  # else the counts differ anyway
+        if not scan.resampled:  # else the counts differ anyway
             _check_cut(case, int(np.count_nonzero(truth.data)), int(torch.count_nonzero(scan.label)))
         tensors |= {"label": scan.label, **_sample_voxels(case, scan.label, len(organs))}
     info = {
