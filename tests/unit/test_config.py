@@ -154,6 +154,14 @@ def test_a_network_is_built_as_configured(kind: str, network: type[UNet]) -> Non
     assert last.shape[0] == 5
 
 
+def test_filters_of_every_level() -> None:
+    config = NetworkConfig.model_validate({"filters": [2, 4, 4, 8, 8]})
+    assert config.build(n_classes=2).encoder5.conv2.out_channels == 8
+    assert NetworkConfig.model_validate(config.model_dump(mode="json")) == config
+    with pytest.raises(ValidationError, match="filters"):
+        NetworkConfig.model_validate({"filters": [2, 4]})
+
+
 def test_a_network_of_monais_is_found_by_name() -> None:
     arguments = {"kernel_size": [3] * 3, "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [2, 4, 4]}
     config = NetworkConfig(kind="monai", name="DynUNet", arguments=arguments, divisor=4)

@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -130,6 +130,16 @@ def test_max_filters_caps_every_block() -> None:
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("stem_stride", [1, 2])
+def test_every_level_can_have_its_own_width(net: type[UShape], stem_stride: Literal[1, 2]) -> None:
+    widths = [2, 5, 3, 6, 4]  # they need not rise
+    network = net(1, 3, filters=widths, stem_stride=stem_stride).double()
+    assert [getattr(network, f"encoder{i}").conv2.out_channels for i in range(1, 6)] == widths
+    assert [getattr(network, f"decoder{i}").conv2.out_channels for i in range(1, 5)] == widths[:4]
+    assert network(images(1, 1, 64, 32, 32)).shape == (1, 3, 64, 32, 32)
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("stem_stride", [1, 2])
 def test_deep_supervision_adds_logits_of_coarser_levels_behind_the_same_first_ones(
     net: type[UShape], stem_stride: int
 ) -> None:
@@ -178,6 +188,8 @@ def test_batch_norm_counts_the_batches_it_saw() -> None:
         ({"in_channels": 0}, "in_channels=0"),
         ({"out_channels": 0}, "out_channels=0"),
         ({"filters": -3}, "filters=-3"),
+        ({"filters": [8, 16, 0, 64, 128]}, "filters=0"),
+        ({"filters": [8, 16]}, r"filters=\[8, 16\] must be one number, or one for each of the 5 levels"),
         ({"norm": "layer"}, r"norm='layer' is unknown; choose one of instance, batch, group"),
         ({"stem_stride": 3}, "stem_stride=3"),
         ({"max_filters": 8}, "max_filters=8 is below filters=32"),

@@ -26,7 +26,8 @@ class NetworkConfig(BaseModel):
 
     Args:
         kind: "unet" or "seunet" (paper §2.2), or "monai", of which only the last three settings say more.
-        filters: f, channels of the first block (paper: 32, 64, 128).
+        filters: f, channels of the first block (paper: 32, 64, 128), or those of all five levels, such as
+            [16, 32, 64, 128, 192].
         norm: "instance", "batch" or "group".
         stem_stride: 1 works at full resolution; 2 halves it at once, as the paper's released code does.
         max_filters: upper limit of the channels; None: 16 f.
@@ -40,7 +41,7 @@ class NetworkConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["unet", "seunet", "monai"] = "unet"
-    filters: PositiveInt = 32
+    filters: PositiveInt | tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt] = 32
     norm: Literal["instance", "batch", "group"] = "instance"
     stem_stride: Literal[1, 2] = 1
     max_filters: PositiveInt | None = None

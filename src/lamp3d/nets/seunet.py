@@ -1,5 +1,6 @@
 """The U-Net with squeeze-and-excitation residual blocks (AnatomyNet, Zhu et al. 2019)."""
 
+from collections.abc import Sequence
 from typing import Literal, final
 
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class SEUNet(UShape):
     Args:
         in_channels: channels of the images (1 for CT).
         out_channels: channels of the logits, the background included.
-        filters: channels f of the first block; the following have 2f, 4f, 8f, 16f.
+        filters: channels f of the first block, where the following have 2f, 4f, 8f, 16f; or those of all five levels.
         norm: `instance`, `batch`, or `group` (up to eight groups).
         stem_stride: 2 works at half the resolution inside, as the paper's released code does.
         max_filters: upper limit of the channels of any block, None for no limit.
@@ -69,7 +70,7 @@ class SEUNet(UShape):
         self,
         in_channels: int,
         out_channels: int,
-        filters: int = 32,
+        filters: int | Sequence[int] = 32,
         norm: NormName = "instance",
         stem_stride: Literal[1, 2] = 1,
         max_filters: int | None = None,

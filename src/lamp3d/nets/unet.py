@@ -1,5 +1,6 @@
 """The paper's U-Net (§2.2)."""
 
+from collections.abc import Sequence
 from typing import Literal, final
 
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class UNet(UShape):
     Args:
         in_channels: channels of the images (1 for CT).
         out_channels: channels of the logits, the background included.
-        filters: channels f of the first block; the following have 2f, 4f, 8f, 16f.
+        filters: channels f of the first block, where the following have 2f, 4f, 8f, 16f; or those of all five levels.
         norm: `instance`, `batch`, or `group` (up to eight groups).
         stem_stride: 2 works at half the resolution inside, as the paper's released code does.
         max_filters: upper limit of the channels of any block, None for no limit.
@@ -50,7 +51,7 @@ class UNet(UShape):
         self,
         in_channels: int,
         out_channels: int,
-        filters: int = 32,
+        filters: int | Sequence[int] = 32,
         norm: NormName = "instance",
         stem_stride: Literal[1, 2] = 1,
         max_filters: int | None = None,

@@ -73,7 +73,7 @@ class UShape(nn.Module, ABC):
     Args:
         in_channels: channels of the images (1 for CT).
         out_channels: channels of the logits, the background included.
-        filters: channels f of the first block; the following have 2f, 4f, 8f, 16f.
+        filters: channels f of the first block, where the following have 2f, 4f, 8f, 16f; or those of all five levels.
         block: makes a block from (in_channels, out_channels, stride).
         stem_stride: 2 halves the resolution in the first convolution and doubles it again in front of the logits, as
             the paper's released code does; an eighth of the memory for coarser features.
@@ -93,27 +93,29 @@ class UShape(nn.Module, ABC):
         self,
         in_channels: int,
         out_channels: int,
-        filters: int,
+        filters: int | Sequence[int],
         block: BlockFactory,
         stem_stride: Literal[1, 2] = 1,
         max_filters: int | None = None,
         deep_supervision: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("filters", filters)):
+        if not isinstance(filters, int) and len(filters) != LEVELS:
+            raise ConfigError(f"filters={filters} must be one number, or one for each of the {LEVELS} levels")
+        smallest = filters if isinstance(filters, int) else min(filters)
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("filters", smallest)):
             if value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
         if stem_stride not in (1, 2):
             raise ConfigError(f"stem_stride={stem_stride} is neither 1 (full resolution) nor 2 (half resolution)")
-        if max_filters is not None and max_filters < filters:
+        if max_filters is not None and max_filters < smallest:
             raise ConfigError(f"max_filters={max_filters} is below filters={filters}; raise it or leave it out")
-
         if deep_supervision not in range(LEVELS - 1):
             raise ConfigError(f"deep_supervision={deep_supervision} must be between 0 and {LEVELS - 2}")
 
         self.heads = 1 + deep_supervision
         self.divisor = stem_stride * 2 ** (LEVELS - 1)
-        widths = [filters * 2**level for level in range(LEVELS)]
+        widths = [filters * 2**level for level in range(LEVELS)] if isinstance(filters, int) else filters
         f1, f2, f3, f4, f5 = widths if max_filters is None else [min(width, max_filters) for width in widths]
 
         self.encoder1 = block(in_channels, f1, stem_stride)

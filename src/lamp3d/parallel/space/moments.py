@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 SPACE = (2, 3, 4)
+SMALL = 4096
+"""Voxels. Below 2048 of them torch's channels-last kernel writes the input's gradient even if it is not asked for: to a
+null pointer (2.13). So it is asked for; it costs nothing then."""
 
 
 def slab_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,12 +36,12 @@ def gradient_sums(gradient: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> t
     """The sums (B, C) over a slab of a gradient, and of its product with (x - mean) · scale."""
     wide = mean.dtype
     if x.device.type == "cpu" and _has_fast_sums(x) and gradient.stride() == x.stride():
-        channels = x.shape[1]
+        channels, voxels = x.shape[1], x[0, 0].numel()
         one = torch.ones(channels, dtype=wide)
         sums = []
         for case in range(x.shape[0]):  # it adds up cases
             one_case = (tensor[case : case + 1] for tensor in (gradient, x, mean, scale))
-            settings = (1, channels, x[0, 0].numel(), channels, [False, True, True])
+            settings = (1, channels, voxels, channels, [voxels < SMALL, True, True])
             _, of_values, of_ones = torch.ops.aten.native_group_norm_backward(*one_case, one, *settings)
             sums.append(torch.stack([of_ones, of_values]))
         of_ones, of_values = torch.stack(sums, 1)
