@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lamp3d.parallel.sharded import ShardedVolume, refuse, rule
 from lamp3d.parallel.space.collect import all_sum
-from lamp3d.parallel.space.moments import gradient_sums, slab_moments
+from lamp3d.parallel.space.norm_kernels import add_scaled_, affine, gradient_sums, slab_moments
 from lamp3d.parallel.space.ranks import Space
 
 SPATIAL = {2, 3, 4}
@@ -203,7 +203,7 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, scale)
         ctx.space, ctx.pool, ctx.has_bias = space, pool, bias is not None
         ctx.mark_non_differentiable(mean, var)
-        return _affine(x, gain, shift), mean, var
+        return affine(x, gain, shift), mean, var
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -223,7 +223,7 @@ class _Normalise(torch.autograd.Function):
         average = ctx.pool.mean(sums) / ctx.pool.voxels
         by_x = -scale.square() * average[1]
         rest = -scale * average[0] - by_x * mean
-        dx = _affine(x, by_x, rest).addcmul_(dy, _per_channel(gain, dy))
+        dx = add_scaled_(affine(x, by_x, rest), dy, gain)
         return dx, of_weight, None if of_bias is None else of_bias.to(dy.dtype if weight is None else weight.dtype), \
             None, None, None  # fmt: skip
 
@@ -239,12 +239,3 @@ def _combined(x: Tensor, space: Space | None, pool: _Pool) -> tuple[Tensor, Tens
         var = (share * (variances + (means - mean).square())).sum(0)
     of_all = pool.mean(mean)
     return of_all.contiguous(), pool.mean(var + (mean - of_all).square()).contiguous()
-
-
-def _affine(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """x · gain + shift, both (B, C), in the dtype of x."""
-    return torch.addcmul(_per_channel(shift, x), x, _per_channel(gain, x))
-
-
-def _per_channel(numbers: Tensor, x: Tensor) -> Tensor:
-    return numbers.to(x.dtype)[:, :, None, None, None]

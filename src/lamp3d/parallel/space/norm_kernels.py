@@ -1,8 +1,9 @@
-"""Sums over a slab's voxels, by the fastest of torch's kernels that lose no digits.
+"""What a norm does with a slab's voxels, sums and scaling, by the fastest of torch's kernels that lose no digits.
 
 On a CPU torch's ``var_mean`` takes six times as long as all of a group norm, which finds the same moments on its way.
 That of channels-last values subtracts squares of which little is left where the mean is large: good enough beside
-the roundings of bf16 values, not in fp32.
+the roundings of bf16 values, not in fp32. Scaling bf16 values channel by channel with ``addcmul`` takes nine times as
+long as a batch norm with given statistics, and rounds the factors too.
 """
 
 from __future__ import annotations
@@ -49,6 +50,33 @@ def gradient_sums(gradient: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> t
     of_ones = gradient.sum(SPACE, dtype=wide)
     products = (gradient * x).sum(SPACE, dtype=wide)
     return of_ones, (products - mean * of_ones) * scale
+
+
+def affine(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """x · gain + shift, both (B, C), in the dtype of x."""
+    if not _scales_by_batch_norm(x):
+        return torch.addcmul(_per_channel(shift, x), x, _per_channel(gain, x))
+    zero, one = torch.zeros_like(gain[0]), torch.ones_like(gain[0])
+    cases = [
+        torch.ops.aten.native_batch_norm(x[i : i + 1], gain[i], shift[i], zero, one, False, 0.0, 0.0)[0]
+        for i in range(x.shape[0])
+    ]
+    return cases[0] if len(cases) == 1 else torch.cat(cases)
+
+
+def add_scaled_(made: Tensor, x: Tensor, gain: Tensor) -> Tensor:
+    """Made + x · gain, in place; gain is (B, C)."""
+    if _scales_by_batch_norm(x):
+        return made.add_(affine(x, gain, torch.zeros_like(gain)))
+    return made.addcmul_(x, _per_channel(gain, x))
+
+
+def _scales_by_batch_norm(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def _per_channel(numbers: Tensor, x: Tensor) -> Tensor:
+    return numbers.to(x.dtype)[:, :, None, None, None]
 
 
 def _has_fast_sums(x: Tensor) -> bool:
