@@ -594,6 +594,30 @@ def check_reduced_precision() -> dict[str, Finding]:
     return findings
 
 
+def check_slabs_in_bf16() -> dict[str, Finding]:
+    """Uneven slabs in bf16, also such that the convolution of one of them alone would be computed in fp32."""
+    findings = {}
+
+    def make() -> nn.Module:
+        layers: list[nn.Module] = []
+        for inputs in (1, 4):  # a bias in front of a norm would have no gradient to compare
+            layers += [nn.Conv3d(inputs, 4, 3, padding=1, bias=False), nn.InstanceNorm3d(4, affine=True), nn.Tanh()]
+        return nn.Sequential(*layers, conv(4, 2))
+
+    for depth, channels_last in itertools.product((5, 3 * world() + 1, 8 * world()), (True, False)):
+        network = seeded(make).float()
+        images, targets = (tensor.float() for tensor in volumes((2, 1, depth, 16, 16)))
+        with arithmetic(torch.device("cpu"), "bf16"):
+            plain = run_plain(network, images, targets, by_case)
+        plan = plan_at(
+            network, images.shape, [0], 2, devices=world(), space=(world(),), space_dims=(2,), precision="bf16",
+            channels_last=channels_last,
+        )  # fmt: skip
+        name = f"depth {depth} channels_last={channels_last}"
+        findings[name] = one_step(network, plan, images, targets, plain, loss_fn=by_case)
+    return findings
+
+
 def check_mixed_layouts() -> dict[str, Finding]:
     """Values cross where only the makers' weights decide on their layout, and the users' ranks do not hold these.
 
@@ -693,6 +717,7 @@ CHECKS: dict[str, Callable[[], dict[str, Finding]]] = {
         check_dropped_engine,
         check_refusals,
         check_reduced_precision,
+        check_slabs_in_bf16,
         check_mixed_layouts,
         check_accumulation,
         check_replicas,

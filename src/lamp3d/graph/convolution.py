@@ -112,9 +112,15 @@ class Call(NamedTuple):
     bias: Tensor | None
     settings: tuple[Any, ...]
 
-    def convolution(self) -> Convolution:
-        """How it is to be computed at present (autocast or not)."""
-        return Convolution.of(self.image, self.weight, self.bias, self.settings, self._computed())
+    def convolution(self, smallest: Sequence[int] | None = None) -> Convolution:
+        """How it is to be computed at present (autocast or not).
+
+        Args:
+            smallest: the sides of the smallest image, where others compute a part of the same volume each: all of them
+                have to choose one dtype. None: those of this one.
+        """
+        sides = self.image.shape[2:] if smallest is None else smallest
+        return Convolution.of(self.image, self.weight, self.bias, self.settings, self._computed(sides))
 
     def given(self) -> torch.dtype:
         """The dtype that torch would give the result."""
@@ -123,14 +129,14 @@ class Call(NamedTuple):
             return torch.get_autocast_dtype(device)
         return self.weight.dtype
 
-    def _computed(self) -> torch.dtype:
+    def _computed(self, sides: Sequence[int]) -> torch.dtype:
         given = self.given()
-        if self.image.device.type == "cpu" and given == torch.bfloat16 and self._is_hardly_larger_than_its_kernel():
+        if self.image.device.type == "cpu" and given == torch.bfloat16 and self._hardly_exceeds_its_kernel(sides):
             return torch.float32
         return given
 
-    def _is_hardly_larger_than_its_kernel(self) -> bool:
-        axes = zip(self.image.shape[2:], self.weight.shape[2:], self.settings[0], strict=True)
+    def _hardly_exceeds_its_kernel(self, sides: Sequence[int]) -> bool:
+        axes = zip(sides, self.weight.shape[2:], self.settings[0], strict=True)
         return any(width > 1 and extent < width * step for extent, width, step in axes)
 
 

@@ -37,7 +37,9 @@ def convolve_slab(volume: ShardedVolume, call: Call, windows: Sequence[Window]) 
     if window.stride != 1 or halo == 0 or window.reach != 2 * halo or cut.thinnest < halo:
         return None
     plain = Call(volume.local, call.weight, call.bias, call.settings)
-    convolution, given = plain.convolution(), plain.given()
+    smallest = list(volume.local.shape[2:])
+    smallest[cut.dim - 2] = cut.thinnest
+    convolution, given = plain.convolution(smallest), plain.given()
     image = volume.local.to(convolution.computed)
     with torch.autocast(image.device.type, enabled=False):
         made: Tensor = _ConvolveSlab.apply(image, call.weight, call.bias, convolution, volume.space, cut, window)  # type: ignore[no-untyped-call]
