@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import yaml
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import CaseResult, OrganScore
 from lamp3d.intervals import difference, estimate
-from lamp3d.study import RunResult, load_study, write_study_report
+from lamp3d.study import RunResult, driver, load_study, write_study_report
 from lamp3d.study.report import accuracy, controls
 from lamp3d.study.result import Timing, scores_of
 
@@ -152,3 +154,20 @@ def test_the_report_lists_what_is_not_finished(tmp_path: Path) -> None:
     (out / "results" / "a-1.json").write_text("{}", "utf-8")
     with pytest.raises(ConfigError, match="not a result"):
         write_study_report(out)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_the_commit_of_a_repository_that_lamp3d_is_only_installed_in_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message", "another project"]):
+        subprocess.run([*git, *command], check=True)
+    installed = tmp_path / "driver.py"
+    installed.touch()
+    monkeypatch.setattr(driver, "__file__", str(installed))
+    assert driver._commit() is None
+    subprocess.run([*git, "add", installed.name], check=True)
+    assert len(driver._commit() or "") == 40
+    monkeypatch.setenv("PATH", "")
+    assert driver._commit() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import traceback
 from collections.abc import Callable
@@ -204,7 +205,13 @@ def _timings(study: StudyConfig, run: Run, dataset: Dataset, folder: Path) -> tu
 
 
 def _commit() -> str | None:
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
+    """That of lamp3d's own repository; None where it is not in one, be it installed within somebody else's."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=False).stdout.strip()
+
+    if shutil.which("git") is None or not git("ls-files", here.name):
+        return None
+    return git("rev-parse", "HEAD") or None
