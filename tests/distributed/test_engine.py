@@ -1,5 +1,6 @@
 """The engine's contract: for every cut, number of devices and of micro-batches, the plain network's numbers."""
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.timeout(1800)  # the first test of a number of devices 
 
 Results = list[dict[str, dict[str, Finding]]]
 
+FULL = bool(os.environ.get("LAMP3D_FULL"))
 FEW = ["exactness", "every_cut", "schedules", "any_placement"]
 SPACE = ["space", "slabs_in_bf16"]
 ALL = [check for check in CHECKS if check not in ("replicas", *SPACE)]
@@ -33,9 +35,9 @@ PLANS = {
     1: ALL,
     2: [*ALL, *SPACE],
     3: [*FEW, "shapes", "batch_norm", "frozen", "inputs", *SPACE, "dropped_engine"],
-    4: [*FEW, "replicas", "space"],
+    4: [*(FEW if FULL else ["every_cut", "schedules"]), "replicas", *(SPACE if FULL else ["space"])],
 }
-"""Which checks run on how many devices; each number of devices is launched once."""
+"""Which checks run on how many devices, more with LAMP3D_FULL=1; each number of devices is launched once."""
 
 
 @pytest.fixture(scope="module")
