@@ -26,7 +26,7 @@ from lamp3d.plan.hardware import has_fast_bf16
 from lamp3d.train import HybridLoss, LossConfig
 
 SIDES = (352, 256, 288)
-PARTS = ((88, 128, 144), (176, 128, 144), (176, 256, 144))
+PARTS = ((176, 64, 144), (176, 128, 144), (176, 256, 144))
 """Of the volume: a sixteenth, an eighth, a quarter."""
 
 FILTERS, ORGANS = 32, 9

@@ -3,6 +3,9 @@
 glibc gives blocks beyond 32 MB back to the system when they are freed, and the top of its heap too. A training step
 frees and takes activations of that size by the hundred, and every time the system clears their pages anew: a third of
 the step of a U-Net-16 at 96³ (benchmarks/pipeline).
+
+What is free lies in pieces between what is in use, and a larger block does not fit into them. So beyond a limit, the
+plan's for the device, the pieces' pages do go back to the system: convolutions, forward and backward, see to that.
 """
 
 from __future__ import annotations
@@ -22,8 +25,13 @@ _DEFAULTS = {_M_TRIM_THRESHOLD: 128 * 2**10, _M_TOP_PAD: 128 * 2**10, _M_MMAP_MA
 
 _STATUS = Path("/proc/self/status")
 
+_MEMORY = Path("/proc/self/statm")
+
 _TOP_PAD = 64 * 2**20
 """Bytes by which the heap grows beyond what was asked for."""
+
+_limit: int | None = None
+"""Bytes in use beyond which freed memory is returned."""
 
 
 def keep_freed_memory() -> None:
@@ -54,6 +62,18 @@ def return_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def limit_freed_memory(limit: int | None) -> None:
+    """From now on `return_memory_beyond_limit` keeps this process within so many bytes, as far as it can."""
+    global _limit
+    _limit = limit if _MEMORY.exists() else None
+
+
+def return_memory_beyond_limit() -> None:
+    """Give back what is free if more is in use than `limit_freed_memory` said."""
+    if _limit is not None and int(_MEMORY.read_text().split()[1]) * resource.getpagesize() > _limit:
+        return_freed_memory()
 
 
 def peak_resident_bytes() -> int:

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from lamp3d.graph.allocator import return_memory_beyond_limit
+
 Mask = tuple[bool, bool, bool]
 """Which gradients are wanted: the image's, the weight's, the bias's."""
 
@@ -57,6 +59,7 @@ class Convolution:
 
     def forward(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution, laid out as the image is; ``image`` is of the dtype in which it is computed."""
+        return_memory_beyond_limit()
         weight, bias = weight.to(self.computed), None if bias is None else bias.to(self.computed)
         if self.kernel is Kernel.MATRIX_PRODUCT:
             # Into a tensor of its own: the result of an autograd function must be no view of another.
@@ -80,6 +83,7 @@ class Convolution:
 
     def backward(self, gradient: Tensor, image: Tensor, weight: Tensor, mask: Mask) -> list[Tensor | None]:
         """The gradients of image, weight and bias, those that are wanted, in the dtype in which it is computed."""
+        return_memory_beyond_limit()
         weight = weight.to(self.computed)
         if self.kernel is Kernel.MATRIX_PRODUCT:
             out, values = gradient.movedim(1, -1), image.movedim(1, -1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lamp3d.errors import LampError, PlanError
 from lamp3d.graph import CellGraph, infer_specs, lay_out_weights, refuse_tied_parameters, trace
-from lamp3d.graph.allocator import peak_resident_bytes, return_freed_memory
+from lamp3d.graph.allocator import limit_freed_memory, peak_resident_bytes, return_freed_memory
 from lamp3d.graph.inputs import Shape, batch_of, input_text, with_batch
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
@@ -64,6 +64,7 @@ class Engine:
         self.plan = plan
         self._place = Place.of(plan)
         return_freed_memory()
+        limit_freed_memory(plan.memory_limit_bytes)
         self.rank, self.world_size, self.replica = self._place.rank, self._place.world_size, self._place.replica
         if plan.ranks[0] != 0:
             raise PlanError(f"a plan's first stage must lie on device 0, where the images are, not on {plan.ranks[0]}.")
