@@ -64,7 +64,7 @@ class Engine:
         self.plan = plan
         self._place = Place.of(plan)
         return_freed_memory()
-        limit_freed_memory(plan.memory_limit_bytes)
+        limit_freed_memory(plan.memory_limit_bytes if plan.device_type == "cpu" else None)
         self.rank, self.world_size, self.replica = self._place.rank, self._place.world_size, self._place.replica
         if plan.ranks[0] != 0:
             raise PlanError(f"a plan's first stage must lie on device 0, where the images are, not on {plan.ranks[0]}.")
