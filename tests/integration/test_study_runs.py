@@ -10,7 +10,16 @@ import pytest
 import yaml
 
 from lamp3d.errors import ConfigError, LampError
-from lamp3d.study import driver, plan_study, read_results, run_study, score_test_split, write_study_report
+from lamp3d.study import (
+    driver,
+    plan_study,
+    read_results,
+    run_study,
+    score_test_split,
+    time_predictions,
+    write_study_report,
+)
+from lamp3d.study.result import read_timings
 from tests.unit.tiny_dataset import write_tiny_dataset
 
 BASE = {
@@ -75,17 +84,24 @@ def test_a_study_runs_goes_on_and_reports(
     with pytest.raises(ConfigError, match="not finished: peer-0"):
         score_test_split(out, data, 1)
     assert "**Not finished:** peer-0." in write_study_report(out).read_text("utf-8")
+    with driver._claimed(out / "runs" / "peer-0.lock"):
+        run_study(path, data, out, 1)
+    assert "peer-0 is being done by another process" in capsys.readouterr().out
+    assert trained == ["unet-0", "peer-0"]
     run_study(path, data, out, 1)
     assert trained == ["unet-0", "peer-0", "peer-0"]
 
     unet = next(result for result in read_results(out / "results") if result.row == "unet")
     assert (unet.steps, unet.voxels, unet.best_epoch) == (1, planned["unet"].voxels, 1)
     assert [case.name for case in unet.cases] == ["case_2", "case_3"]
-    assert {(timing.window, timing.devices) for timing in unet.timings} == {("whole", 1), ("16x16x32", 1)}
     assert unet.parameters > 1000
     assert unet.config["network"]["filters"] == 2
+    time_predictions(out)
+    timed = next(row for row in read_timings(out / "timings") if row.row == "unet")
+    assert {(timing.window, timing.devices) for timing in timed.timings} == {("whole", 1), ("16x16x32", 1)}
     report = write_study_report(out).read_text("utf-8")
     assert "Not finished" not in report
+    assert "## Seconds a scan" in report
     assert "| DynUNet | 16³ | 1 |" in report
 
     score_test_split(out, data, 1)

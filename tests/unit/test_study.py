@@ -17,7 +17,7 @@ from lamp3d.evaluate import CaseResult, OrganScore
 from lamp3d.intervals import difference, estimate
 from lamp3d.study import RunResult, driver, load_study, write_study_report
 from lamp3d.study.report import accuracy, controls
-from lamp3d.study.result import Timing, scores_of
+from lamp3d.study.result import RowTimings, Timing, scores_of
 
 BASE = {"network": {"filters": 4}, "train": {"curriculum": [{"patch": 32, "epochs": 1}]}}
 
@@ -145,7 +145,10 @@ def test_the_report_lists_what_is_not_finished(tmp_path: Path) -> None:
         for devices in (1, 2)
     )
     dice: list[dict[str, float | None]] = [{"A": 0.5, "B": 0.25}, {"A": 0.75}]
-    result("a", 0, dice, timings=timings).save(out / "results" / "a-0.json")
+    result("a", 0, dice).save(out / "results" / "a-0.json")
+    RowTimings(row="a", network="U-Net-4", input="32³", device="a CPU", timings=timings).save(
+        out / "timings" / "a.json"
+    )
     text = write_study_report(out).read_text("utf-8")
     assert "**Not finished:** a-1, b-0." in text or "**Not finished:** b-0, a-1." in text
     assert "| U-Net-4 | 32³ | windows 32×32×32 | 2 | 1.50 ± 0.71 | 1 GB |" in text

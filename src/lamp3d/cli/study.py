@@ -7,9 +7,9 @@ import typer
 from rich.table import Table
 
 from lamp3d.cli.common import Devices, app, console, say
-from lamp3d.study import plan_study, run_study, score_test_split, write_study_report
+from lamp3d.study import plan_study, run_study, score_test_split, time_predictions, write_study_report
 
-study = typer.Typer(help="Many runs that answer one question: plan, run, test, report.", no_args_is_help=True)
+study = typer.Typer(help="Many runs that answer one question: plan, run, time, test, report.", no_args_is_help=True)
 app.add_typer(study, name="study")
 
 StudyFile = Annotated[Path, typer.Argument(help="YAML file, such as experiments/openkbp/study.yaml.")]
@@ -48,8 +48,18 @@ def run_command(
     out: Annotated[Path, typer.Option(help="Folder for the runs and their results; an interrupted study goes on.")],
     devices: Devices = 1,
 ) -> None:
-    """Train, evaluate and time every row with every seed; what is done already is not done again."""
+    """Train and evaluate every row with every seed; what is done is not done again.
+
+    Start it a second time, and it does another run beside the first.
+    """
     run_study(path, dataset, out, devices, say)
+    say(f"Report: {write_study_report(out)}")
+
+
+@study.command("time")
+def time_command(out: StudyFolder) -> None:
+    """Seconds and memory of every row's predictions; nothing else should run on the machine."""
+    time_predictions(out, say)
     say(f"Report: {write_study_report(out)}")
 
 

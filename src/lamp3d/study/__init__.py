@@ -1,7 +1,7 @@
 """Studies: many runs of one question, resumable, and the tables and the figure that answer it."""
 
 from lamp3d.study.config import Row, StudyConfig, load_study
-from lamp3d.study.driver import plan_study, run_study, score_test_split
+from lamp3d.study.driver import plan_study, run_study, score_test_split, time_predictions
 from lamp3d.study.report import write_study_report
 from lamp3d.study.result import RunResult, read_results
 
@@ -14,5 +14,6 @@ __all__ = [
     "read_results",
     "run_study",
     "score_test_split",
+    "time_predictions",
     "write_study_report",
 ]

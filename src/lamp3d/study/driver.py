@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from lamp3d.data import Dataset
 from lamp3d.errors import ConfigError, LampError
 from lamp3d.experiment import ExperimentConfig, Run, evaluate, forecast, predict, train
 from lamp3d.experiment.planning import voxels_seen
+from lamp3d.plan.hardware import device_name, device_type
 from lamp3d.predict import check_window
 from lamp3d.study.config import Row, StudyConfig, Window, load_study, run_name, saved_study
-from lamp3d.study.result import RunResult, Timing, read_results, unfinished
+from lamp3d.study.result import RowTimings, RunResult, Timing, read_results, unfinished
 from lamp3d.train import read_history
 from lamp3d.volume import write_text
 
@@ -61,7 +63,7 @@ def plan_study(path: Path, dataset: Path, devices: int) -> list[RowForecast]:
 
 
 def run_study(path: Path, dataset: Path, out: Path, devices: int, say: Say = print) -> None:
-    """Do all runs of a study that are not done yet.
+    """Do all runs of a study that are neither done nor being done by another process on the same folder.
 
     Weights are chosen on the validation split, and scored there; the test split is for `score_test_split`.
 
@@ -87,17 +89,21 @@ def run_study(path: Path, dataset: Path, out: Path, devices: int, say: Say = pri
         result = out / "results" / f"{name}.json"
         if result.exists():
             continue
-        say(f"Run {number} of {len(runs)}: {name}")
         config = configs[row.name]
         config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
-        try:
-            _run(study, row, seed, config, dataset, out / "runs" / name, devices).save(result)
-        except LampError as error:
-            failed.append(name)
-            say(f"{name} failed: {error}")
-        except Exception:  # a night's other runs are worth more than an early end
-            failed.append(name)
-            say(f"{name} failed, which is a fault of lamp3d's or of the machine:\n{traceback.format_exc()}")
+        with _claimed(out / "runs" / f"{name}.lock") as mine:
+            if not mine:
+                say(f"Run {number} of {len(runs)}: {name} is being done by another process")
+                continue
+            say(f"Run {number} of {len(runs)}: {name}")
+            try:
+                _run(study, row, seed, config, dataset, out / "runs" / name, devices).save(result)
+            except LampError as error:
+                failed.append(name)
+                say(f"{name} failed: {error}")
+            except Exception:  # a night's other runs are worth more than an early end
+                failed.append(name)
+                say(f"{name} failed, which is a fault of lamp3d's or of the machine:\n{traceback.format_exc()}")
     if failed:
         raise LampError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the others are done.")
 
@@ -121,9 +127,51 @@ def score_test_split(out: Path, dataset: Path, devices: int) -> None:
         scored = evaluate(
             run, dataset, TEST, window=windows[result.row], devices=devices, tolerance_mm=study.tolerance_mm
         )
-        found.append(result.model_copy(update={"split": TEST, "cases": scored.cases, "timings": ()}))
+        found.append(result.model_copy(update={"split": TEST, "cases": scored.cases}))
     for result in found:
         result.save(tested / f"{result.name}.json")
+
+
+def time_predictions(out: Path, say: Say = print) -> None:
+    """Time every row's predictions, in every way that the study names, by the first of its runs that is done.
+
+    A machine that does nothing else is wanted, hence not a part of the runs. Rows that were timed are not timed again.
+
+    Args:
+        out: the study's folder; gets ``timings/``, one JSON file a row.
+        say: tells how it goes.
+
+    Raises:
+        ConfigError: ``out`` holds no study.
+        ScanError: a scan cannot be read.
+    """
+    study = saved_study(out)
+    for row in study.rows:
+        target = out / "timings" / f"{row.name}.json"
+        if target.exists():
+            continue
+        names = [run_name(row.name, seed) for seed in row.seeds or study.seeds]
+        done = [
+            name for name in names if (out / "results" / f"{name}.json").exists() and (out / "runs" / name).exists()
+        ]
+        if not done:
+            say(f"{row.name} has no run that is done")
+            continue
+        say(f"Timing {row.name}")
+        _timings(study, row, Run.open(out / "runs" / done[0])).save(target)
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Whether this process alone has the file, which the system gives back even if the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def _remember(study: StudyConfig, configs: dict[str, ExperimentConfig], out: Path) -> None:
@@ -132,7 +180,7 @@ def _remember(study: StudyConfig, configs: dict[str, ExperimentConfig], out: Pat
     now = {name: config.model_dump(mode="json") for name, config in configs.items()}
     if path.exists():
         before = yaml.safe_load(path.read_text("utf-8"))["configs"]
-        begun = {run.name.rpartition("-")[0] for run in (out / "runs").glob("*")}
+        begun = {run.name.rpartition("-")[0] for folder in ("runs", "results") for run in (out / folder).glob("*")}
         if changed := sorted(name for name in begun & set(before) & set(now) if before[name] != now[name]):
             raise ConfigError(
                 f"{out} holds runs of {', '.join(changed)} with other settings; choose another --out, or give the rows "
@@ -180,18 +228,18 @@ def _run(
         best_dice=None if best is None else best.mean_dice,
         organs=own.organs,
         cases=scored.cases,
-        timings=_timings(study, run, own, folder) if seed == (row.seeds or study.seeds)[0] else (),
     )
 
 
-def _timings(study: StudyConfig, run: Run, dataset: Dataset, folder: Path) -> tuple[Timing, ...]:
+def _timings(study: StudyConfig, row: Row, run: Run) -> RowTimings:
     """Predictions of the first validation cases; the first of all, which warms up, is not counted."""
+    dataset = run.read_dataset()
     scans = [case.image for case in dataset.split(VALIDATION)[: 1 + study.timed_cases]]
     timings = []
     windows: list[Window] = [None, *study.windows]
     for devices in study.timed_devices:
         for window in windows:
-            target = folder / "predictions" / "timed"
+            target = run.folder / "predictions" / "timed"
             found = predict(run, scans, target, window=window, devices=devices, overwrite=True)
             timings.append(
                 Timing(
@@ -201,7 +249,13 @@ def _timings(study: StudyConfig, run: Run, dataset: Dataset, folder: Path) -> tu
                     peak_bytes=max(peak for prediction in found for peak in prediction.peak_bytes),
                 )
             )
-    return tuple(timings)
+    return RowTimings(
+        row=row.name,
+        network=row.network,
+        input=row.input,
+        device=device_name(device_type()),
+        timings=tuple(timings),
+    )
 
 
 def _commit() -> str | None:

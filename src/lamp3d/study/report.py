@@ -16,7 +16,7 @@ from lamp3d.intervals import Estimate, Score, difference, estimate, spread
 from lamp3d.plan import format_bytes
 from lamp3d.report.style import FONT, organ_colours
 from lamp3d.study.config import saved_study
-from lamp3d.study.result import RunResult, by_row, read_results, scores_of, unfinished
+from lamp3d.study.result import RowTimings, RunResult, by_row, read_results, read_timings, scores_of, unfinished
 from lamp3d.volume import write_atomically, write_text
 
 TITLES: dict[Score, tuple[str, int]] = {
@@ -50,12 +50,15 @@ def write_study_report(out: Path) -> Path:
         text += [f"**Not finished:** {', '.join(missing)}.", ""]
     order = [row.name for row in study.rows]
     done.sort(key=lambda result: order.index(result.row) if result.row in order else len(order))
+    timed = read_timings(out / "timings")
+    timed.sort(key=lambda timings: order.index(timings.row) if timings.row in order else len(order))
     for split, results in (("validation", done), ("test", read_results(out / "test"))):
         if not results:
             continue
         tables = {f"{title} ({split})": accuracy(results, score) for score, (title, _) in TITLES.items()}
         if split == "validation":
-            tables |= {"Seconds a scan": inference(results), "What it took": costs(results)}
+            tables |= {"Seconds a scan": inference(timed)} if timed else {}
+            tables |= {"What it took": costs(results)}
         if (compared := controls(results)) is not None:
             tables[f"Larger input, or longer training? ({split})"] = compared
         for title, table in tables.items():
@@ -64,7 +67,7 @@ def write_study_report(out: Path) -> Path:
             write_text(out / f"{name}.csv", _csv(table))
     if done:
         picture = out / "figure1.png"
-        write_atomically(picture, lambda temporary: figure(done).savefig(temporary, dpi=150, format="png"))
+        write_atomically(picture, lambda temporary: figure(done, timed).savefig(temporary, dpi=150, format="png"))
         text += ["![Accuracy and inference time](figure1.png)", ""]
     text += [
         "Means over patients, organs and seeds; ± is the standard deviation over seeds, in brackets are the middle "
@@ -105,14 +108,14 @@ def controls(results: Sequence[RunResult]) -> Table | None:
     return table if len(table) > 1 else None
 
 
-def inference(results: Sequence[RunResult]) -> Table:
+def inference(timed: Sequence[RowTimings]) -> Table:
     """Seconds and memory of predictions (paper, tables 3 and 5)."""
     table: Table = [["network", "trained on", "input", "devices", "s a scan", "peak memory of a device"]]
-    for result in results:
-        for timing in result.timings:
+    for row_timings in timed:
+        for timing in row_timings.timings:
             spread = f" ± {statistics.stdev(timing.seconds):.2f}" if len(timing.seconds) > 1 else ""
             seconds = f"{statistics.fmean(timing.seconds):.2f}{spread}"
-            row = [result.network, result.input, _by(timing.window), str(timing.devices), seconds]
+            row = [row_timings.network, row_timings.input, _by(timing.window), str(timing.devices), seconds]
             table.append([*row, format_bytes(timing.peak_bytes)])
     return table
 
@@ -131,7 +134,7 @@ def costs(results: Sequence[RunResult]) -> Table:
     return table
 
 
-def figure(results: Sequence[RunResult]) -> Figure:
+def figure(results: Sequence[RunResult], timed: Sequence[RowTimings]) -> Figure:
     """Accuracy, and seconds a scan, by network and input (paper, figure 1)."""
     rows = by_row(results)
     networks = list(dict.fromkeys(runs[0].network for runs in rows.values()))
@@ -159,9 +162,9 @@ def figure(results: Sequence[RunResult]) -> Figure:
         dice_axes.set_xticks(range(len(inputs)), inputs)
         dice_axes.legend(frameon=False)
         time_axes.set(title="Seconds a scan, by how it is predicted", yscale="log")
-        ways = list(dict.fromkeys((timing.window, timing.devices) for result in results for timing in result.timings))
+        ways = list(dict.fromkeys((timing.window, timing.devices) for row in timed for timing in row.timings))
         for shift, network in enumerate(networks):
-            of_network = [timing for result in results if result.network == network for timing in result.timings]
+            of_network = [timing for row in timed if row.network == network for timing in row.timings]
             for place, way in enumerate(ways):
                 seconds = [s for timing in of_network if (timing.window, timing.devices) == way for s in timing.seconds]
                 if seconds:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from lamp3d.evaluate import CaseResult
 from lamp3d.intervals import Score, scores
 from lamp3d.study.config import StudyConfig, run_name
 from lamp3d.volume import write_text
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class Timing(BaseModel):
@@ -52,7 +54,6 @@ class RunResult(BaseModel):
         best_epoch, best_dice: on the validation split, which chose the weights.
         organs: in the order of their labels.
         cases: the scores of every case.
-        timings: of predictions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,12 +76,33 @@ class RunResult(BaseModel):
     best_dice: float | None
     organs: tuple[str, ...]
     cases: tuple[CaseResult, ...]
-    timings: tuple[Timing, ...] = ()
 
     @property
     def name(self) -> str:
         """What its files are called."""
         return run_name(self.row, self.seed)
+
+    def save(self, path: Path) -> None:
+        """Write it, all or nothing."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+
+class RowTimings(BaseModel):
+    """How long the predictions of a row's network take.
+
+    Attributes:
+        row, network, input: which it is.
+        device: what they ran on.
+        timings: one a way to predict.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    row: str
+    network: str
+    input: str
+    device: str
+    timings: tuple[Timing, ...]
 
     def save(self, path: Path) -> None:
         """Write it, all or nothing."""
@@ -93,13 +115,24 @@ def read_results(folder: Path) -> list[RunResult]:
     Raises:
         ConfigError: a file is not a result.
     """
-    results = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            results.append(RunResult.model_validate_json(path.read_bytes()))
-        except ValidationError as error:
-            raise ConfigError(f"{path} is not a result of this version: {error}") from error
+    results = [_read(path, RunResult) for path in folder.glob("*.json")]
     return sorted(results, key=lambda result: (result.row, result.seed))
+
+
+def read_timings(folder: Path) -> list[RowTimings]:
+    """The timings of all rows in a folder.
+
+    Raises:
+        ConfigError: a file holds none.
+    """
+    return [_read(path, RowTimings) for path in sorted(folder.glob("*.json"))]
+
+
+def _read(path: Path, kind: type[Kind]) -> Kind:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ConfigError(f"{path} is not a result of this version: {error}") from error
 
 
 def unfinished(study: StudyConfig, results: Sequence[RunResult]) -> list[str]:
