@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from lamp3d.data.augment import LEFT_RIGHT_AXIS
 from lamp3d.data.preprocess import PreprocessConfig, prepare_scan
-from lamp3d.errors import ConfigError
+from lamp3d.errors import ConfigError, PlanError
 from lamp3d.parallel import Engine
 from lamp3d.parallel.sharded import whole
 from lamp3d.volume import Volume
@@ -81,6 +81,7 @@ class Predictor:
         mirror_axes: of (D, H, W), along which the scan is mirrored too: the output is the mean over all mirror images.
         twins: the channel that each channel becomes in a left-right mirror image; None: none has a side.
         single_parts: labels of which only the largest connected part is kept.
+        most_voxels: of a volume that the devices have memory for; None: any number.
 
     Raises:
         ConfigError: if the window's sides are not multiples of the divisor.
@@ -96,6 +97,7 @@ class Predictor:
         mirror_axes: Sequence[int] = (),
         twins: Tensor | None = None,
         single_parts: Sequence[int] = (),
+        most_voxels: int | None = None,
     ) -> None:
         check_window(window, divisor)
         self.engine = engine
@@ -105,6 +107,7 @@ class Predictor:
         self.classes = classes
         self.twins = twins
         self.single_parts = single_parts
+        self.most_voxels = most_voxels
         self.views = [axes for n in range(1 + len(mirror_axes)) for axes in itertools.combinations(mirror_axes, n)]
         # Ranks that share a volume all learn the result; one of them is enough to hand it on.
         self.holds_result = engine.holds_output and engine.is_first_slab
@@ -120,8 +123,16 @@ class Predictor:
 
         Raises:
             ScanError: if the scan cannot be prepared (no foreground, for instance).
+            PlanError: it is larger than the devices have memory for.
         """
         prepared = prepare_scan(scan, self.preprocess)
+        if self.most_voxels is not None and prepared.image.numel() > self.most_voxels:
+            shape = "×".join(map(str, prepared.image.shape[1:]))
+            raise PlanError(
+                f"a whole volume of {shape} voxels does not fit: the memory of {self.engine.plan.slabs} device(s) is "
+                f"enough for {self.most_voxels / 1e6:.3g} million. Predict with more --devices, or by a sliding "
+                "window, such as --window 128."
+            )
         (logits,) = self.predict_prepared([prepared.image])
         if logits is None:
             return None

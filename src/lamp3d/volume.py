@@ -7,7 +7,7 @@ import itertools
 import os
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,14 @@ from lamp3d.errors import ScanError
 
 # A stack whose slice steps differ by more than this fraction has lost slices (or holds two scans).
 SLICE_STEP_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a scan's voxels lie: how many there are along its axes, and the affine, as that of a `Volume`."""
+
+    shape: tuple[int, int, int]
+    affine: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,27 @@ def read_volume(path: Path) -> Volume:
     else:
         raise ScanError(f"{path}: neither .nii, .nii.gz nor a DICOM folder; convert it to NIfTI first")
     return _checked(path, data, affine)
+
+
+def read_grid(path: Path) -> Grid | None:
+    """A scan's shape and place from its header, without its voxels; None where that cannot be read."""
+    try:
+        if not path.is_dir():
+            image = nib.load(path)  # the voxels stay on the disk
+            return Grid(image.shape[:3], np.asarray(image.affine, dtype=np.float64))
+        (name,) = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
+        files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), name)
+        readers = [sitk.ImageFileReader() for _ in files[:2]]
+        for reader, file in zip(readers, files, strict=False):
+            reader.SetFileName(file)
+            reader.ReadImageInformation()
+    except (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, zlib.error, ValueError, RuntimeError):
+        return None
+    first, last = readers[0], readers[-1]
+    step = float(np.linalg.norm(np.subtract(last.GetOrigin(), first.GetOrigin()))) or first.GetSpacing()[2]
+    columns, rows = first.GetSize()[:2]
+    spacing = (*first.GetSpacing()[:2], step)
+    return Grid((columns, rows, len(files)), _dicom_affine(first.GetDirection(), spacing, first.GetOrigin()))
 
 
 def write_nifti(volume: Volume, path: Path, *, overwrite: bool = False) -> None:
@@ -156,12 +185,18 @@ def _read_dicom(folder: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.f
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(sitk_warnings)
     _check_slice_steps(folder, reader, len(reader.GetFileNames()))
-    direction = np.array(image.GetDirection()).reshape(3, 3)
+    affine = _dicom_affine(image.GetDirection(), image.GetSpacing(), image.GetOrigin())
+    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), affine
+
+
+def _dicom_affine(
+    direction: Sequence[float], spacing: Sequence[float], origin: Sequence[float]
+) -> npt.NDArray[np.float64]:
     affine = np.eye(4)
-    affine[:3, :3] = direction * image.GetSpacing()
-    affine[:3, 3] = image.GetOrigin()
+    affine[:3, :3] = np.array(direction).reshape(3, 3) * spacing
+    affine[:3, 3] = origin
     lps_to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
-    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), lps_to_ras @ affine
+    return lps_to_ras @ affine
 
 
 def _check_slice_steps(folder: Path, reader: sitk.ImageSeriesReader, n_slices: int) -> None:

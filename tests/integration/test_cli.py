@@ -37,7 +37,7 @@ def test_training_leaves_a_run_and_a_calm_log(trained: Path) -> None:
     assert list((trained / "tensorboard").iterdir())
 
     assert (trained.parent / "train.err").read_text() == ""  # no warnings of libraries or of the launcher
-    lines = (trained.parent / "train.out").read_text().splitlines()
+    lines = (trained.parent / "train.out").read_text("utf-8").splitlines()
     assert sum(line.startswith("stage ") for line in lines) == 3
     assert "Done. Next: lamp3d evaluate" in lines[-1]
 
@@ -60,6 +60,10 @@ def test_predictions_lie_on_the_scans_own_grid_and_do_not_depend_on_the_devices(
         assert done.err == ""
         assert f"{tmp_path / str(devices) / 'p3.nii.gz'}  " in done.out  # a path is not broken over lines
         assert "1 BrainStem" in done.out
+        assert f"{devices} scans at a time" in done.out or devices == 1
+    done = lamp3d("predict", trained, scans[0], "--out", tmp_path / "slabs", "--devices", 2)
+    assert "one scan at a time, each in 2 slabs" in done.out
+    np.testing.assert_array_equal(*(read_volume(tmp_path / way / scans[0].name).data for way in ("1", "slabs")))
     for scan in scans:
         source = read_volume(scan)
         one, two = (read_volume(tmp_path / str(devices) / scan.name) for devices in (1, 2))

@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validato
 from torch import Tensor
 
 from lamp3d.errors import ScanError
-from lamp3d.volume import Volume
+from lamp3d.volume import Grid, Volume
 
 _AXIS_ENDS = (("L", "R"), ("P", "A"), ("I", "S"))
 _KEYS = ("image", "label")
@@ -169,6 +170,17 @@ def prepare_scan(volume: Volume, config: PreprocessConfig, label: Volume | None 
             torch.zeros(()).expand(crop.shape), affine=crop.affine, applied_operations=deepcopy(crop.applied_operations)
         ),
     )
+
+
+def largest_shape(grid: Grid, config: PreprocessConfig) -> tuple[int, int, int]:
+    """What a scan's prepared image has at most: the foreground, to which it is cropped, is not known yet."""
+    order = nib.orientations.io_orientation(grid.affine)
+    turned = nib.orientations.ornt_transform(order, nib.orientations.axcodes2ornt(config.orientation))
+    sources = np.argsort(turned[:, 0])
+    shape = np.array(grid.shape)[sources]
+    spacing = np.linalg.norm(grid.affine[:3, :3], axis=0)[sources]
+    depth, height, width = np.maximum(1, np.round(shape * spacing / config.spacing_for(spacing))).astype(int).tolist()
+    return depth, height, width
 
 
 def _to_crop(volume: Volume, config: PreprocessConfig) -> Compose:

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lamp3d.data import Case, Dataset
 from lamp3d.data.augment import label_swap
+from lamp3d.data.preprocess import largest_shape
 from lamp3d.errors import ConfigError, DatasetError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
 from lamp3d.experiment.run import Run
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, make_plan
-from lamp3d.plan.hardware import device_type
+from lamp3d.plan.hardware import device_memory, device_type, has_fast_bf16
+from lamp3d.plan.inference import Sharing, numbers_at_once, share_out
+from lamp3d.plan.plan import Precision
+from lamp3d.plan.slabs import Slabs
 from lamp3d.predict import Predictor, single_parts
 from lamp3d.train import Checkpoint, load_weights
-from lamp3d.volume import read_volume, scan_name, write_nifti
+from lamp3d.volume import read_grid, read_volume, scan_name, write_nifti
 
 Window = tuple[int, int, int] | None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A label map that was written, and what it cost."""
+    """A label map that was written, and what it cost the devices that had a part in it."""
 
     path: Path
     seconds: float
     peak_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one rank has to say of one scan."""
+
+    wrote: bool
+    seconds: float
+    peak_bytes: int
 
 
 def predict(
@@ -74,10 +88,20 @@ def predict(
         if not scan.exists():
             raise ConfigError(f"no scan at {scan}.")
     out.mkdir(parents=True, exist_ok=True)
-    plan = _inference_plan(run, devices, window)
+    sharing = None
+    if window is None:
+        sharing = _sharing(run, scans, devices)
+        settings["most_voxels"] = sharing.most_voxels
+        Console().print(f"{sharing}.", highlight=False, soft_wrap=True)
+    plan = _inference_plan(run, devices, window, len(scans), sharing)
     pairs = list(zip(scans, targets, strict=True))
     results = launch(_predict_worker, devices, (run.folder, plan, pairs, {"window": window, **settings}))
-    return next(result for result in results if result is not None)
+    predictions = []
+    for index, target in enumerate(targets):
+        parts = [parts[index] for parts in results if index in parts]
+        (seconds,) = (part.seconds for part in parts if part.wrote)
+        predictions.append(Prediction(target, seconds, tuple(part.peak_bytes for part in parts)))
+    return predictions
 
 
 def evaluate(
@@ -170,54 +194,76 @@ def _predictor_settings(run: Run, mirror: bool) -> dict[str, Any]:
     }
 
 
-def _inference_plan(run: Run, devices: int, window: Window) -> Plan:
-    """The last stage's plan where it is one for single volumes on as many devices, otherwise one of its own.
+def _sharing(run: Run, scans: Sequence[Path], devices: int) -> Sharing:
+    """How whole scans are best shared out, by their headers; where those say nothing, by the volumes of training."""
+    network, last = run.network().eval(), run.plans()[-1]
+    grids = [grid for scan in scans if (grid := read_grid(scan)) is not None]
+    shapes: list[tuple[int, ...]] = [largest_shape(grid, run.config.preprocess) for grid in grids] or [
+        last.image_shape[2:]
+    ]
+    sides = [-(-side // network.divisor) * network.divisor for side in max(shapes, key=math.prod)]
+    kind = device_type()
+    ways = share_out(
+        network, (1, last.image_shape[1], *sides), len(scans), devices,
+        precision=_precision(last), channels_last=last.channels_last, limit=device_memory(kind, devices),
+    )  # fmt: skip
+    return ways[0]
 
-    A whole volume is shared by all devices; windows follow each other through a pipeline.
+
+def _precision(last: Plan) -> Precision:
+    """That of training; but fp32 where bf16 is emulated, which takes fifty times as long."""
+    return last.precision if has_fast_bf16(device_type()) else "fp32"
+
+
+def _inference_plan(run: Run, devices: int, window: Window, scans: int, sharing: Sharing | None) -> Plan:
+    """The last stage's plan where it is one for single volumes in the same way, otherwise one of its own.
+
+    Windows follow each other through pipelines, of which there are as many as keep all devices busy.
     """
     last = run.plans()[-1]
-    space = devices if window is None else 1
-    same = (last.devices, last.data, last.slabs, last.device_type) == (devices, 1, space, device_type())
-    if not same:
+    data = numbers_at_once(scans, devices)[-1] if sharing is None else sharing.at_once
+    slabs = Slabs() if sharing is None else sharing.slabs
+    precision = _precision(last)
+    wanted = (devices, data, slabs.mesh, slabs.dims, device_type(), precision)
+    if wanted != (last.devices, last.data, last.space, last.space_dims, last.device_type, last.precision):
         network = run.network()
         # There is one way to cut a network into one stage, so that a small volume shows it as well as a large one.
-        sides = last.image_shape[2:] if devices > 1 else (2 * network.divisor,) * 3
+        sides = [2 * network.divisor] * 3
+        if data * slabs.count < devices:
+            sides = list(last.image_shape[2:])
+        for size, dim in zip(slabs.mesh, slabs.dims, strict=True):
+            sides[dim - 2] *= size + 1  # the longest
         same_layout = last.channels_last if last.device_type == device_type() else None
-        shape = (1, last.image_shape[1], *sides)
         last = make_plan(
-            network, shape, devices, space=space, precision=last.precision, channels_last=same_layout, repeats=1,
+            network, (data, last.image_shape[1], *sides), devices, data=data, space=slabs.mesh or 1,
+            precision=precision, channels_last=same_layout, repeats=1,
             memory="unlimited",  # what a training step needs is not asked here
         )  # fmt: skip
-    in_flight = 1 if window is None else 2 * devices
+    in_flight = 1 if window is None else 2 * devices // data
     return last.model_copy(update={"micro_batches": in_flight, "recompute": "never"})
 
 
 def _predict_worker(
     folder: Path, plan: Plan, pairs: list[tuple[Path, Path]], settings: dict[str, Any]
-) -> list[Prediction] | None:
+) -> dict[int, _Part]:
     run = Run.open(folder)
     network = run.network()
     load_weights(network, run.best)
     engine = Engine(network.eval(), plan)
     predictor = Predictor(engine, run.config.preprocess, network.divisor, classes=1 + len(run.organs), **settings)
-    predictions = []
-    with _progress(hidden=not predictor.holds_result) as progress:
-        for scan, target in progress.track(pairs, description="Predicting"):
+    parts = {}
+    own = range(engine.replica, len(pairs), plan.data)  # replicas share the scans
+    shown = predictor.holds_result and engine.replica == 0
+    with _progress(hidden=not shown) as progress:
+        for index in progress.track(own, description="Predicting"):
+            scan, target = pairs[index]
             begin = time.perf_counter()
             labels = predictor.predict(read_volume(scan))
             if labels is not None:
                 write_nifti(labels, target, overwrite=True)
             seconds = time.perf_counter() - begin
-            predictions.append(Prediction(target, seconds, _peaks(engine)))
-    return predictions if predictor.holds_result else None
-
-
-def _peaks(engine: Engine) -> tuple[int, ...]:
-    if engine.world_size == 1:
-        return (engine.peak_bytes(),)
-    peaks: list[int | None] = [None] * engine.world_size
-    dist.all_gather_object(peaks, engine.peak_bytes())
-    return tuple(peak or 0 for peak in peaks)
+            parts[index] = _Part(predictor.holds_result, seconds, engine.peak_bytes())
+    return parts
 
 
 def _progress(hidden: bool = False) -> Progress:

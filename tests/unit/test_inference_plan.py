@@ -1,0 +1,128 @@
+"""How scans are shared out for prediction, and what a forward holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from lamp3d.data import PreprocessConfig
+from lamp3d.data.preprocess import largest_shape
+from lamp3d.errors import PlanError
+from lamp3d.graph.footprint import LiveBytes
+from lamp3d.nets import SEUNet, UNet
+from lamp3d.parallel import Engine
+from lamp3d.plan import make_plan
+from lamp3d.plan.inference import Sharing, forward_bytes, share_out
+from lamp3d.plan.slabs import Slabs, longest_axes
+from lamp3d.predict import Predictor
+from lamp3d.volume import Grid, Volume, read_grid, read_volume, write_nifti
+
+VOLUME = (1, 1, 48, 32, 64)
+
+
+def ways(scans: int, devices: int, limit: int | None = None) -> list[Sharing]:
+    network = UNet(1, 3, filters=2).eval()
+    return share_out(network, VOLUME, scans, devices, precision="fp32", channels_last=False, limit=limit)
+
+
+@pytest.mark.parametrize(
+    ("scans", "devices", "at_once", "slabs"),
+    [
+        (1, 1, 1, ()),
+        (1, 4, 1, (4,)),
+        (2, 2, 2, ()),
+        (3, 2, 1, (2,)),  # two rounds of two would leave a device idle for a whole scan
+        (5, 2, 2, ()),
+        (2, 4, 2, (2,)),
+        (8, 4, 4, ()),
+    ],
+)
+def test_no_device_is_idle_and_no_scan_cut_without_need(
+    scans: int, devices: int, at_once: int, slabs: tuple[int, ...]
+) -> None:
+    best = ways(scans, devices)[0]
+    assert (best.at_once, best.slabs.mesh) == (at_once, slabs)
+    assert best.fits
+    assert best.most_voxels is None
+
+
+def test_a_scan_that_one_device_cannot_take_is_shared() -> None:
+    together, apart = sorted(ways(2, 2), key=lambda way: way.at_once)
+    assert together.peak_bytes < 0.7 * apart.peak_bytes
+    tight = ways(2, 2, (together.peak_bytes + apart.peak_bytes) // 2)[0]
+    assert (tight.at_once, tight.slabs, tight.fits) == (1, Slabs((2,), (4,)), True)
+    too_tight = ways(2, 2, together.peak_bytes // 2)[0]
+    assert (too_tight.at_once, too_tight.fits) == (1, False)
+    assert too_tight.most_voxels == pytest.approx(48 * 32 * 64 / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [UNet, SEUNet])
+def test_a_forward_holds_what_was_said(kind: type[UNet | SEUNet]) -> None:
+    network = kind(1, 3, filters=4).eval()
+    plan = make_plan(network, (1, 1, 32, 32, 32), channels_last=False, repeats=1)
+    engine, volume = Engine(network, plan), torch.zeros(VOLUME)
+    list(engine.stream([volume]))  # what values look like is found the first time, which holds more
+    with LiveBytes() as live:
+        list(engine.stream([volume]))
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    said = forward_bytes(network, VOLUME, Slabs(), precision="fp32", channels_last=False)
+    assert said == pytest.approx(live.highest + volume.nbytes + weights, rel=0.01)
+
+
+def test_slabs_hold_their_part_and_the_whole_output() -> None:
+    network = UNet(1, 60, filters=2).eval()
+    whole, half = (
+        forward_bytes(network, VOLUME, longest_axes(VOLUME, mesh), precision="fp32", channels_last=False)
+        for mesh in ((), (2,))
+    )
+    assert 60 * 4 * 48 * 32 * 64 < half < whole + 60 * 4 * 48 * 32 * 64 / 2
+
+
+def test_a_volume_beyond_the_memory_is_refused_before_it_is_computed() -> None:
+    network = UNet(1, 3, filters=2).eval()
+    engine = Engine(network, make_plan(network, (1, 1, 32, 32, 32), repeats=1))
+    predictor = Predictor(engine, PreprocessConfig(window=(0, 1)), network.divisor, most_voxels=20_000)
+    data = np.random.default_rng(0).random((32, 32, 32), np.float32)
+    with pytest.raises(PlanError, match=r"32×32×32 voxels does not fit.*0\.02 million.*--window"):
+        predictor.predict(Volume(data, np.eye(4)))
+
+
+def test_headers_tell_the_largest_shape(tmp_path: Path) -> None:
+    turned = np.array([[0, 0, -2.0, 0], [1.5, 0, 0, 0], [0, 3.0, 0, 0], [0, 0, 0, 1]])  # axes: y, z, x
+    write_nifti(Volume(np.zeros((20, 30, 40), np.int16), turned), tmp_path / "scan.nii.gz")
+    grid = read_grid(tmp_path / "scan.nii.gz")
+    assert grid is not None
+    assert grid.shape == (20, 30, 40)
+    np.testing.assert_array_equal(grid.affine, turned)
+    plain = PreprocessConfig(window=(0, 1), crop_foreground=False)
+    assert largest_shape(grid, plain) == (40, 20, 30)
+    assert largest_shape(grid, plain.model_copy(update={"spacing_mm": (1.0, 3.0, 3.0)})) == (80, 10, 30)
+    (tmp_path / "broken.nii.gz").write_bytes(b"no scan")
+    assert read_grid(tmp_path / "broken.nii.gz") is None
+    assert read_grid(tmp_path) is None
+
+
+def test_the_grid_of_a_dicom_series_is_that_of_its_volume(tmp_path: Path) -> None:
+    image = sitk.GetImageFromArray(np.zeros((5, 7, 6), np.int16))
+    image.SetSpacing((0.9, 0.8, 2.5))
+    image.SetOrigin((-10.0, 20.0, 30.0))
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for z in range(5):
+        piece = image[:, :, z]
+        for tag, value in {
+            "0008|0060": "CT", "0020|000e": "1.2.3", "0020|000d": "1.2", "0008|0018": f"1.2.3.{z}",
+            "0020|0032": f"-10\\20\\{30 + 2.5 * z}", "0020|0037": "1\\0\\0\\0\\1\\0", "0020|0013": str(z),
+            "0018|0050": "2.5",
+        }.items():  # fmt: skip
+            piece.SetMetaData(tag, value)
+        writer.SetFileName(str(tmp_path / f"{z}.dcm"))
+        writer.Execute(piece)
+    grid, volume = read_grid(tmp_path), read_volume(tmp_path)
+    assert isinstance(grid, Grid)
+    assert grid.shape == volume.data.shape
+    np.testing.assert_allclose(grid.affine, volume.affine, atol=1e-9)
