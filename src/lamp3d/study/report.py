@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -141,41 +142,51 @@ def figure(results: Sequence[RunResult], timed: Sequence[RowTimings]) -> Figure:
     inputs = list(dict.fromkeys(runs[0].input for runs in rows.values()))
     colours = organ_colours(networks)
     with rc_context(FONT):
-        drawn = Figure(figsize=(10.4, 3.8), layout="constrained")
+        drawn = Figure(figsize=(10.4 if timed else 5.4, 3.8), layout="constrained")
         FigureCanvasAgg(drawn)
-        dice_axes, time_axes = drawn.subplots(1, 2)
+        dice_axes, *others = drawn.subplots(1, 2 if timed else 1, squeeze=False)[0]
         dice_axes.set(title=f"Dice on the {results[0].split} split", xlabel="input")
         for shift, network in enumerate(networks):
-            points = []
+            points: list[tuple[float, ...]] = []
+            apart: list[tuple[float, ...]] = []
             for runs in rows.values():
                 if runs[0].network == network:
                     found = estimate(scores_of(runs, "dice"))
                     if found.mean is not None and found.low is not None and found.high is not None:
                         at = inputs.index(runs[0].input) + 0.06 * (shift - (len(networks) - 1) / 2)
-                        points.append((at, found.mean, found.mean - found.low, found.high - found.mean))
-            if points:
-                places, mean, below, above = zip(*sorted(points), strict=True)
-                dice_axes.errorbar(
-                    places, mean, yerr=[below, above], color=colours[network], marker="o", capsize=3, label=network,
-                    linestyle="none" if len(points) == 1 else "-",
-                )  # fmt: skip
+                        point = (at, found.mean, found.mean - found.low, found.high - found.mean)
+                        (points if runs[0].control_of is None else apart).append(point)
+            for group, filled in ((points, True), (apart, False)):  # controls are no step of the curriculum
+                if group:
+                    places, mean, below, above = zip(*sorted(group), strict=True)
+                    dice_axes.errorbar(
+                        places, mean, yerr=[below, above], color=colours[network], marker="o", capsize=3,
+                        label=network if filled else f"{network}, control",
+                        markerfacecolor=colours[network] if filled else "white",
+                        linestyle="-" if filled and len(group) > 1 else "none",
+                    )  # fmt: skip
         dice_axes.set_xticks(range(len(inputs)), inputs)
         dice_axes.legend(frameon=False)
-        time_axes.set(title="Seconds a scan, by how it is predicted", yscale="log")
-        ways = list(dict.fromkeys((timing.window, timing.devices) for row in timed for timing in row.timings))
-        for shift, network in enumerate(networks):
-            of_network = [timing for row in timed if row.network == network for timing in row.timings]
-            for place, way in enumerate(ways):
-                seconds = [s for timing in of_network if (timing.window, timing.devices) == way for s in timing.seconds]
-                if seconds:
-                    width = 0.8 / len(networks)
-                    at = place + width * (shift - (len(networks) - 1) / 2)
-                    time_axes.bar(at, statistics.fmean(seconds), width=0.9 * width, color=colours[network])
-        names = [f"{_by(window)}\n{devices} device{'s' * (devices > 1)}".replace(" ", "\n") for window, devices in ways]
-        time_axes.set_xticks(range(len(ways)), names, fontsize=8)
-        for axes in (dice_axes, time_axes):
+        for axes in others:
+            _draw_seconds(axes, timed, networks, colours)
+        for axes in (dice_axes, *others):
             axes.grid(axis="y")
     return drawn
+
+
+def _draw_seconds(axes: Axes, timed: Sequence[RowTimings], networks: Sequence[str], colours: Mapping[str, str]) -> None:
+    axes.set(title="Seconds a scan, by how it is predicted", yscale="log")
+    ways = list(dict.fromkeys((timing.window, timing.devices) for row in timed for timing in row.timings))
+    for shift, network in enumerate(networks):
+        of_network = [timing for row in timed if row.network == network for timing in row.timings]
+        for place, way in enumerate(ways):
+            seconds = [s for timing in of_network if (timing.window, timing.devices) == way for s in timing.seconds]
+            if seconds:
+                width = 0.8 / len(networks)
+                at = place + width * (shift - (len(networks) - 1) / 2)
+                axes.bar(at, statistics.fmean(seconds), width=0.9 * width, color=colours[network])
+    names = [f"{_by(window)}\n{devices} device{'s' * (devices > 1)}".replace(" ", "\n") for window, devices in ways]
+    axes.set_xticks(range(len(ways)), names, fontsize=8)
 
 
 def _by(window: str) -> str:
