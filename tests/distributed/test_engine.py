@@ -210,8 +210,8 @@ def test_slabs_in_bf16_are_close(results: Callable[[int], Results], devices: int
     for rank in results(devices):
         assert len(rank["slabs_in_bf16"]) == 6
         for name, finding in rank["slabs_in_bf16"].items():
-            # Thin slabs are computed in fp32, the whole in bf16: so much do gradients differ that nearly cancel (0.0625
-            # where bf16 is emulated, 0.05 where it is not).
+            # Thin slabs are computed in fp32, the whole in bf16: so much do gradients differ that nearly cancel, by
+            # 0.0625 where bf16 is emulated.
             assert not {what: error for what, error in finding.errors.items() if not error <= 1e-1}, name
 
 
