@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
 
 from lamp3d.data import PreprocessConfig
@@ -19,7 +18,7 @@ from lamp3d.plan import make_plan
 from lamp3d.plan.inference import Sharing, forward_bytes, share_out
 from lamp3d.plan.slabs import Slabs, longest_axes
 from lamp3d.predict import Predictor
-from lamp3d.volume import Grid, Volume, read_grid, read_volume, write_nifti
+from lamp3d.volume import Volume, read_grid, write_nifti
 
 VOLUME = (1, 1, 48, 32, 64)
 
@@ -104,25 +103,3 @@ def test_headers_tell_the_largest_shape(tmp_path: Path) -> None:
     (tmp_path / "broken.nii.gz").write_bytes(b"no scan")
     assert read_grid(tmp_path / "broken.nii.gz") is None
     assert read_grid(tmp_path) is None
-
-
-def test_the_grid_of_a_dicom_series_is_that_of_its_volume(tmp_path: Path) -> None:
-    image = sitk.GetImageFromArray(np.zeros((5, 7, 6), np.int16))
-    image.SetSpacing((0.9, 0.8, 2.5))
-    image.SetOrigin((-10.0, 20.0, 30.0))
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    for z in range(5):
-        piece = image[:, :, z]
-        for tag, value in {
-            "0008|0060": "CT", "0020|000e": "1.2.3", "0020|000d": "1.2", "0008|0018": f"1.2.3.{z}",
-            "0020|0032": f"-10\\20\\{30 + 2.5 * z}", "0020|0037": "1\\0\\0\\0\\1\\0", "0020|0013": str(z),
-            "0018|0050": "2.5",
-        }.items():  # fmt: skip
-            piece.SetMetaData(tag, value)
-        writer.SetFileName(str(tmp_path / f"{z}.dcm"))
-        writer.Execute(piece)
-    grid, volume = read_grid(tmp_path), read_volume(tmp_path)
-    assert isinstance(grid, Grid)
-    assert grid.shape == volume.data.shape
-    np.testing.assert_allclose(grid.affine, volume.affine, atol=1e-9)

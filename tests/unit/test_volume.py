@@ -11,7 +11,7 @@ import SimpleITK as sitk
 from tiny_dataset import AFFINE, SHAPE, tiny_scan
 
 from lamp3d.errors import ScanError
-from lamp3d.volume import Volume, read_volume, write_nifti
+from lamp3d.volume import Grid, Volume, read_grid, read_volume, write_nifti
 
 
 @pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
@@ -157,6 +157,14 @@ def test_dicom_folder_is_read_in_ras(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         volume.affine, [[-1.5, 0, 0, 10], [0, -2, 0, -20], [0, 0, 3, 30], [0, 0, 0, 1]], atol=1e-9
     )
+
+
+def test_the_grid_of_a_dicom_series_is_that_of_its_volume(tmp_path: Path) -> None:
+    write_dicom(tmp_path, np.zeros((6, 7, 5), np.int16))
+    grid, volume = read_grid(tmp_path), read_volume(tmp_path)
+    assert isinstance(grid, Grid)
+    assert grid.shape == volume.data.shape
+    np.testing.assert_allclose(grid.affine, volume.affine, atol=1e-9)
 
 
 def test_dicom_with_a_missing_slice_or_two_series_is_refused(tmp_path: Path) -> None:

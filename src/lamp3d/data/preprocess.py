@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, CropForegroundd, Orientationd, Resize, Resized, ScaleIntensityRanged
+from nibabel.affines import voxel_sizes
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor
 
@@ -178,7 +179,7 @@ def largest_shape(grid: Grid, config: PreprocessConfig) -> tuple[int, int, int]:
     turned = nib.orientations.ornt_transform(order, nib.orientations.axcodes2ornt(config.orientation))
     sources = np.argsort(turned[:, 0])
     shape = np.array(grid.shape)[sources]
-    spacing = np.linalg.norm(grid.affine[:3, :3], axis=0)[sources]
+    spacing = voxel_sizes(grid.affine)[sources]
     depth, height, width = np.maximum(1, np.round(shape * spacing / config.spacing_for(spacing))).astype(int).tolist()
     return depth, height, width
 

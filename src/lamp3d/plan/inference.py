@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from lamp3d.graph import Stage, arithmetic, laid_out, trace
+from lamp3d.graph import CellGraph, Stage, arithmetic, trace
 from lamp3d.graph.footprint import LiveBytes
 from lamp3d.graph.inputs import Shape
 from lamp3d.plan.amounts import format_bytes
 from lamp3d.plan.slabs import Slabs, longest_axes, slab_shape
 from lamp3d.plan.walk import Values, inputs_of, walk
+from lamp3d.plan.work import stand_ins
 
 EFFICIENCY = 0.8
 """Of devices that share one scan, against as many that have one each: 0.64 to 0.97 on two (benchmarks/spatial)."""
@@ -86,7 +87,7 @@ def share_out(
     Raises:
         ConfigError: the network cannot be traced, or does not accept such a volume.
     """
-    ways = []
+    ways, graph = [], trace(network, volume)
     for at_once in numbers_at_once(scans, devices):
         sharers = devices // at_once
         slabs = longest_axes(volume, (sharers,) if sharers > 1 else ())
@@ -94,7 +95,9 @@ def share_out(
             Sharing(
                 at_once=at_once,
                 slabs=slabs,
-                peak_bytes=forward_bytes(network, volume, slabs, precision=precision, channels_last=channels_last),
+                peak_bytes=forward_bytes(
+                    network, volume, slabs, precision=precision, channels_last=channels_last, graph=graph
+                ),
                 voxels=math.prod(volume[2:]),
                 limit=limit,
                 turns=math.ceil(scans / at_once) / (1 if sharers == 1 else EFFICIENCY * sharers),
@@ -108,7 +111,15 @@ def numbers_at_once(scans: int, devices: int) -> list[int]:
     return [n for n in range(1, min(scans, devices) + 1) if devices % n == 0]
 
 
-def forward_bytes(network: nn.Module, volume: Shape, slabs: Slabs, *, precision: str, channels_last: bool) -> int:
+def forward_bytes(
+    network: nn.Module,
+    volume: Shape,
+    slabs: Slabs,
+    *,
+    precision: str,
+    channels_last: bool,
+    graph: CellGraph | None = None,
+) -> int:
     """What a rank holds at the fullest moment of a forward without gradients, with its weights and the whole output.
 
     Found on fake tensors, for a volume near to a slab's size, and brought to that of the thickest slab.
@@ -116,17 +127,14 @@ def forward_bytes(network: nn.Module, volume: Shape, slabs: Slabs, *, precision:
     divisor: int = getattr(network, "divisor", 32)
     near = slab_shape(volume, slabs, divisor)
     assert not isinstance(near, dict)
-    graph = trace(network, near)
+    graph = trace(network, near) if graph is None or graph.reads_shape else graph
     cpu = torch.device("cpu")
     outputs: dict[str, Tensor] = {}
 
     def run(stage: Stage, inputs: Values) -> tuple[None, Values]:
-        stand_ins = {
-            name: laid_out(torch.empty_like(tensor, device=cpu), channels_last and tensor.dim() == 5)
-            for name, tensor in (*stage.named_parameters(), *stage.named_buffers())
-        }
+        own = stand_ins(stage, cpu, channels_last)
         with live:
-            made = dict(zip(stage.outputs, functional_call(stage, stand_ins, tuple(inputs.values())), strict=True))
+            made = dict(zip(stage.outputs, functional_call(stage, own, tuple(inputs.values())), strict=True))
         outputs.update((name, value) for name, value in made.items() if name in graph.outputs)
         return None, made
 

@@ -135,6 +135,17 @@ def account(
     return Work(tuple(cells), specs)
 
 
+def stand_ins(stage: Stage, device: torch.device, channels_last: bool) -> dict[str, Tensor]:
+    """Fake tensors for a stage's parameters and buffers, for ``functional_call`` under a fake tensor mode."""
+    made: dict[str, Tensor] = {}
+    for name, tensor in (*stage.named_parameters(), *stage.named_buffers()):
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        if fake.dim() == 5:
+            fake = laid_out(fake, channels_last)
+        made[name] = fake.requires_grad_(tensor.requires_grad)
+    return made
+
+
 def _account_cell(
     stage: Stage,
     inputs: Values,
@@ -143,12 +154,7 @@ def _account_cell(
     device: torch.device,
     split: bool,
 ) -> tuple[CellWork, Values]:
-    stand_ins: dict[str, Tensor] = {}
-    for name, tensor in (*stage.named_parameters(), *stage.named_buffers()):
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-        if fake.dim() == 5:
-            fake = laid_out(fake, channels_last)
-        stand_ins[name] = fake.requires_grad_(tensor.requires_grad)
+    own_tensors = stand_ins(stage, device, channels_last)
     leaves = [value.detach().requires_grad_(value.requires_grad) for value in inputs.values()]
     saved: dict[int, Tensor] = {}
     later = DeferredWeights()
@@ -166,7 +172,7 @@ def _account_cell(
         making,
         forward,
     ):
-        outputs = functional_call(stage, stand_ins, tuple(leaves))
+        outputs = functional_call(stage, own_tensors, tuple(leaves))
     roots = [output for output in outputs if output.requires_grad]
     gradients = [torch.empty_like(root) for root in roots]
     if roots:
@@ -177,7 +183,7 @@ def _account_cell(
         later.compute()
     names = {address(leaf): name for name, leaf in zip(inputs, leaves, strict=True)}
     names |= {address(output): name for name, output in zip(stage.outputs, outputs, strict=True)}
-    own = {address(tensor) for tensor in stand_ins.values()}
+    own = {address(tensor) for tensor in own_tensors.values()}
 
     def internal(tensors: dict[int, Tensor]) -> int:
         return sum(t.untyped_storage().nbytes() for a, t in tensors.items() if a not in names and a not in own)

@@ -16,7 +16,7 @@ from lamp3d.intervals import Score, scores
 from lamp3d.study.config import StudyConfig, run_name
 from lamp3d.volume import write_text
 
-Kind = TypeVar("Kind", bound=BaseModel)
+Kind = TypeVar("Kind", bound="_OfRow")
 
 
 class Timing(BaseModel):
@@ -37,7 +37,21 @@ class Timing(BaseModel):
     peak_bytes: int
 
 
-class RunResult(BaseModel):
+class _OfRow(BaseModel):
+    """What is kept of a row, in a file of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    row: str
+    network: str
+    input: str
+
+    def save(self, path: Path) -> None:
+        """Write it, all or nothing."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+
+class RunResult(_OfRow):
     """One run.
 
     Attributes:
@@ -56,11 +70,6 @@ class RunResult(BaseModel):
         cases: the scores of every case.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    row: str
-    network: str
-    input: str
     seed: int
     control_of: str | None
     split: str
@@ -82,12 +91,8 @@ class RunResult(BaseModel):
         """What its files are called."""
         return run_name(self.row, self.seed)
 
-    def save(self, path: Path) -> None:
-        """Write it, all or nothing."""
-        write_text(path, self.model_dump_json(indent=1) + "\n")
 
-
-class RowTimings(BaseModel):
+class RowTimings(_OfRow):
     """How long the predictions of a row's network take.
 
     Attributes:
@@ -96,17 +101,8 @@ class RowTimings(BaseModel):
         timings: one a way to predict.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    row: str
-    network: str
-    input: str
     device: str
     timings: tuple[Timing, ...]
-
-    def save(self, path: Path) -> None:
-        """Write it, all or nothing."""
-        write_text(path, self.model_dump_json(indent=1) + "\n")
 
 
 def read_results(folder: Path) -> list[RunResult]:
