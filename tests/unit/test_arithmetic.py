@@ -52,6 +52,28 @@ LAYERS = [
 SHAPES = [(2, 2, 2), (2, 4, 5), (1, 2, 3), (3, 1, 1), (6, 6, 6), (2, 8, 8)]
 
 
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if isinstance(layer, nn.Conv3d)], ids=str)
+@pytest.mark.parametrize("planes", [5, 12, 67])
+def test_without_room_the_gradient_of_a_weight_is_added_up_by_pieces(
+    layer: nn.Conv3d, planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = torch.randn(2, layer.in_channels, planes, 6, 7, generator=torch.Generator().manual_seed(0))
+    exact = gradients(layer, image, "fp32")
+    added: list[Tensor] = []
+    by_pieces = Convolution._weight_by_pieces
+
+    def spied(*args: Any) -> Tensor:
+        added.append(by_pieces(*args))
+        return added[-1]
+
+    monkeypatch.setattr("lamp3d.graph.convolution.make_room", lambda taken: False)
+    monkeypatch.setattr(Convolution, "_weight_by_pieces", spied)
+    for of_exact, of_pieces in zip(exact, gradients(layer, image, "bf16", split=True), strict=True):
+        assert (of_exact - of_pieces).norm() < 1e-2 * of_exact.norm()
+    in_bf16 = min(planes, 6) >= layer.kernel_size[0] * layer.stride[0]
+    assert bool(added) == in_bf16
+
+
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("split", [False, True])
 def test_bf16_is_close_to_fp32_on_volumes_of_any_size(layer: nn.Conv3d, split: bool) -> None:

@@ -5,7 +5,7 @@ frees and takes activations of that size by the hundred, and every time the syst
 the step of a U-Net-16 at 96³ (benchmarks/pipeline).
 
 What is free lies in pieces between what is in use, and a larger block does not fit into them. So beyond a limit, the
-plan's for the device, the pieces' pages do go back to the system: convolutions, forward and backward, see to that.
+plan's for the device, the pieces' pages do go back to the system: the operations that take the most see to that.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOP_PAD = 64 * 2**20
 """Bytes by which the heap grows beyond what was asked for."""
 
 _limit: int | None = None
-"""Bytes in use beyond which freed memory is returned."""
+"""Bytes that this process is to keep within."""
 
 
 def keep_freed_memory() -> None:
@@ -65,15 +65,17 @@ def return_freed_memory() -> None:
 
 
 def limit_freed_memory(limit: int | None) -> None:
-    """From now on `return_memory_beyond_limit` keeps this process within so many bytes, as far as it can."""
+    """From now on `make_room` keeps this process within so many bytes, as far as it can."""
     global _limit
     _limit = limit if _MEMORY.exists() else None
 
 
-def return_memory_beyond_limit() -> None:
-    """Give back what is free if more is in use than `limit_freed_memory` said."""
-    if _limit is not None and int(_MEMORY.read_text().split()[1]) * resource.getpagesize() > _limit:
-        return_freed_memory()
+def make_room(taken: int) -> bool:
+    """Whether an operation that takes so many bytes keeps within the limit; what is free is given back for it."""
+    if _limit is None or _resident_bytes() + taken <= _limit:
+        return True
+    return_freed_memory()
+    return _resident_bytes() + taken <= _limit
 
 
 def peak_resident_bytes() -> int:
@@ -83,3 +85,7 @@ def peak_resident_bytes() -> int:
         return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _resident_bytes() -> int:
+    return int(_MEMORY.read_text().split()[1]) * resource.getpagesize()

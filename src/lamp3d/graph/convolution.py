@@ -1,6 +1,6 @@
 """How a convolution is computed: in which precision, by which of torch's kernels, and its gradients one by one.
 
-torch chooses badly for two sorts of convolution on a CPU, and both are common in a 3D network; the figures are in
+torch chooses badly for three sorts of convolution on a CPU, and all are common in a 3D network; the figures are in
 docs/decisions/arithmetic.md.
 
 * In fp32 a small volume at batch 1 goes to an im2col kernel that is four to ten times slower than oneDNN's. Given
@@ -8,6 +8,8 @@ docs/decisions/arithmetic.md.
   meets the same fate, is a matrix product.
 * In bf16 oneDNN's gradient of the weight reads and writes memory that is not its own where the volume is hardly larger
   than the kernel. Such volumes, the deepest levels of a network on small patches, are computed in fp32.
+* For large ones it takes copies of the image and of the result's gradient. Where there is no room for them, the
+  gradients by pieces of the volume are added up.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +25,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from lamp3d.graph.allocator import return_memory_beyond_limit
+from lamp3d.graph.allocator import make_room
 
 Mask = tuple[bool, bool, bool]
 """Which gradients are wanted: the image's, the weight's, the bias's."""
+
+PIECES = 16
+"""Of a volume whose weight gradients are added up."""
 
 
 class Kernel(Enum):
@@ -59,7 +65,8 @@ class Convolution:
 
     def forward(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution, laid out as the image is; ``image`` is of the dtype in which it is computed."""
-        return_memory_beyond_limit()
+        made_channels = weight.shape[1] * self.settings[-1] if self.settings[3] else weight.shape[0]
+        make_room(image.nbytes * max(1, made_channels // image.shape[1]))
         weight, bias = weight.to(self.computed), None if bias is None else bias.to(self.computed)
         if self.kernel is Kernel.MATRIX_PRODUCT:
             # Into a tensor of its own: the result of an autograd function must be no view of another.
@@ -83,7 +90,16 @@ class Convolution:
 
     def backward(self, gradient: Tensor, image: Tensor, weight: Tensor, mask: Mask) -> list[Tensor | None]:
         """The gradients of image, weight and bias, those that are wanted, in the dtype in which it is computed."""
-        return_memory_beyond_limit()
+        found: list[Tensor | None]
+        if make_room(2 * image.nbytes + gradient.nbytes) or not (mask[1] and self._is_in_pieces(image)):
+            found = self._gradients(gradient, image, weight, mask)
+        else:
+            found = self._gradients(gradient, image, weight, (mask[0], False, mask[2]))
+            found[1] = self._weight_by_pieces(gradient, image, weight)
+        make_room(2 * image.nbytes)  # for the gradients of what made the image, which torch computes by itself
+        return found
+
+    def _gradients(self, gradient: Tensor, image: Tensor, weight: Tensor, mask: Mask) -> list[Tensor | None]:
         weight = weight.to(self.computed)
         if self.kernel is Kernel.MATRIX_PRODUCT:
             out, values = gradient.movedim(1, -1), image.movedim(1, -1)
@@ -106,6 +122,29 @@ class Convolution:
             _laid_out_as(weight, of_weight) if mask[1] else None,
             of_bias,
         ]
+
+    def _is_in_pieces(self, image: Tensor) -> bool:
+        transposed = self.settings[3]
+        return image.device.type == "cpu" and self.computed == torch.bfloat16 and image.dim() == 5 and not transposed
+
+    def _weight_by_pieces(self, gradient: Tensor, image: Tensor, weight: Tensor) -> Tensor:
+        """The weight's gradient without copies of the volume, the sum of what groups of planes give."""
+        weight = weight.to(self.computed)
+        stride, padding, dilation, transposed, output_padding, groups = self.settings
+        reach, planes, made = dilation[0] * (weight.shape[2] - 1) + 1, image.shape[2], gradient.shape[2]
+        unpadded = [0, *padding[1:]]
+        total = torch.zeros_like(weight, dtype=torch.float32)
+        pieces = max(1, min(PIECES, made // reach))  # none is hardly larger than the kernel
+        for begin, end in pairwise(made * i // pieces for i in range(pieces + 1)):
+            first, last = begin * stride[0] - padding[0], (end - 1) * stride[0] - padding[0] + reach
+            beyond = (0, 0, 0, 0, max(-first, 0), max(last - planes, 0))
+            piece = F.pad(image[:, :, max(first, 0) : min(last, planes)], beyond)
+            _, found, _ = torch.ops.aten.convolution_backward(
+                gradient[:, :, begin:end], piece, weight, None, stride, unpadded, dilation, transposed, output_padding,
+                groups, [False, True, False],
+            )  # fmt: skip
+            total += found
+        return total.to(weight.dtype)
 
 
 class Call(NamedTuple):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lamp3d.graph.allocator import make_room
+
 SPACE = (2, 3, 4)
 SMALL = 4096
 """Voxels. Below 2048 of them torch's channels-last kernel writes the input's gradient even if it is not asked for: to a
@@ -54,6 +56,7 @@ def gradient_sums(gradient: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> t
 
 def affine(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     """x · gain + shift, both (B, C), in the dtype of x."""
+    make_room(x.nbytes)
     if not _scales_by_batch_norm(x):
         return torch.addcmul(_per_channel(shift, x), x, _per_channel(gain, x))
     zero, one = torch.zeros_like(gain[0]), torch.ones_like(gain[0])
