@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -18,10 +21,14 @@ from lamp3d.parallel import Engine
 from lamp3d.parallel.sharded import even_cut
 from lamp3d.parallel.slabs import slab_of
 from lamp3d.parallel.space.ranks import Space
+from lamp3d.plan.hardware import cpu_cores
+
+MOST_READERS = 12
+"""Mini-batches that a rank reads at once; each takes its room in the machine's memory."""
 
 
 def prefetched(batches: Batches, engine: Engine) -> Generator[Batch, None, None]:
-    """An epoch's mini-batches, what this rank needs of them; the next one is read while one is worked on.
+    """An epoch's mini-batches, what this rank needs of them; the next ones are read while one is worked on.
 
     Of volumes that ranks share each reads its slab.
     """
@@ -32,17 +39,28 @@ def prefetched(batches: Batches, engine: Engine) -> Generator[Batch, None, None]
         part=None if engine.space is None else partial(_own_part, space=engine.space),
     )
 
+    on_gpu = engine.device.type == "cuda"
+
     def taken(number: int) -> Batch:
         batch = read(number)
-        return _pinned(batch) if engine.device.type == "cuda" else batch
+        return _pinned(batch) if on_gpu else batch
 
-    with ThreadPoolExecutor(1, "lamp3d-batches") as pool:
-        coming = pool.submit(taken, 0)
-        for i in range(len(batches)):
-            batch = coming.result()
-            if i + 1 < len(batches):
-                coming = pool.submit(taken, i + 1)
+    # Beside a GPU the cores are free: each reads a mini-batch of its own. Otherwise they are the devices at work.
+    readers = reading_threads() if on_gpu else 1
+    alone = (torch.set_num_threads, (1,)) if readers > 1 else (None, ())
+    with ThreadPoolExecutor(readers, "lamp3d-batches", *alone) as pool:
+        coming = deque(pool.submit(taken, number) for number in range(min(readers, len(batches))))
+        for number in range(len(batches)):
+            batch = coming.popleft().result()
+            if number + readers < len(batches):
+                coming.append(pool.submit(taken, number + readers))
             yield batch
+
+
+def reading_threads() -> int:
+    """How many mini-batches a rank reads at once while its GPU works: its share of the machine's cores."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(MOST_READERS, cpu_cores() // ranks - 1))
 
 
 def on_device(batch: Batch, engine: Engine) -> tuple[Any, Any]:
