@@ -2,14 +2,16 @@
 
     lamp3d bench planner [--rounds 3] [--only predictions optimality …]
 
-`predictions` and `measured_best` time training steps on this machine; the other parts only compute. Writes results.json
+`predictions` and `measured_best` time training steps on this machine, `one_gpu` on its GPU; the other parts only
+compute. Writes results.json
 and pictures beside this file.
 """
 
 from __future__ import annotations
 
 from benchmarks.harness import Part, run_parts
-from benchmarks.planner import optimality, predictions, setups
+from benchmarks.planner import one_gpu, optimality, predictions, setups
+from lamp3d.plan.hardware import device_type
 
 
 def main() -> None:
@@ -22,6 +24,7 @@ PARTS: dict[str, Part] = {
     "measured_best": optimality.measure_best,
     "optimality": optimality.measure,
     "speed": optimality.measure_speed,
+    **({"one_gpu": one_gpu.measure} if device_type() == "cuda" else {}),
     "setups": setups.measure,
     "scaling": setups.measure_scaling,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -39,21 +39,20 @@ def prefetched(batches: Batches, engine: Engine) -> Generator[Batch, None, None]
         part=None if engine.space is None else partial(_own_part, space=engine.space),
     )
 
-    on_gpu = engine.device.type == "cuda"
+    if engine.device.type != "cuda":  # the cores are the devices, and at work
+        return read_ahead(read, len(batches), 1)
+    return read_ahead(lambda number: _pinned(read(number)), len(batches), reading_threads())
 
-    def taken(number: int) -> Batch:
-        batch = read(number)
-        return _pinned(batch) if on_gpu else batch
 
-    # Beside a GPU the cores are free: each reads a mini-batch of its own. Otherwise they are the devices at work.
-    readers = reading_threads() if on_gpu else 1
-    alone = (torch.set_num_threads, (1,)) if readers > 1 else (None, ())
-    with ThreadPoolExecutor(readers, "lamp3d-batches", *alone) as pool:
-        coming = deque(pool.submit(taken, number) for number in range(min(readers, len(batches))))
-        for number in range(len(batches)):
+def read_ahead(read: Callable[[int], Batch], count: int, threads: int) -> Generator[Batch, None, None]:
+    """Mini-batches 0 to ``count`` - 1 in order, so many of them being read while one is worked on."""
+    single = (torch.set_num_threads, (1,)) if threads > 1 else (None, ())
+    with ThreadPoolExecutor(threads, "lamp3d-batches", *single) as pool:
+        coming = deque(pool.submit(read, number) for number in range(min(threads, count)))
+        for number in range(count):
             batch = coming.popleft().result()
-            if number + readers < len(batches):
-                coming.append(pool.submit(taken, number + readers))
+            if number + threads < count:
+                coming.append(pool.submit(read, number + threads))
             yield batch
 
 

@@ -1,0 +1,117 @@
+"""The paper's set-ups on the GPU at hand: a step by the plan made from the GPU's description, and by plain PyTorch."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+import lamp3d
+from benchmarks.harness import loss_fn
+from benchmarks.planner.predictions import network
+from lamp3d.errors import ConfigError, PlanError
+from lamp3d.graph.inputs import input_text
+from lamp3d.plan import Plan, format_bytes, make_plan
+from lamp3d.plan.hardware import device_name
+
+SET_UPS = tuple(
+    (kind, filters, sides)
+    for sides in ((64, 64, 64), (128, 128, 128), (192, 192, 192), (352, 256, 288))
+    for kind in ("UNet", "SEUNet")
+    for filters in (32, 64, 128)
+)
+
+
+def measure(rounds: int, console: Console) -> dict[str, Any]:
+    """Seconds and allocated bytes of every set-up's step at batch 1, predicted and measured."""
+    name = device_name("cuda")
+    hardware = "h100-80g" if "H100" in name else "a100-80g" if "A100" in name else None
+    if hardware is None:
+        raise ConfigError(f"there is no description of {name} in src/lamp3d/plan/devices: add one, and name it here.")
+    found: dict[str, Any] = {"device": name}
+    table = Table(title=f"{name}: a step at batch 1; predicted / measured, beside plain PyTorch")
+    for column in ("", "volume", "recomputed", "s predicted", "s measured", "GB predicted", "GB measured", "s plain",
+                   "GB plain"):  # fmt: skip
+        table.add_column(column, justify="left" if not column else "right")
+    for kind, filters, sides in track(SET_UPS, description="set-ups", console=console):
+        row = _set_up(kind, filters, sides, hardware, rounds)
+        found[f"{kind}-{filters}, {input_text(sides)}"] = row
+        texts = [row.get("recompute", "does not fit")]
+        for what in ("predicted", "measured", "plain"):
+            seconds, peak = row.get(f"{what}_seconds"), row.get(f"{what}_bytes")
+            texts += ["–" if seconds is None else f"{seconds:.3f}", "–" if peak is None else format_bytes(peak)]
+        texts[1:5] = texts[1], texts[3], texts[2], texts[4]
+        table.add_row(f"{kind}-{filters}", input_text(sides), *texts)
+    console.print(table)
+    return found
+
+
+def _set_up(kind: str, filters: int, sides: tuple[int, ...], hardware: str, rounds: int) -> dict[str, Any]:
+    shape = (1, 1, *sides)
+    images = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    row: dict[str, Any] = {}
+    try:
+        with torch.device("meta"):
+            plan = make_plan(network(kind, filters), shape, 1, hardware=hardware)
+    except PlanError:
+        pass
+    else:
+        parameters = sum(stage.parameter_bytes for stage in plan.stages)
+        row["recompute"] = plan.recompute if isinstance(plan.recompute, str) else f"{len(plan.recompute)} blocks"
+        row["predicted_seconds"] = plan.step_seconds
+        row["predicted_bytes"] = plan.per_device[0].peak_bytes - 2 * parameters  # the optimizer is not here
+        row["measured_seconds"], row["measured_bytes"] = _measured(lambda: _ours(kind, filters, plan, images), rounds)
+    row["plain_seconds"], row["plain_bytes"] = _measured(lambda: _plain(kind, filters, images), rounds)
+    return row
+
+
+def _ours(kind: str, filters: int, plan: Plan, images: Tensor) -> Callable[[], object]:
+    engine = lamp3d.Engine(network(kind, filters), plan)
+
+    def step() -> None:
+        for parameter in engine.parameters.values():
+            parameter.grad = None
+        engine.step(images, None, loss_fn)
+
+    return step
+
+
+def _plain(kind: str, filters: int, images: Tensor) -> Callable[[], object]:
+    model = network(kind, filters).cuda().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    batch = images.contiguous(memory_format=torch.channels_last_3d)
+
+    def step() -> None:
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = loss_fn(model(batch), None)
+        torch.autograd.backward(loss)
+
+    return step
+
+
+def _measured(make: Callable[[], Callable[[], object]], rounds: int) -> tuple[float | None, int | None]:
+    """Median seconds and peak bytes of a step; None where memory runs out."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        step = make()
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(rounds):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        return statistics.median(seconds), torch.cuda.max_memory_allocated()
+    except torch.OutOfMemoryError:
+        return None, None
