@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +30,9 @@ SET_UPS = tuple(
     for filters in (32, 64, 128)
 )
 
+PRECISIONS = ("fp32", "bf16")
+"""fp32: convolutions compute in TF32, as is PyTorch's default."""
+
 
 def measure(rounds: int, console: Console) -> dict[str, Any]:
     """Seconds and allocated bytes of every set-up's step at batch 1, predicted and measured."""
@@ -41,26 +45,31 @@ def measure(rounds: int, console: Console) -> dict[str, Any]:
     for column in ("", "volume", "recomputed", "s predicted", "s measured", "GB predicted", "GB measured", "s plain",
                    "GB plain"):  # fmt: skip
         table.add_column(column, justify="left" if not column else "right")
-    for kind, filters, sides in track(SET_UPS, description="set-ups", console=console):
-        row = _set_up(kind, filters, sides, hardware, rounds)
-        found[f"{kind}-{filters}, {input_text(sides)}"] = row
+    for (kind, filters, sides), precision in track(
+        list(itertools.product(SET_UPS, PRECISIONS)), description="set-ups", console=console
+    ):
+        row = set_up(kind, filters, sides, precision, hardware, rounds)
+        found[f"{kind}-{filters}, {input_text(sides)}, {precision}"] = row
         texts = [row.get("recompute", "does not fit")]
         for what in ("predicted", "measured", "plain"):
             seconds, peak = row.get(f"{what}_seconds"), row.get(f"{what}_bytes")
             texts += ["–" if seconds is None else f"{seconds:.3f}", "–" if peak is None else format_bytes(peak)]
         texts[1:5] = texts[1], texts[3], texts[2], texts[4]
-        table.add_row(f"{kind}-{filters}", input_text(sides), *texts)
+        table.add_row(f"{kind}-{filters}, {precision}", input_text(sides), *texts)
     console.print(table)
     return found
 
 
-def _set_up(kind: str, filters: int, sides: tuple[int, ...], hardware: str, rounds: int) -> dict[str, Any]:
+def set_up(
+    kind: str, filters: int, sides: tuple[int, ...], precision: str, hardware: str, rounds: int
+) -> dict[str, Any]:
+    """One set-up's step by lamp3d and by plain PyTorch, in the same precision."""
     shape = (1, 1, *sides)
     images = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     row: dict[str, Any] = {}
     try:
         with torch.device("meta"):
-            plan = make_plan(network(kind, filters), shape, 1, hardware=hardware)
+            plan = make_plan(network(kind, filters), shape, 1, hardware=hardware, precision=precision)
     except PlanError:
         pass
     else:
@@ -69,7 +78,7 @@ def _set_up(kind: str, filters: int, sides: tuple[int, ...], hardware: str, roun
         row["predicted_seconds"] = plan.step_seconds
         row["predicted_bytes"] = plan.per_device[0].peak_bytes - 2 * parameters  # the optimizer is not here
         row["measured_seconds"], row["measured_bytes"] = _measured(lambda: _ours(kind, filters, plan, images), rounds)
-    row["plain_seconds"], row["plain_bytes"] = _measured(lambda: _plain(kind, filters, images), rounds)
+    row["plain_seconds"], row["plain_bytes"] = _measured(lambda: _plain(kind, filters, images, precision), rounds)
     return row
 
 
@@ -84,13 +93,13 @@ def _ours(kind: str, filters: int, plan: Plan, images: Tensor) -> Callable[[], o
     return step
 
 
-def _plain(kind: str, filters: int, images: Tensor) -> Callable[[], object]:
+def _plain(kind: str, filters: int, images: Tensor, precision: str) -> Callable[[], object]:
     model = network(kind, filters).cuda().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     batch = images.contiguous(memory_format=torch.channels_last_3d)
 
     def step() -> None:
         model.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
             loss = loss_fn(model(batch), None)
         torch.autograd.backward(loss)
 
