@@ -479,7 +479,7 @@ def check_space() -> dict[str, Finding]:
         names = cell_names(network, shape)
         plain = run_plain(network, images, targets, by_case)
         pipe = world() // (data * math.prod(mesh))
-        every = SCHEDULES if pipe > 1 else ("gpipe", "zero_bubble_v")
+        every = tuple(SCHEDULES) if pipe > 1 else ("gpipe", "zero_bubble_v")
         for seed, schedule in enumerate(every if number == 0 else every[-1:]):
             ranks = PLACEMENTS[schedule](pipe)
             plan = plan_at(
