@@ -257,3 +257,4 @@ def serve(address: str) -> None:
             pipe.send(compare(example))
         except Exception as error:  # for the test to show, with the example
             pipe.send((math.inf, f"{type(error).__name__}: {error}"))
+            raise  # ends the other workers, who may wait for this one

@@ -58,7 +58,8 @@ class _Collect(torch.autograd.Function):
                 )
         receives = {origin: part for origin, part in parts.items() if origin != me}
         space.exchange(cut.axis, sends, receives).wait()
-        return torch.cat(list(parts.values()), dim)
+        # Nothing is wanted where all that a rank makes comes from padding.
+        return torch.cat(list(parts.values()), dim) if parts else empty(local, dim, 0, space)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
