@@ -25,12 +25,14 @@ from lamp3d.plan.hardware import (
     DeviceType,
     Hardware,
     Link,
+    cpu_cores,
     device_memory,
     device_name,
     device_type,
     has_fast_bf16,
     worker_threads,
 )
+from lamp3d.plan.neighbours import neighbours_at_work
 from lamp3d.plan.profile import (
     LossCost,
     Profile,
@@ -223,7 +225,7 @@ class MeasuringMeter(Meter):
         if self.loss is None:
             return LossCost(0.0, 0)
         values = self.whole(precision, channels_last).values
-        with self._worker_conditions():
+        with self._worker_conditions(), neighbours_at_work(self._neighbours, precision):
             return time_loss(self.loss, self.graph, values, torch.device(self.kind), self.repeats)
 
     def _timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
@@ -252,6 +254,7 @@ class MeasuringMeter(Meter):
             "shape": shape,
             "device": device_name(self.kind),
             "threads": threads,
+            "neighbours": self._neighbours,
             "repeats": self.repeats,
             **settings,
         }
@@ -259,7 +262,8 @@ class MeasuringMeter(Meter):
         def measure() -> Timing:
             with self._worker_conditions():
                 twin = trace(self._twin(channels_last), shape)
-                return time_cells(twin, shape, repeats=self.repeats, **settings)  # type: ignore[arg-type]
+                with neighbours_at_work(self._neighbours, precision):
+                    return time_cells(twin, shape, repeats=self.repeats, **settings)  # type: ignore[arg-type]
 
         return remembered(key, measure, fresh=self.fresh)
 
@@ -302,6 +306,11 @@ class MeasuringMeter(Meter):
                 yield
             finally:
                 torch.set_num_threads(threads)
+
+    @property
+    def _neighbours(self) -> int:
+        """How many other workers compute at the same time, on cores of their own."""
+        return min(self.workers, cpu_cores()) - 1 if self.kind == "cpu" else 0
 
     def _twin(self, channels_last: bool) -> nn.Module:
         """A copy of the network on the device and in the layout."""
