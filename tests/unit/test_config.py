@@ -15,7 +15,11 @@ from lamp3d.experiment import NetworkConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "experiments" / "openkbp" / "study.yaml"
-RECIPES = [ROOT / "src" / "lamp3d" / "demo.yaml", *sorted(set((ROOT / "experiments").glob("**/*.yaml")) - {STUDY})]
+RECIPES = [
+    ROOT / "src" / "lamp3d" / "demo.yaml",
+    # A study, and what a study keeps of itself in its folder of results, are no recipes.
+    *sorted(path for path in (ROOT / "experiments").glob("**/*.yaml") if path.name != STUDY.name),
+]
 
 TEXT = """\
 network: {kind: unet, filters: 4}
