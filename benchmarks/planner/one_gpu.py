@@ -33,6 +33,10 @@ SET_UPS = tuple(
 PRECISIONS = ("fp32", "bf16")
 """fp32: convolutions compute in TF32, as is PyTorch's default."""
 
+COLUMNS = (
+    "predicted_seconds", "measured_seconds", "predicted_bytes", "measured_bytes", "plain_seconds", "plain_bytes",
+)  # fmt: skip
+
 
 def measure(rounds: int, console: Console) -> dict[str, Any]:
     """Seconds and allocated bytes of every set-up's step at batch 1, predicted and measured."""
@@ -42,22 +46,23 @@ def measure(rounds: int, console: Console) -> dict[str, Any]:
         raise ConfigError(f"there is no description of {name} in src/lamp3d/plan/devices: add one, and name it here.")
     found: dict[str, Any] = {"device": name}
     table = Table(title=f"{name}: a step at batch 1; predicted / measured, beside plain PyTorch")
-    for column in ("", "volume", "recomputed", "s predicted", "s measured", "GB predicted", "GB measured", "s plain",
-                   "GB plain"):  # fmt: skip
+    for column in ("", "volume", "recomputed", *(key.replace("_", " ") for key in COLUMNS)):
         table.add_column(column, justify="left" if not column else "right")
     for (kind, filters, sides), precision in track(
         list(itertools.product(SET_UPS, PRECISIONS)), description="set-ups", console=console
     ):
         row = set_up(kind, filters, sides, precision, hardware, rounds)
         found[f"{kind}-{filters}, {input_text(sides)}, {precision}"] = row
-        texts = [row.get("recompute", "does not fit")]
-        for what in ("predicted", "measured", "plain"):
-            seconds, peak = row.get(f"{what}_seconds"), row.get(f"{what}_bytes")
-            texts += ["–" if seconds is None else f"{seconds:.3f}", "–" if peak is None else format_bytes(peak)]
-        texts[1:5] = texts[1], texts[3], texts[2], texts[4]
-        table.add_row(f"{kind}-{filters}, {precision}", input_text(sides), *texts)
+        texts = [_text(row.get(key), key) for key in COLUMNS]
+        table.add_row(f"{kind}-{filters}, {precision}", input_text(sides), row.get("recompute", "does not fit"), *texts)
     console.print(table)
     return found
+
+
+def _text(value: float | None, key: str) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if key.endswith("seconds") else format_bytes(int(value))
 
 
 def set_up(

@@ -3,8 +3,7 @@
     lamp3d bench planner [--rounds 3] [--only predictions optimality …]
 
 `predictions` and `measured_best` time training steps on this machine, `one_gpu` on its GPU; the other parts only
-compute. Writes results.json
-and pictures beside this file.
+compute. Writes results.json and pictures beside this file.
 """
 
 from __future__ import annotations

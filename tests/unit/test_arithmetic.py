@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lamp3d import SEUNet, UNet
 from lamp3d.graph import DeferredWeights, arithmetic, infer_specs, laid_out, lay_out_weights, trace
+from lamp3d.graph.allocator import limit_freed_memory, make_room
 from lamp3d.graph.convolution import Convolution, Kernel, bind
 from lamp3d.plan.hardware import has_fast_bf16
 
@@ -66,12 +68,23 @@ def test_without_room_the_gradient_of_a_weight_is_added_up_by_pieces(
         added.append(by_pieces(*args))
         return added[-1]
 
-    monkeypatch.setattr("lamp3d.graph.convolution.make_room", lambda taken: False)
+    monkeypatch.setattr("lamp3d.graph.convolution.make_room", lambda *tensors: False)
     monkeypatch.setattr(Convolution, "_weight_by_pieces", spied)
     for of_exact, of_pieces in zip(exact, gradients(layer, image, "bf16", split=True), strict=True):
         assert (of_exact - of_pieces).norm() < 1e-2 * of_exact.norm()
     in_bf16 = min(planes, 6) >= layer.kernel_size[0] * layer.stride[0]
     assert bool(added) == in_bf16
+
+
+def test_room_is_made_for_real_tensors_alone() -> None:
+    limit_freed_memory(1)
+    try:
+        assert not make_room(torch.ones(1))
+        with FakeTensorMode():
+            assert make_room(torch.ones(1))
+    finally:
+        limit_freed_memory(None)
+    assert make_room(torch.ones(1))
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)

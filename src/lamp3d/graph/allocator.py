@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 """From glibc's malloc.h."""
 
@@ -70,9 +73,15 @@ def limit_freed_memory(limit: int | None) -> None:
     _limit = limit if _MEMORY.exists() else None
 
 
-def make_room(taken: int) -> bool:
-    """Whether an operation that takes so many bytes keeps within the limit; what is free is given back for it."""
-    if _limit is None or _resident_bytes() + taken <= _limit:
+def make_room(*tensors: Tensor) -> bool:
+    """Whether an operation that takes the room of these keeps within the limit; what is free is given back for it.
+
+    Fake tensors take none: a plan must not depend on what memory the process has in use.
+    """
+    if _limit is None or any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        return True
+    taken = sum(tensor.nbytes for tensor in tensors)
+    if _resident_bytes() + taken <= _limit:
         return True
     return_freed_memory()
     return _resident_bytes() + taken <= _limit

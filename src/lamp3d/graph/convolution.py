@@ -66,7 +66,7 @@ class Convolution:
     def forward(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution, laid out as the image is; ``image`` is of the dtype in which it is computed."""
         made_channels = weight.shape[1] * self.settings[-1] if self.settings[3] else weight.shape[0]
-        make_room(image.nbytes * max(1, made_channels // image.shape[1]))
+        make_room(*[image] * max(1, made_channels // image.shape[1]))
         weight, bias = weight.to(self.computed), None if bias is None else bias.to(self.computed)
         if self.kernel is Kernel.MATRIX_PRODUCT:
             # Into a tensor of its own: the result of an autograd function must be no view of another.
@@ -91,12 +91,12 @@ class Convolution:
     def backward(self, gradient: Tensor, image: Tensor, weight: Tensor, mask: Mask) -> list[Tensor | None]:
         """The gradients of image, weight and bias, those that are wanted, in the dtype in which it is computed."""
         found: list[Tensor | None]
-        if make_room(2 * image.nbytes + gradient.nbytes) or not (mask[1] and self._is_in_pieces(image)):
+        if make_room(image, image, gradient) or not (mask[1] and self._is_in_pieces(image)):
             found = self._gradients(gradient, image, weight, mask)
         else:
             found = self._gradients(gradient, image, weight, (mask[0], False, mask[2]))
             found[1] = self._weight_by_pieces(gradient, image, weight)
-        make_room(2 * image.nbytes)  # for the gradients of what made the image, which torch computes by itself
+        make_room(image, image)  # for the gradients of what made the image, which torch computes by itself
         return found
 
     def _gradients(self, gradient: Tensor, image: Tensor, weight: Tensor, mask: Mask) -> list[Tensor | None]:

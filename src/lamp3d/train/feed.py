@@ -21,7 +21,7 @@ from lamp3d.parallel import Engine
 from lamp3d.parallel.sharded import even_cut
 from lamp3d.parallel.slabs import slab_of
 from lamp3d.parallel.space.ranks import Space
-from lamp3d.plan.hardware import cpu_cores
+from lamp3d.plan.hardware import worker_threads
 
 MOST_READERS = 12
 """Mini-batches that a rank reads at once; each takes its room in the machine's memory."""
@@ -45,7 +45,7 @@ def prefetched(batches: Batches, engine: Engine) -> Generator[Batch, None, None]
 
 
 def read_ahead(read: Callable[[int], Batch], count: int, threads: int) -> Generator[Batch, None, None]:
-    """Mini-batches 0 to ``count`` - 1 in order, so many of them being read while one is worked on."""
+    """Mini-batches 0 to ``count`` - 1 in order; ``threads`` of them are being read while one is worked on."""
     single = (torch.set_num_threads, (1,)) if threads > 1 else (None, ())
     with ThreadPoolExecutor(threads, "lamp3d-batches", *single) as pool:
         coming = deque(pool.submit(read, number) for number in range(min(threads, count)))
@@ -57,9 +57,9 @@ def read_ahead(read: Callable[[int], Batch], count: int, threads: int) -> Genera
 
 
 def reading_threads() -> int:
-    """How many mini-batches a rank reads at once while its GPU works: its share of the machine's cores."""
+    """How many mini-batches a rank reads at once while its GPU works: its share of the machine's cores but one."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MOST_READERS, cpu_cores() // ranks - 1))
+    return max(1, min(MOST_READERS, worker_threads(ranks) - 1))
 
 
 def on_device(batch: Batch, engine: Engine) -> tuple[Any, Any]:

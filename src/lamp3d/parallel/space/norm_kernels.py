@@ -56,7 +56,7 @@ def gradient_sums(gradient: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> t
 
 def affine(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     """x · gain + shift, both (B, C), in the dtype of x."""
-    make_room(x.nbytes)
+    make_room(x)
     if not _scales_by_batch_norm(x):
         return torch.addcmul(_per_channel(shift, x), x, _per_channel(gain, x))
     zero, one = torch.zeros_like(gain[0]), torch.ones_like(gain[0])
