@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,23 +16,24 @@ from lamp3d.graph.footprint import LiveBytes
 from lamp3d.plan import Plan, format_bytes, make_plan
 
 SIDE = 128
-RANKS = (1, 2, 4)
+MESHES = ((1,), (2,), (4,), (2, 2))
 
 
 def measure(rounds: int, console: Console) -> dict[str, Any]:
-    """Live and resident bytes at most in a step of U-Net-16 at 128³, fp32, batch 1, for each number of ranks."""
+    """Live and resident bytes at most in a step of U-Net-16 at 128³, fp32, batch 1, for each mesh of ranks."""
     shape = (1, 1, SIDE, SIDE, SIDE)
     found = {}
     table = Table(title=f"U-Net-16, batch 1, {SIDE}³, fp32: what a rank holds at most")
-    for column in ("ranks", "activations", "× one rank's", "resident"):
+    for column in ("mesh", "activations", "× one rank's", "resident"):
         table.add_column(column, justify="right")
-    for ranks in RANKS:
-        plan = make_plan(network(), shape, ranks, space=ranks, recompute="never", channels_last=False, repeats=1)
+    for mesh in MESHES:
+        name, ranks = "x".join(map(str, mesh)), math.prod(mesh)
+        plan = make_plan(network(), shape, ranks, space=mesh, recompute="never", channels_last=False, repeats=1)
         by_rank = lamp3d.launch(_peaks, ranks, (plan,))
-        found[str(ranks)] = {"live_bytes": [r[0] for r in by_rank], "resident_bytes": [r[1] for r in by_rank]}
+        found[name] = {"live_bytes": [r[0] for r in by_rank], "resident_bytes": [r[1] for r in by_rank]}
         live, resident = (max(values) for values in zip(*by_rank, strict=True))
         share = live / max(found["1"]["live_bytes"])
-        table.add_row(str(ranks), format_bytes(live), f"{share:.2f}", format_bytes(resident))
+        table.add_row(name, format_bytes(live), f"{share:.2f}", format_bytes(resident))
     console.print(table)
     return found
 

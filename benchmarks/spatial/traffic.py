@@ -19,7 +19,7 @@ from lamp3d.plan import Plan, format_bytes, make_plan
 from lamp3d.plan.profile import profile_cells
 
 SIDE = 96
-RANKS = (2, 4)
+MESHES = ((2,), (4,), (2, 2))
 LEVELS = 5
 SLABS = (4, 8, 16)
 VOLUMES = ((192, 192, 192), (352, 256, 288), (512, 512, 704))
@@ -59,20 +59,33 @@ def convolutions(filters: int) -> dict[str, Conv]:
     return found
 
 
-def halo_bytes(conv: Conv, plane: int) -> int:
-    """What one border sends one way: a plane of the convolution's input, or of that one's gradient, in fp32."""
-    return conv.channels * (plane >> (2 * conv.level)) * 4
+def halo_bytes(conv: Conv, voxels: int, axes: int = 2) -> int:
+    """What one border sends one way: of the convolution's input, or of that one's gradient, in fp32.
+
+    Args:
+        conv: the convolution.
+        voxels: of the border where the volume is at full resolution.
+        axes: of the border, two of a face and one of an edge.
+    """
+    return conv.channels * (voxels >> (axes * conv.level)) * 4
 
 
-def formula(filters: int, plane: int, ranks: int) -> tuple[int, int, int]:
-    """Bytes of halos, bytes of statistics, and messages that all ranks send in a step at batch 1, in fp32.
+def formula(filters: int, side: int, mesh: tuple[int, ...]) -> tuple[int, int, int]:
+    """Bytes of halos, bytes of statistics, and messages that all ranks send in a step on a cube at batch 1, in fp32.
 
-    A border has two sides. A norm sums three numbers of every rank for every channel in forward, two in backward;
-    a ring of R ranks sends 2 (R - 1) / R times that from each.
+    A border has two sides: a face where slabs follow each other, and an edge where two axes are cut and they meet
+    across. A norm sums three numbers of every rank for every channel in forward, two in backward; a ring of R ranks
+    sends 2 (R - 1) / R times that from each.
     """
     every = convolutions(filters)
-    borders = 2 * (ranks - 1)
-    halos = borders * sum(halo_bytes(conv, plane) * conv.exchanges for conv in every.values())
+    ranks = math.prod(mesh)
+    faces = [2 * (size - 1) for size in mesh]  # each as large as the cube's, in as many parts as the other axis is cut
+    edges = math.prod(faces) if len(mesh) > 1 else 0
+    halos = sum(
+        (halo_bytes(conv, side**2) * sum(faces) + halo_bytes(conv, side, 1) * edges) * conv.exchanges
+        for conv in every.values()
+    )
+    borders = sum(count * ranks // size for count, size in zip(faces, mesh, strict=True)) + edges
     messages = borders * sum(conv.exchanges for conv in every.values()) + 2 * ranks * len(every)
     widths = [filters * 2**conv.level for conv in every.values()]
     statistics = sum(2 * (ranks - 1) * (3 * ranks + 2) * width * 4 for width in widths)
@@ -84,19 +97,21 @@ def measure(rounds: int, console: Console) -> dict[str, Any]:
     shape = (1, 1, SIDE, SIDE, SIDE)
     found: dict[str, Any] = {"sent": {}}
     table = Table(title=f"U-Net-{FILTERS}, batch 1, {SIDE}³, fp32: sent in a step, by all ranks together")
-    for column in ("ranks", "measured", "halos (formula)", "statistics (formula)", "messages", "messages (formula)"):
+    for column in ("mesh", "measured", "halos (formula)", "statistics (formula)", "messages", "messages (formula)"):
         table.add_column(column, justify="right")
-    for ranks in RANKS:
-        plan = make_plan(network(), shape, ranks, space=ranks, recompute="never", channels_last=False, repeats=1)
+    for mesh in MESHES:
+        name = "x".join(map(str, mesh))
+        ranks = math.prod(mesh)
+        plan = make_plan(network(), shape, ranks, space=mesh, recompute="never", channels_last=False, repeats=1)
         by_rank = lamp3d.launch(_sent, ranks, (plan,))
         sent, messages = (sum(column) for column in zip(*by_rank, strict=True))
-        halos, statistics, expected = formula(FILTERS, SIDE * SIDE, ranks)
-        found["sent"][str(ranks)] = {
+        halos, statistics, expected = formula(FILTERS, SIDE, mesh)
+        found["sent"][name] = {
             "bytes": sent, "messages": messages, "halo_bytes_by_formula": halos,
             "statistics_bytes_by_formula": statistics, "messages_by_formula": expected,
         }  # fmt: skip
         table.add_row(
-            str(ranks), format_bytes(sent), format_bytes(halos), format_bytes(statistics), str(messages), str(expected)
+            name, format_bytes(sent), format_bytes(halos), format_bytes(statistics), str(messages), str(expected)
         )
     console.print(table)
     found["efficiency"] = _efficiencies(console)

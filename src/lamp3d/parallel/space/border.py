@@ -1,12 +1,14 @@
 """A slab's own convolution while its neighbours' planes travel; what they add is added afterwards.
 
-A convolution is linear: that of a slab with zeros around it, plus that of the neighbours' border planes alone, is that
+A convolution is linear: that of a slab with zeros around it, plus those of the neighbours' border planes alone, is that
 of the whole. So no copy of the slab with its neighbours' planes is made, and beside the slab only those planes are
 kept for the backward pass. There, in the same way, the border planes' gradients travel while the slab's is computed.
+Where two axes are cut a neighbour may also be diagonal, and then shares an edge instead of a face.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from lamp3d.graph.convolution import Call, Convolution
 from lamp3d.parallel.sharded import ShardedVolume
 from lamp3d.parallel.space.collect import empty
 from lamp3d.parallel.space.layout import Cut, Layout, Window
-from lamp3d.parallel.space.ranks import Space
+from lamp3d.parallel.space.ranks import Place, Space
 
 
 def convolve_slab(volume: ShardedVolume, call: Call, windows: Sequence[Window]) -> ShardedVolume | None:
@@ -29,40 +31,117 @@ def convolve_slab(volume: ShardedVolume, call: Call, windows: Sequence[Window]) 
         call: the convolution's call.
         windows: along D, H, W.
     """
-    if len(volume.placement.cuts) != 1:
-        return None
-    (cut,) = volume.placement.cuts
-    window = windows[cut.dim - 2]
-    halo = window.padding
-    if window.stride != 1 or halo == 0 or window.reach != 2 * halo or cut.thinnest < halo:
+    cuts = volume.placement.cuts
+    crossed = [(cut, windows[cut.dim - 2]) for cut in cuts if not windows[cut.dim - 2].is_pointwise]
+    if not crossed or not all(_keeps_planes(cut, window) for cut, window in crossed):
         return None
     plain = Call(volume.local, call.weight, call.bias, call.settings)
     smallest = list(volume.local.shape[2:])
-    smallest[cut.dim - 2] = cut.thinnest
+    for cut in cuts:
+        smallest[cut.dim - 2] = cut.thinnest
     convolution, given = plain.convolution(smallest), plain.given()
     image = volume.local.to(convolution.computed)
+    borders = _borders(volume.space, crossed)
     with torch.autocast(image.device.type, enabled=False):
-        made: Tensor = _ConvolveSlab.apply(image, call.weight, call.bias, convolution, volume.space, cut, window)  # type: ignore[no-untyped-call]
+        made: Tensor = _ConvolveSlab.apply(image, call.weight, call.bias, convolution, volume.space, borders)  # type: ignore[no-untyped-call]
     made = made.to(given)
     extents = [w.extent(extent) for w, extent in zip(windows, volume.shape[2:], strict=True)]
     depth, height, width = extents
-    return ShardedVolume(made, Layout((depth, height, width), (cut,)), volume.space)
+    return ShardedVolume(made, Layout((depth, height, width), cuts), volume.space)
+
+
+def _keeps_planes(cut: Cut, window: Window) -> bool:
+    """Whether each slab makes as many planes as it has, from its own and its direct neighbours'."""
+    halo = window.padding
+    return window.stride == 1 and halo > 0 and window.reach == 2 * halo and cut.thinnest >= halo
+
+
+class _Side(NamedTuple):
+    """Of a border, along one axis.
+
+    Attributes:
+        dim: the axis, of a (B, C, D, H, W) tensor.
+        planes: of the neighbour, those that are reached; and of the slab, those that reach them.
+        at_end: whether the neighbour follows the slab.
+        taps: of the kernel, those that reach.
+        missing: planes of zeros before and after the neighbour's, so that each tap finds one.
+    """
+
+    dim: int
+    planes: int
+    at_end: bool
+    taps: slice
+    missing: tuple[int, int]
 
 
 class _Border(NamedTuple):
-    """One of a slab's two neighbours.
+    """What a slab shares with a neighbour: a face with one side, an edge with two.
 
     Attributes:
-        place: on the cut's axis.
-        taps: of the kernel, those that reach its planes.
-        padding: for F.pad, what is missing of the planes.
-        at_end: whether it follows the slab.
+        place: of the neighbour in the mesh.
+        sides: one for each axis along which the neighbour lies beyond the slab.
     """
 
-    place: int
-    taps: slice
-    padding: list[int]
-    at_end: bool
+    place: Place
+    sides: tuple[_Side, ...]
+
+    def room(self, image: Tensor, space: Space) -> Tensor:
+        """For the neighbour's planes."""
+        return empty(image, {side.dim: side.planes for side in self.sides}, space)
+
+    def part(self, volume: Tensor) -> Tensor:
+        """The slab's planes at this border, as a view."""
+        for side in self.sides:
+            volume = volume.narrow(side.dim, volume.shape[side.dim] - side.planes if side.at_end else 0, side.planes)
+        return volume
+
+    def taps(self, weight: Tensor) -> Tensor:
+        """Those that reach beyond the border, as a view."""
+        for side in self.sides:
+            weight = weight.narrow(side.dim, side.taps.start, side.taps.stop - side.taps.start)
+        return weight
+
+    def padded(self, planes: Tensor) -> Tensor:
+        """The neighbour's planes with those that are missing."""
+        missing = [0] * 6
+        for side in self.sides:
+            missing[2 * (4 - side.dim) : 2 * (4 - side.dim) + 2] = side.missing
+        return F.pad(planes, missing) if any(missing) else planes
+
+    def unpadded(self, planes: Tensor) -> Tensor:
+        """Back again."""
+        for side in self.sides:
+            planes = planes.narrow(side.dim, side.missing[0], side.planes)
+        return planes
+
+    def convolution(self, whole: Convolution, planes: Tensor, taps: Tensor) -> Convolution:
+        """The same convolution of border planes, with nothing around them."""
+        stride, padding, *rest = whole.settings
+        beyond = {side.dim - 2 for side in self.sides}
+        settings = (stride, [0 if axis in beyond else width for axis, width in enumerate(padding)], *rest)
+        return Convolution.of(planes, taps, None, settings, whole.computed)
+
+
+def _borders(space: Space, crossed: Sequence[tuple[Cut, Window]]) -> list[_Border]:
+    """Those that this rank's slab has."""
+    borders = []
+    for steps in itertools.product((-1, 0, 1), repeat=len(crossed)):
+        place = list(space.coordinate)
+        for (cut, _), step in zip(crossed, steps, strict=True):
+            place[cut.axis] += step
+        inside = all(0 <= index < size for index, size in zip(place, space.sizes, strict=True))
+        if any(steps) and inside:
+            sides = [_side(cut, window, step > 0) for (cut, window), step in zip(crossed, steps, strict=True) if step]
+            borders.append(_Border(tuple(place), tuple(sides)))
+    return borders
+
+
+def _side(cut: Cut, window: Window, at_end: bool) -> _Side:
+    reach = window.kernel // 2
+    missing = (reach - 1) * window.dilation
+    if at_end:
+        return _Side(cut.dim, window.padding, at_end, slice(window.kernel - reach, window.kernel), (missing, 0))
+    return _Side(cut.dim, window.padding, at_end, slice(0, reach), (0, missing))
 
 
 class _ConvolveSlab(torch.autograd.Function):
@@ -74,102 +153,53 @@ class _ConvolveSlab(torch.autograd.Function):
         bias: Tensor | None,
         convolution: Convolution,
         space: Space,
-        cut: Cut,
-        window: Window,
+        borders: Sequence[_Border],
     ) -> Tensor:
-        dim, halo = cut.dim, window.padding
-        borders = _borders(space, cut, window)
-        halos = {border.place: empty(image, dim, halo, space) for border in borders}
-        exchange = space.exchange(
-            cut.axis,
-            {border.place: _side(image, dim, halo, border.at_end) for border in borders},
-            halos,
-        )
+        halos = {border.place: border.room(image, space) for border in borders}
+        exchange = space.exchange({border.place: border.part(image) for border in borders}, halos)
         made = convolution.forward(image, weight, bias)
         exchange.wait()
         for border in borders:
-            planes = F.pad(halos[border.place], border.padding)
-            taps = _taps(weight, dim, border.taps)
-            added = _at_border(convolution, planes, taps, dim).forward(planes, taps, None)
-            _side(made, dim, halo, border.at_end).add_(added)
+            planes, taps = border.padded(halos[border.place]), _like(weight, border.taps(weight))
+            border.part(made).add_(border.convolution(convolution, planes, taps).forward(planes, taps, None))
         ctx.save_for_backward(image, weight, *halos.values())
-        ctx.convolution, ctx.space, ctx.cut, ctx.window = convolution, space, cut, window
-        ctx.has_bias = bias is not None
+        ctx.convolution, ctx.space, ctx.borders, ctx.has_bias = convolution, space, borders, bias is not None
         return made
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         image, weight, *halos = ctx.saved_tensors
-        convolution, space, cut, dim, halo = ctx.convolution, ctx.space, ctx.cut, ctx.cut.dim, ctx.window.padding
+        convolution, space, borders = ctx.convolution, ctx.space, ctx.borders
         (gradient,) = gradients
         of_image_wanted, of_weight_wanted, of_bias_wanted = ctx.needs_input_grad[:3]
-        borders = _borders(space, cut, ctx.window)
-        of_weights: list[tuple[slice, Tensor]] = []
-        sends: dict[int, Tensor] = {}
-        for border, planes in zip(borders, halos, strict=True):
-            padded = F.pad(planes, border.padding)
+        of_weights: list[Tensor | None] = []
+        sends: dict[Place, Tensor] = {}
+        for border, halo in zip(borders, halos, strict=True):
+            planes, taps = border.padded(halo), _like(weight, border.taps(weight))
             # Laid out as oneDNN and cuDNN want it: a slice of a volume's gradient is neither of torch's layouts.
-            of_side = _like(gradient, _side(gradient, dim, halo, border.at_end))
-            taps = _taps(weight, dim, border.taps)
+            of_part = _like(gradient, border.part(gradient))
             mask = (of_image_wanted, of_weight_wanted, False)
-            of_planes, of_taps, _ = _at_border(convolution, padded, taps, dim).backward(of_side, padded, taps, mask)
+            at_border = border.convolution(convolution, planes, taps)
+            of_planes, of_taps, _ = at_border.backward(of_part, planes, taps, mask)
             if of_planes is not None:
-                start = border.padding[2 * (4 - dim)]
-                sends[border.place] = of_planes.narrow(dim, start, halo)
-            if of_taps is not None:
-                of_weights.append((border.taps, of_taps))
-        receives = {border.place: empty(image, dim, halo, space) for border in borders} if of_image_wanted else {}
-        exchange = space.exchange(cut.axis, sends, receives)
+                sends[border.place] = border.unpadded(of_planes)
+            of_weights.append(of_taps)
+        receives = {border.place: border.room(image, space) for border in borders} if of_image_wanted else {}
+        exchange = space.exchange(sends, receives)
         mask = (of_image_wanted, of_weight_wanted, of_bias_wanted and ctx.has_bias)
         of_image, of_weight, of_bias = convolution.backward(gradient, image, weight, mask)
         exchange.wait()
         if of_image is not None:
             for border in borders:
-                _side(of_image, dim, halo, border.at_end).add_(receives[border.place])
+                border.part(of_image).add_(receives[border.place])
         if of_weight is not None:
-            for part, of_part in of_weights:
-                _taps(of_weight, dim, part, copy=False).add_(of_part)
+            for border, of_taps in zip(borders, of_weights, strict=True):
+                border.taps(of_weight).add_(of_taps)
             of_weight = of_weight.to(weight.dtype)
-        return of_image, of_weight, None if of_bias is None else of_bias.to(weight.dtype), None, None, None, None
-
-
-def _borders(space: Space, cut: Cut, window: Window) -> list[_Border]:
-    """The neighbours that this rank's slab has."""
-    me = space.coordinate[cut.axis]
-    reach = window.kernel // 2
-    missing = (reach - 1) * window.dilation
-    borders = []
-    if me > 0:
-        borders.append(_Border(me - 1, slice(0, reach), _pad(cut.dim, 0, missing), at_end=False))
-    if me + 1 < space.sizes[cut.axis]:
-        last = slice(window.kernel - reach, window.kernel)
-        borders.append(_Border(me + 1, last, _pad(cut.dim, missing, 0), at_end=True))
-    return borders
-
-
-def _at_border(convolution: Convolution, planes: Tensor, taps: Tensor, dim: int) -> Convolution:
-    """The same convolution of border planes, with nothing around them."""
-    stride, padding, *rest = convolution.settings
-    settings = (stride, [0 if axis == dim - 2 else width for axis, width in enumerate(padding)], *rest)
-    return Convolution.of(planes, taps, None, settings, convolution.computed)
-
-
-def _taps(weight: Tensor, dim: int, taps: slice, *, copy: bool = True) -> Tensor:
-    part = weight.narrow(dim, taps.start, taps.stop - taps.start)
-    return _like(weight, part) if copy else part
+        return of_image, of_weight, None if of_bias is None else of_bias.to(weight.dtype), None, None, None
 
 
 def _like(model: Tensor, tensor: Tensor) -> Tensor:
     """In the layout of another."""
     last = model.dim() == 5 and model.stride(1) == 1 and model.shape[1] > 1
     return tensor.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
-
-
-def _side(volume: Tensor, dim: int, planes: int, at_end: bool) -> Tensor:
-    return volume.narrow(dim, volume.shape[dim] - planes if at_end else 0, planes)
-
-
-def _pad(dim: int, before: int, after: int) -> list[int]:
-    padding = [0] * 6
-    padding[2 * (4 - dim) : 2 * (4 - dim) + 2] = before, after
-    return padding

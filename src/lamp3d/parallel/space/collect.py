@@ -7,6 +7,7 @@ derivative of the whole, and nothing need be known of who uses what.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class _Collect(torch.autograd.Function):
         found = pieces(cut.slabs, wanted)
         start = cut.bounds[me]
         sends = {
-            to: _planes(local, dim, piece, start)
+            space.along(cut.axis, to): _planes(local, dim, piece, start)
             for to, of_it in enumerate(found)
             if to != me and (piece := of_it[me]) is not None
         }
@@ -54,12 +55,12 @@ class _Collect(torch.autograd.Function):
             if piece is not None:
                 own = origin == me
                 parts[origin] = (
-                    _planes(local, dim, piece, start) if own else empty(local, dim, piece[1] - piece[0], space)
+                    _planes(local, dim, piece, start) if own else empty(local, {dim: piece[1] - piece[0]}, space)
                 )
-        receives = {origin: part for origin, part in parts.items() if origin != me}
-        space.exchange(cut.axis, sends, receives).wait()
+        receives = {space.along(cut.axis, origin): part for origin, part in parts.items() if origin != me}
+        space.exchange(sends, receives).wait()
         # Nothing is wanted where all that a rank makes comes from padding.
-        return torch.cat(list(parts.values()), dim) if parts else empty(local, dim, 0, space)
+        return torch.cat(list(parts.values()), dim) if parts else empty(local, {dim: 0}, space)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,16 +70,16 @@ class _Collect(torch.autograd.Function):
         found = pieces(cut.slabs, ctx.wanted)
         start = ctx.wanted[me][0]
         sends = {
-            origin: _planes(gradient, dim, piece, start)
+            space.along(cut.axis, origin): _planes(gradient, dim, piece, start)
             for origin, piece in enumerate(found[me])
             if origin != me and piece is not None
         }
         receives = {
-            to: empty(gradient, dim, piece[1] - piece[0], space)
+            to: empty(gradient, {dim: piece[1] - piece[0]}, space)
             for to, of_it in enumerate(found)
             if to != me and (piece := of_it[me]) is not None
         }
-        exchange = space.exchange(cut.axis, sends, receives)
+        exchange = space.exchange(sends, {space.along(cut.axis, to): room for to, room in receives.items()})
         of_local = gradient.new_zeros(ctx.shape)
         if (own := found[me][me]) is not None:
             _planes(of_local, dim, own, cut.bounds[me]).copy_(_planes(gradient, dim, own, start))
@@ -106,9 +107,8 @@ def _planes(tensor: Tensor, dim: int, piece: Range, start: int) -> Tensor:
     return tensor.narrow(dim, piece[0] - start, piece[1] - piece[0])
 
 
-def empty(like: Tensor, dim: int, planes: int, space: Space) -> Tensor:
-    """Room for so many planes of a volume, laid out as they travel."""
-    shape = list(like.shape)
-    shape[dim] = planes
+def empty(like: Tensor, planes: Mapping[int, int], space: Space) -> Tensor:
+    """Room for so many planes along some axes of a volume, laid out as they travel."""
+    shape = [planes.get(dim, extent) for dim, extent in enumerate(like.shape)]
     layout = torch.channels_last_3d if space.channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)

@@ -97,6 +97,11 @@ class Window:
         """From the first plane that is read to the last."""
         return (self.kernel - 1) * self.dilation
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each plane is made from the one at its place alone."""
+        return self.kernel == 1 and self.stride == 1 and self.padding == 0
+
     def extent(self, extent: int) -> int:
         """How many planes it makes of so many."""
         room = extent + 2 * self.padding - self.reach - 1

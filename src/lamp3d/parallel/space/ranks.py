@@ -11,6 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+Place = tuple[int, ...]
+"""A rank's coordinate in the mesh of those that share a volume."""
+
 
 class Space:
     """This rank's place among those that share a volume, and its messages to them.
@@ -60,20 +63,25 @@ class Space:
         """This rank's number among them."""
         return list(self._at).index(self.coordinate)
 
-    def exchange(self, axis: int, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Exchange:
-        """Send tensors to, and receive others from, the ranks along one axis of the mesh; returns at once.
+    def along(self, axis: int, index: int) -> Place:
+        """The place of another rank along one axis of the mesh."""
+        return (*self.coordinate[:axis], index, *self.coordinate[axis + 1 :])
+
+    def exchange(self, sends: Mapping[Place, Tensor], receives: Mapping[Place, Tensor]) -> Exchange:
+        """Send tensors to other ranks, and receive others from them; returns at once.
 
         Args:
-            axis: of the mesh.
-            sends: planes of volumes, by the receiver's place on the axis; copied where they do not lie as they travel.
+            sends: planes of volumes, by the receiver's place; copied where they do not lie as they travel.
             receives: room for planes, laid out as they travel, by the sender's place.
         """
         if any(isinstance(tensor, FakeTensor) for tensor in (*sends.values(), *receives.values())):
             return Exchange([], [])
-        sends, receives = ({i: self._on_the_wire(tensor) for i, tensor in given.items()} for given in (sends, receives))
+        sends, receives = (
+            {place: self._on_the_wire(tensor) for place, tensor in given.items()} for given in (sends, receives)
+        )
         operations = [
-            *(dist.P2POp(dist.irecv, tensor, self._neighbour(axis, i), self._group) for i, tensor in receives.items()),
-            *(dist.P2POp(dist.isend, tensor, self._neighbour(axis, i), self._group) for i, tensor in sends.items()),
+            *(dist.P2POp(dist.irecv, tensor, self._at[place], self._group) for place, tensor in receives.items()),
+            *(dist.P2POp(dist.isend, tensor, self._at[place], self._group) for place, tensor in sends.items()),
         ]
         self.bytes_sent += sum(tensor.nbytes for tensor in sends.values())
         self.messages += len(sends)
@@ -106,11 +114,6 @@ class Space:
             self.bytes_sent += 2 * tensor.nbytes * (self.count - 1) // self.count  # a ring's
             self.messages += 1
         return tensor
-
-    def _neighbour(self, axis: int, index: int) -> int:
-        place = list(self.coordinate)
-        place[axis] = index
-        return self._at[tuple(place)]
 
 
 class Exchange:
