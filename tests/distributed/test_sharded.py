@@ -15,8 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, event, given, settings
+from torch import nn
 
 from lamp3d import launch
+from lamp3d.graph.footprint import LiveBytes
 from lamp3d.parallel.sharded import shard
 from lamp3d.parallel.space.ranks import Space
 from lamp3d.train import HybridLoss, LossConfig
@@ -90,6 +92,35 @@ def test_a_rank_whose_planes_come_from_padding_alone_reads_nothing(
     convolution = ("conv3d", {**settings, "groups": 4, "bias": True})
     example = Example((2,), (2,), (1, 4, 7, 12, 11), ((0, 6, 7),), (convolution,), 2, channels_last=False)
     assert max(error for error, _ in ranks(example)) <= 1e-10
+
+
+def _kept(mesh: tuple[int, ...]) -> dict[str, float]:
+    """What operations keep for their backward beside slab and result, over the slab's bytes."""
+    torch.set_num_threads(1)
+    space = Space(mesh, (2, 3)[: len(mesh)], range(math.prod(mesh)), dist.get_rank())
+    found = {}
+    for name, operation in {
+        "same": nn.Conv3d(8, 8, 3, padding=1),
+        "strided": nn.Conv3d(8, 8, 3, stride=2, padding=1),
+        "pool": nn.MaxPool3d(3, stride=2, padding=1),
+        "transposed": nn.ConvTranspose3d(8, 8, 3, stride=2, padding=1),
+    }.items():
+        volume = shard(torch.randn(1, 8, 32, 32, 32), space)
+        volume.local = volume.local.clone().requires_grad_()
+        with LiveBytes() as live:
+            made = operation(volume)
+        result = made.local.untyped_storage().nbytes() * (3 if name == "pool" else 1)  # and where its largest were
+        found[name] = (live.now - result) / volume.local.nbytes
+    return found
+
+
+@pytest.mark.parametrize("mesh", [(4,), (2, 2)])
+def test_no_operation_keeps_a_copy_of_its_slab(mesh: tuple[int, ...]) -> None:
+    by_rank = launch(_kept, 4, (mesh,))
+    for name in ("same", "strided", "pool", "transposed"):
+        shares = [kept[name] for kept in by_rank]
+        assert min(shares) >= 0  # beside the last slab nothing may be needed
+        assert 0 < max(shares) < 0.3, (name, shares)  # a plane of eight on both sides, or one of sixteen on two axes
 
 
 def _loss_on_slabs(missing: Literal["mask", "merge"], exponent: int) -> list[float]:

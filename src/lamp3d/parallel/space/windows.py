@@ -15,6 +15,7 @@ from lamp3d.parallel.sharded import ShardedVolume, even_layout, refuse, rule
 from lamp3d.parallel.space.border import convolve_slab
 from lamp3d.parallel.space.collect import collect
 from lamp3d.parallel.space.layout import Cut, Layout, Spread, Window
+from lamp3d.parallel.space.saved import Own, kept_apart
 
 Local = Callable[[Tensor, list[int]], Tensor]
 """The operation on a tensor, with so much padding along each of D, H, W."""
@@ -90,7 +91,7 @@ def _spread(volume: ShardedVolume, call: Call, spreads: Sequence[Spread], extent
     if any(cut.thinnest < 1 for cut in cuts):
         return _spread(volume.gathered(), call, spreads, extents)
     stride, padding, dilation, _, output_padding, groups = call.settings
-    image, padding, output_padding, trims = volume.local, list(padding), list(output_padding), []
+    image, padding, output_padding, trims, own = volume.local, list(padding), list(output_padding), [], []
     for cut, made in zip(volume.placement.cuts, cuts, strict=True):
         spread = spreads[cut.dim - 2]
         reads = [spread.reads(slab, cut.extent) for slab in made.slabs]
@@ -98,13 +99,15 @@ def _spread(volume: ShardedVolume, call: Call, spreads: Sequence[Spread], extent
         padding[cut.dim - 2] = output_padding[cut.dim - 2] = 0
         here = volume.space.coordinate[cut.axis]
         begin, end = made.slabs[here]
+        own.append(Own.of(cut.dim, cut.slabs[here], reads[here][0], 0))
         trims.append((cut.dim, begin - reads[here][1], end - begin))
     # Planes that no input plane reaches still have the bias, which is therefore added at the end.
     trimmed = any(begin != 0 or planes != _spread_planes(image, spreads, dim) for dim, begin, planes in trims)
     bias = None if trimmed else call.bias
-    local: Tensor = compute(
-        F.conv_transpose3d, image, call.weight, bias, stride, padding, output_padding, groups, dilation
-    )
+    with kept_apart(image, volume.local, own):
+        local: Tensor = compute(
+            F.conv_transpose3d, image, call.weight, bias, stride, padding, output_padding, groups, dilation
+        )
     if trimmed:
         for dim, begin, planes in trims:
             local = _trimmed(local, dim, begin, planes)
@@ -139,15 +142,20 @@ def _windowed(volume: ShardedVolume, windows: Sequence[Window], local: Local, fi
     if any(cut.thinnest < 1 for cut in cuts):
         return _windowed(volume.gathered(), windows, local, fill)
     image, padding, missing = volume.local, [window.padding for window in windows], [0] * 6
+    own = []
     for cut, made in zip(volume.placement.cuts, cuts, strict=True):
         reads = [windows[cut.dim - 2].reads(slab, cut.extent) for slab in made.slabs]
         image = collect(image, volume.space, cut, [read for read, _, _ in reads])
-        _, before, after = reads[volume.space.coordinate[cut.axis]]
+        here = volume.space.coordinate[cut.axis]
+        read, before, after = reads[here]
+        own.append(Own.of(cut.dim, cut.slabs[here], read, before))
         padding[cut.dim - 2] = 0
         missing[2 * (4 - cut.dim) : 2 * (4 - cut.dim) + 2] = before, after
     if any(missing):
         image = F.pad(image, missing, value=fill)
-    return settled(local(image, padding), extents, cuts, volume)
+    with kept_apart(image, volume.local, own):
+        result = local(image, padding)
+    return settled(result, extents, cuts, volume)
 
 
 def _spread_planes(image: Tensor, spreads: Sequence[Spread], dim: int) -> int:
