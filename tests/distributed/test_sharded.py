@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from torch import nn
 
 from lamp3d import launch
+from lamp3d.graph.arithmetic import DeferredWeights, arithmetic
 from lamp3d.graph.footprint import LiveBytes
 from lamp3d.parallel.sharded import shard
 from lamp3d.parallel.space.ranks import Space
@@ -121,6 +122,32 @@ def test_no_operation_keeps_a_copy_of_its_slab(mesh: tuple[int, ...]) -> None:
         shares = [kept[name] for kept in by_rank]
         assert min(shares) >= 0  # beside the last slab nothing may be needed
         assert 0 < max(shares) < 0.3, (name, shares)  # a plane of eight on both sides, or one of sixteen on two axes
+
+
+def _deferred(mesh: tuple[int, ...]) -> list[tuple[bool, float]]:
+    """Of a convolution's parameters: whether backward left their gradients, and how far off they are in the end."""
+    torch.manual_seed(0)
+    space = Space(mesh, (2, 3)[: len(mesh)], range(math.prod(mesh)), dist.get_rank())
+    convolution, images = nn.Conv3d(2, 3, 5, padding=2).double(), torch.randn(1, 2, 9, 11, 7, dtype=torch.float64)
+    parameters = list(convolution.parameters())
+    expected = torch.autograd.grad(convolution(images).sin().sum(), parameters)
+    waiting = DeferredWeights()
+    with arithmetic(images.device, "fp32", waiting):
+        convolution(shard(images, space)).local.sin().sum().backward()
+    left = [parameter.grad is None for parameter in parameters]
+    waiting.compute()
+    return [
+        (was_left, float((space.sum(parameter.grad) - wanted).abs().max() / wanted.abs().max()))
+        for was_left, parameter, wanted in zip(left, parameters, expected, strict=True)
+        if parameter.grad is not None
+    ]
+
+
+@pytest.mark.parametrize("mesh", [(3,), (2, 2)])
+def test_a_slabs_weight_gradients_can_be_left_for_later(mesh: tuple[int, ...]) -> None:
+    for found in launch(_deferred, math.prod(mesh), (mesh,)):
+        assert [left for left, _ in found] == [True, True]
+        assert max(error for _, error in found) <= 1e-12
 
 
 def _loss_on_slabs(missing: Literal["mask", "merge"], exponent: int) -> list[float]:

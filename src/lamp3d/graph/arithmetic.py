@@ -50,20 +50,45 @@ def compute(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs) if here is None else here.run(func, args, kwargs)
 
 
+def deferring(weight: Tensor, bias: Tensor | None) -> DeferredWeights | None:
+    """Where a convolution made of others is to leave the gradients of its parameters; None: it computes them."""
+    here = _present.get()
+    return None if here is None else here.deferred(weight, bias)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight
+
+
 class DeferredWeights:
     """The weight gradients that one micro-batch's backward has left to be computed."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Convolution, Tensor, Tensor, Tensor, Tensor | None]] = []
+        self._waiting: list[tuple[Convolution, Tensor, Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]] = []
 
     def add(
-        self, convolution: Convolution, gradient: Tensor, image: Tensor, weight: Tensor, bias: Tensor | None
+        self,
+        convolution: Convolution,
+        gradient: Tensor,
+        image: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        part: Callable[[Tensor], Tensor] = _whole,
     ) -> None:
-        """Remember what the weight gradient of one convolution is made of."""
+        """Remember what the weight gradient of one convolution is made of.
+
+        Args:
+            convolution: how it is computed.
+            gradient: of its result.
+            image: its input.
+            weight: the parameter.
+            bias: the other one.
+            part: of the weight, those taps that the convolution has, as a view.
+        """
         if gradient.untyped_storage().nbytes() > gradient.nbytes:
             gradient = gradient.clone()  # a part of a concatenation's gradient; the rest is not to live as long
         # Detached: the image's history would keep all leaves that it came from, and their gradients.
-        self._waiting.append((convolution, gradient, image.detach(), weight, bias))
+        self._waiting.append((convolution, gradient, image.detach(), weight, bias, part))
 
     def tensors(self) -> list[Tensor]:
         """What is held for it."""
@@ -73,16 +98,15 @@ class DeferredWeights:
     def compute(self) -> None:
         """Add the weight gradients to the parameters' ``grad``, letting go of what they were made of one by one."""
         while self._waiting:
-            convolution, gradient, image, weight, bias = self._waiting.pop()
+            convolution, gradient, image, weight, bias, part = self._waiting.pop()
             biased = bias is not None and bias.requires_grad
-            _, *found = convolution.backward(gradient, image, weight, (False, weight.requires_grad, biased))
-            for parameter, of_parameter in zip((weight, bias), found, strict=True):
+            _, *found = convolution.backward(gradient, image, part(weight), (False, weight.requires_grad, biased))
+            for parameter, of_parameter, where in zip((weight, bias), found, (part, _whole), strict=True):
                 if parameter is None or of_parameter is None or not parameter.requires_grad:
                     continue
                 if parameter.grad is None:  # laid out as autograd would
-                    parameter.grad = torch.empty_like(parameter).copy_(of_parameter)
-                else:
-                    parameter.grad += of_parameter
+                    parameter.grad = torch.zeros_like(parameter)
+                where(parameter.grad).add_(of_parameter)
 
 
 class _Convolve(torch.autograd.Function):
@@ -134,13 +158,17 @@ class _Arithmetic(TorchFunctionMode):
         looks_inside = any(_has_own_functions(kind) for kind in types)
         return func(*args, **(kwargs or {})) if looks_inside else self.run(func, args, kwargs or {})
 
+    def deferred(self, weight: Tensor, bias: Tensor | None) -> DeferredWeights | None:
+        """Where the gradients of these are left, if they are."""
+        # Weights that are no leaves (weight standardisation) have a gradient to pass on at once.
+        is_split = weight.is_leaf and weight.requires_grad and (bias is None or bias.is_leaf)
+        return self._deferred if is_split else None
+
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A function on ordinary tensors."""
         if (call := bind(func, args, kwargs)) is not None:
             convolution, given = call.convolution(), call.given()
-            # Weights that are no leaves (weight standardisation) have a gradient to pass on at once.
-            is_split = call.weight.is_leaf and call.weight.requires_grad and (call.bias is None or call.bias.is_leaf)
-            deferred = self._deferred if is_split else None
+            deferred = self.deferred(call.weight, call.bias)
             if deferred or convolution.kernel is not Kernel.TORCHS_CHOICE or convolution.computed != given:
                 image = call.image.to(convolution.computed)
                 with torch.autocast(image.device.type, enabled=False):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamp3d.graph.arithmetic import DeferredWeights, deferring
 from lamp3d.graph.convolution import Call, Convolution
 from lamp3d.parallel.sharded import ShardedVolume
 from lamp3d.parallel.space.collect import empty
@@ -43,7 +44,9 @@ def convolve_slab(volume: ShardedVolume, call: Call, windows: Sequence[Window]) 
     image = volume.local.to(convolution.computed)
     borders = _borders(volume.space, crossed)
     with torch.autocast(image.device.type, enabled=False):
-        made: Tensor = _ConvolveSlab.apply(image, call.weight, call.bias, convolution, volume.space, borders)  # type: ignore[no-untyped-call]
+        made: Tensor = _ConvolveSlab.apply(  # type: ignore[no-untyped-call]
+            image, call.weight, call.bias, convolution, volume.space, borders, deferring(call.weight, call.bias)
+        )
     made = made.to(given)
     extents = [w.extent(extent) for w, extent in zip(windows, volume.shape[2:], strict=True)]
     depth, height, width = extents
@@ -154,6 +157,7 @@ class _ConvolveSlab(torch.autograd.Function):
         convolution: Convolution,
         space: Space,
         borders: Sequence[_Border],
+        deferred: DeferredWeights | None,
     ) -> Tensor:
         halos = {border.place: border.room(image, space) for border in borders}
         exchange = space.exchange({border.place: border.part(image) for border in borders}, halos)
@@ -163,15 +167,20 @@ class _ConvolveSlab(torch.autograd.Function):
             planes, taps = border.padded(halos[border.place]), _like(weight, border.taps(weight))
             border.part(made).add_(border.convolution(convolution, planes, taps).forward(planes, taps, None))
         ctx.save_for_backward(image, weight, *halos.values())
-        ctx.convolution, ctx.space, ctx.borders, ctx.has_bias = convolution, space, borders, bias is not None
+        # Parameters are remembered as they are: what recomputation saves is not the parameter, but its content.
+        ctx.parameters = None if deferred is None else (weight, bias)
+        ctx.convolution, ctx.space, ctx.borders, ctx.deferred = convolution, space, borders, deferred
         return made
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         image, weight, *halos = ctx.saved_tensors
-        convolution, space, borders = ctx.convolution, ctx.space, ctx.borders
+        convolution, space, borders, deferred = ctx.convolution, ctx.space, ctx.borders, ctx.deferred
         (gradient,) = gradients
         of_image_wanted, of_weight_wanted, of_bias_wanted = ctx.needs_input_grad[:3]
+        if deferred is not None:
+            deferred.add(convolution, gradient, image, *ctx.parameters)
+            of_weight_wanted = of_bias_wanted = False
         of_weights: list[Tensor | None] = []
         sends: dict[Place, Tensor] = {}
         for border, halo in zip(borders, halos, strict=True):
@@ -180,14 +189,18 @@ class _ConvolveSlab(torch.autograd.Function):
             of_part = _like(gradient, border.part(gradient))
             mask = (of_image_wanted, of_weight_wanted, False)
             at_border = border.convolution(convolution, planes, taps)
-            of_planes, of_taps, _ = at_border.backward(of_part, planes, taps, mask)
+            if deferred is not None:
+                deferred.add(at_border, of_part, planes, ctx.parameters[0], None, border.taps)
+            of_planes, of_taps, _ = at_border.backward(of_part, planes, taps, mask) if any(mask) else [None] * 3
             if of_planes is not None:
                 sends[border.place] = border.unpadded(of_planes)
             of_weights.append(of_taps)
         receives = {border.place: border.room(image, space) for border in borders} if of_image_wanted else {}
         exchange = space.exchange(sends, receives)
-        mask = (of_image_wanted, of_weight_wanted, of_bias_wanted and ctx.has_bias)
-        of_image, of_weight, of_bias = convolution.backward(gradient, image, weight, mask)
+        mask = (of_image_wanted, of_weight_wanted, of_bias_wanted)
+        of_image = of_weight = of_bias = None
+        if any(mask):
+            of_image, of_weight, of_bias = convolution.backward(gradient, image, weight, mask)
         exchange.wait()
         if of_image is not None:
             for border in borders:
@@ -196,7 +209,7 @@ class _ConvolveSlab(torch.autograd.Function):
             for border, of_taps in zip(borders, of_weights, strict=True):
                 border.taps(of_weight).add_(of_taps)
             of_weight = of_weight.to(weight.dtype)
-        return of_image, of_weight, None if of_bias is None else of_bias.to(weight.dtype), None, None, None
+        return of_image, of_weight, None if of_bias is None else of_bias.to(weight.dtype), *[None] * 4
 
 
 def _like(model: Tensor, tensor: Tensor) -> Tensor:
