@@ -45,7 +45,7 @@ class RandomMeter(ModelMeter):
         super().__init__(network, shape, 1, A100, load_link(link))
         self.seed = seed
 
-    def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
+    def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
         draw = random.Random(self.seed)
         scale = 1 / slabs.count
         cells = []
@@ -394,6 +394,27 @@ def test_a_volume_that_takes_long_is_timed_on_a_smaller_one(tmp_path: Path, monk
     assert 0.1 * real.seconds < scaled.seconds < 10 * real.seconds  # of small volumes overheads are most
     shapes = [json.loads(path.read_text())["key"]["shape"] for path in tmp_path.rglob("*.json")]
     assert sorted(shapes)[0] == [1, 1, 32, 32, 32]
+
+
+def test_several_cases_at_once_are_timed_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMP3D_CACHE", str(tmp_path))
+    meter = MeasuringMeter(UNet(1, 2, filters=2), (8, 1, 32, 32, 32), 1, NVLINK, workers=1, repeats=1)
+
+    def together(shape: tuple[int, ...], *_: object) -> Timing:
+        cases = shape[0]  # no faster in pairs, and half as long for each of four
+        seconds = cases if cases < 4 else cases / 2
+        return Timing(tuple(CellSeconds(seconds, seconds) for _ in meter.graph.cells))
+
+    monkeypatch.setattr(meter, "_time", together)
+    monkeypatch.setattr("lamp3d.plan.meter.CASES_SECONDS", math.inf)
+    shares = {n: meter.timing(Slabs(), "fp32", False, False, n).cells[0].forward for n in (1, 2, 4, 8)}
+    assert shares == {1: 1, 2: 1, 4: 0.5, 8: 0.5}
+    alone = meter.timing(Slabs(), "fp32", False, False, 1).seconds
+    monkeypatch.setattr("lamp3d.plan.meter.CASES_SECONDS", 4 * 2 * alone)  # four cases can be timed, after a warm-up
+    assert meter.timing(Slabs(), "fp32", False, False, 8).cells[0].forward == 0.5
+    monkeypatch.setattr("lamp3d.plan.meter.CASES_SECONDS", 2 * 2 * alone)
+    assert meter.timing(Slabs(), "fp32", False, False, 8).cells[0].forward == 1
+    assert meter.timing(Slabs((2,), (2,)), "fp32", False, False, 4).seconds == alone
 
 
 def test_the_picture_shows_every_cell_and_what_passes_between_devices() -> None:

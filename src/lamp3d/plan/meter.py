@@ -1,7 +1,8 @@
 """Profiles of one network for every micro-batch, cut and precision in question: measured here, or worked out.
 
 A volume whose step would take too long to time is timed on a smaller one: every cell's seconds then grow with what it
-has to compute. One micro-batch, the smallest in question, is timed; larger ones take in proportion.
+has to compute. Of micro-batches the smallest in question is timed, and larger ones of whole volumes where that takes
+moments; others take in proportion.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ from lamp3d.plan.work import Work, account
 
 BUDGET_SECONDS = 20.0
 """What timing all cells may take; a volume that takes longer is timed on a smaller one."""
+
+CASES_SECONDS = 4.0
+"""What timing all cells on several cases at once may take; more of them take in proportion."""
+
+LAYOUT_SECONDS = 5.0
+"""What timing all cells may take to find out which layout is the faster one."""
 
 SMALLEST_TIMED = 32
 """Voxels along the sides of a volume below which seconds would no longer grow with the work."""
@@ -103,21 +110,31 @@ class Meter(ABC):
         """The fastest."""
 
     @abstractmethod
-    def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
-        """Seconds of all cells for a volume near to a slab's size."""
+    def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
+        """Seconds of all cells for a volume near to a slab's size.
+
+        Returns: those of the smallest micro-batch, its share where so many cases are computed at once.
+        """
 
     def near(self, slabs: Slabs) -> Slabs:
         """The slabs that `timing` is near to."""
         return slabs
 
+    @abstractmethod
     def fastest_layout(self, precision: str) -> bool:
         """Whether volumes are better laid out channels-last."""
-        seconds = {last: self.profile(Slabs(), precision, last, False).seconds for last in (False, True)}
-        return seconds[True] < seconds[False]
 
-    def profile(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Profile:
-        """What the cells cost a rank, for the smallest micro-batch."""
-        timing = self.timing(slabs, precision, channels_last, split)
+    def profile(
+        self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int | None = None
+    ) -> Profile:
+        """What the cells cost a rank, for the smallest micro-batch.
+
+        Args:
+            slabs: how volumes are cut.
+            precision, channels_last, split: as for :func:`lamp3d.plan.profile.time_cells`.
+            cases: that are computed at once; the seconds are the smallest micro-batch's share.
+        """
+        timing = self.timing(slabs, precision, channels_last, split, cases or self.micro_batch)
         near, whole = self.work(self.near(slabs), precision, channels_last, split), self.whole(precision, channels_last)
         profile = shared(profile_of(near, timing), near, whole, self.graph, slabs, self.link)
         part = sum(profile.value_bytes[name] for name in self.graph.outputs) / sum(
@@ -174,7 +191,7 @@ class ModelMeter(Meter):
     def near(self, slabs: Slabs) -> Slabs:
         return Slabs()  # what a slab does is in proportion, by this model
 
-    def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
+    def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
         return model_cells(self.work(self.near(slabs), precision, channels_last, split), self.hardware, precision)
 
     def fastest_layout(self, precision: str) -> bool:
@@ -215,8 +232,20 @@ class MeasuringMeter(Meter):
     def precision(self) -> str:
         return "bf16" if has_fast_bf16(self.kind) else "fp32"
 
-    def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Timing:
-        return self.timing_of(slabs, precision, channels_last, split)
+    def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
+        alone = self.timing_of(slabs, precision, channels_last, split)
+        cases = self._cases_to_time(alone, slabs, precision, channels_last, cases)
+        if cases == self.micro_batch:
+            return alone
+        together = self._time(with_batch(self.input_shape, cases), precision, channels_last, split)
+        return together.share(self.micro_batch / cases)
+
+    def fastest_layout(self, precision: str) -> bool:
+        seconds = []
+        for last in (False, True):
+            shapes = self._affordable(self.shape, precision, last, LAYOUT_SECONDS)
+            seconds.append(self._time(shapes[-1], precision, last, False).seconds)
+        return seconds[True] < seconds[False]
 
     def loss_cost(self, precision: str, channels_last: bool) -> LossCost:
         return self.loss_cost_of(precision, channels_last)
@@ -243,6 +272,15 @@ class MeasuringMeter(Meter):
         ]
         return scale_timing(timings, self.work(slabs, precision, channels_last, split))
 
+    def _cases_to_time(self, alone: Timing, slabs: Slabs, precision: str, channels_last: bool, cases: int) -> int:
+        """As many of the cases as can be timed in moments: all of them, or a half, a quarter …"""
+        if slabs.mesh or self._affordable(self.shape, precision, channels_last)[-1] != self.shape:
+            return self.micro_batch
+        while cases * alone.seconds * (self.repeats + 1) > CASES_SECONDS * self.micro_batch and cases % 2 == 0:
+            cases //= 2
+        few = cases * alone.seconds * (self.repeats + 1) <= CASES_SECONDS * self.micro_batch
+        return cases if few and cases % self.micro_batch == 0 else self.micro_batch
+
     def _time(self, shape: InputShape, precision: str, channels_last: bool, split: bool) -> Timing:
         settings = {"precision": precision, "channels_last": channels_last, "split": split}
         threads = worker_threads(self.workers) if self.kind == "cpu" else None
@@ -268,7 +306,7 @@ class MeasuringMeter(Meter):
         return remembered(key, measure, fresh=self.fresh)
 
     def _affordable(
-        self, wanted: Shape | dict[str, Shape], precision: str, channels_last: bool
+        self, wanted: Shape | dict[str, Shape], precision: str, channels_last: bool, budget: float | None = None
     ) -> list[Shape] | list[Shape | dict[str, Shape]]:
         """What to time: the wanted volume, or the smallest and the largest within the budget.
 
@@ -282,8 +320,8 @@ class MeasuringMeter(Meter):
         least = shapes[-1]
         if least == wanted:
             return [wanted]
-        seconds = sum(c.forward + c.backward for c in self._time(least, precision, channels_last, False).cells)
-        voxels = BUDGET_SECONDS / (seconds * (self.repeats + 1)) * math.prod(least)
+        seconds = self._time(least, precision, channels_last, False).seconds
+        voxels = (BUDGET_SECONDS if budget is None else budget) / (seconds * (self.repeats + 1)) * math.prod(least)
         largest = next((shape for shape in shapes if math.prod(shape) <= voxels), least)
         return [wanted] if largest == wanted else [least] * (largest != least) + [largest]
 

@@ -47,6 +47,16 @@ class Timing:
     cells: tuple[CellSeconds, ...]
     uncertainty: float = 0.0
 
+    @property
+    def seconds(self) -> float:
+        """Forward and backward through all cells."""
+        return sum(cell.forward + cell.backward for cell in self.cells)
+
+    def share(self, part: float) -> Timing:
+        """So large a part of it."""
+        cells = (CellSeconds(part * cell.forward, part * cell.backward, part * cell.weight) for cell in self.cells)
+        return replace(self, cells=tuple(cells))
+
 
 @dataclass(frozen=True)
 class LossCost:

@@ -215,7 +215,7 @@ class Search:
         self.meter, self.request, self.kept = meter, request, kept
         self._costs: dict[tuple[object, ...], StageCosts] = {}
         self._profile = functools.cache(
-            lambda slabs, split: meter.profile(slabs, request.precision, request.channels_last, split)
+            lambda slabs, split, cases: meter.profile(slabs, request.precision, request.channels_last, split, cases)
         )
 
     def answer(self) -> Answer:
@@ -243,7 +243,7 @@ class Search:
         at_once = option.schedule == "gpipe" and not self.request.by_case
         key = option.slabs, split, cases, option.micro_batches, recompute, at_once
         if key not in self._costs:
-            profile = self._profile(option.slabs, split).times(math.ceil(cases / self.meter.micro_batch))
+            profile = self._profile(option.slabs, split, cases).times(math.ceil(cases / self.meter.micro_batch))
             self._costs[key] = StageCosts(self.meter.graph, profile, option.micro_batches, recompute, at_once)
         return self._costs[key]
 
