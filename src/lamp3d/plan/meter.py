@@ -222,6 +222,7 @@ class MeasuringMeter(Meter):
     ):
         super().__init__(network, input_shape, micro_batch, link, device_type())
         self.workers, self.loss, self.repeats, self.fresh = workers, loss, repeats, fresh
+        self._timed: dict[str, Timing] = {}  # so that nothing is timed twice, also where the disk does not remember
         self.timing_of, self.loss_cost_of = functools.cache(self._timing), functools.cache(self._loss_cost)
 
     @property
@@ -303,7 +304,10 @@ class MeasuringMeter(Meter):
                 with neighbours_at_work(self._neighbours, precision):
                     return time_cells(twin, shape, repeats=self.repeats, **settings)  # type: ignore[arg-type]
 
-        return remembered(key, measure, fresh=self.fresh)
+        asked = str((shape, settings))
+        if asked not in self._timed:
+            self._timed[asked] = remembered(key, measure, fresh=self.fresh)
+        return self._timed[asked]
 
     def _affordable(
         self, wanted: Shape | dict[str, Shape], precision: str, channels_last: bool, budget: float | None = None
