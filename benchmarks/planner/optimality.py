@@ -75,6 +75,9 @@ def _ratio(costs: list[float], stages: int) -> float:
     return theirs / ours
 
 
+LAYOUT = {False: "channels first", True: "channels last"}
+
+
 def measure_best(rounds: int, console: Console) -> dict[str, Any]:
     """Every way to use two devices, timed: how far the chosen plan is from the fastest of them."""
     found: dict[str, Any] = {}
@@ -86,15 +89,16 @@ def measure_best(rounds: int, console: Console) -> dict[str, Any]:
             if other.cut is None:
                 continue
             option = other.option
-            plan = make_plan(
-                network(case.net, case.filters), shape, case.devices, recompute="never", data=option.data,
-                space=option.slabs.mesh or 1, pipe=option.pipe, micro_batches=option.micro_batches,
-                schedule=option.schedule,
-            )  # fmt: skip
-            seconds[str(option)] = {
-                "predicted": plan.step_seconds, "measured": statistics.median(_timed(case, plan, rounds)),
-            }  # fmt: skip
-        chosen = str(planning.answer.found[0].option)
+            for last in (False, True):
+                plan = make_plan(
+                    network(case.net, case.filters), shape, case.devices, recompute="never", data=option.data,
+                    space=option.slabs.mesh or 1, pipe=option.pipe, micro_batches=option.micro_batches,
+                    schedule=option.schedule, channels_last=last,
+                )  # fmt: skip
+                seconds[f"{option}, {LAYOUT[last]}"] = {
+                    "predicted": plan.step_seconds, "measured": statistics.median(_timed(case, plan, rounds)),
+                }  # fmt: skip
+        chosen = f"{planning.answer.found[0].option}, {LAYOUT[planning.plan.channels_last]}"
         best = min(of["measured"] for of in seconds.values())
         table = Table(title=f"{case}: every way to use {case.devices} devices")
         for column in ("", "predicted s", "measured s"):
