@@ -407,14 +407,18 @@ def test_several_cases_at_once_are_timed_as_such(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(meter, "_time", together)
     monkeypatch.setattr("lamp3d.plan.meter.CASES_SECONDS", math.inf)
-    shares = {n: meter.timing(Slabs(), "fp32", False, False, n).cells[0].forward for n in (1, 2, 4, 8)}
-    assert shares == {1: 1, 2: 1, 4: 0.5, 8: 0.5}
+
+    def share(cases: int, slabs: Slabs = Slabs()) -> float:  # noqa: B008 (frozen)
+        how = slabs, "fp32", False, False
+        return meter.timing(*how, meter.timed_cases(*how, cases)).cells[0].forward
+
+    assert {n: share(n) for n in (1, 2, 4, 8)} == {1: 1, 2: 1, 4: 0.5, 8: 0.5}
     alone = meter.timing(Slabs(), "fp32", False, False, 1).seconds
     monkeypatch.setattr("lamp3d.plan.meter.CASES_SECONDS", 4 * 2 * alone)  # four cases can be timed, after a warm-up
-    assert meter.timing(Slabs(), "fp32", False, False, 8).cells[0].forward == 0.5
+    assert share(8) == 0.5
     monkeypatch.setattr("lamp3d.plan.meter.CASES_SECONDS", 2 * 2 * alone)
-    assert meter.timing(Slabs(), "fp32", False, False, 8).cells[0].forward == 1
-    assert meter.timing(Slabs((2,), (2,)), "fp32", False, False, 4).seconds == alone
+    assert share(8) == 1
+    assert share(4, Slabs((2,), (2,))) == share(1)
 
 
 def test_the_picture_shows_every_cell_and_what_passes_between_devices() -> None:

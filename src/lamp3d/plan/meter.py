@@ -111,14 +111,18 @@ class Meter(ABC):
 
     @abstractmethod
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
-        """Seconds of all cells for a volume near to a slab's size.
+        """Seconds of all cells for a volume near to a slab's size, and so many cases at once.
 
-        Returns: those of the smallest micro-batch, its share where so many cases are computed at once.
+        Returns: those of the smallest micro-batch; its share, if there are more cases.
         """
 
     def near(self, slabs: Slabs) -> Slabs:
         """The slabs that `timing` is near to."""
         return slabs
+
+    def timed_cases(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> int:
+        """How many cases at once to time, to know what so many take."""
+        return self.micro_batch
 
     @abstractmethod
     def fastest_layout(self, precision: str) -> bool:
@@ -234,12 +238,18 @@ class MeasuringMeter(Meter):
         return "bf16" if has_fast_bf16(self.kind) else "fp32"
 
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
-        alone = self.timing_of(slabs, precision, channels_last, split)
-        cases = self._cases_to_time(alone, slabs, precision, channels_last, cases)
         if cases == self.micro_batch:
-            return alone
+            return self.timing_of(slabs, precision, channels_last, split)
         together = self._time(with_batch(self.input_shape, cases), precision, channels_last, split)
         return together.share(self.micro_batch / cases)
+
+    def timed_cases(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> int:
+        if slabs.mesh or self._affordable(self.shape, precision, channels_last)[-1] != self.shape:
+            return self.micro_batch
+        alone = self.timing_of(slabs, precision, channels_last, split).seconds * (self.repeats + 1) / self.micro_batch
+        while cases * alone > CASES_SECONDS and cases % 2 == 0:
+            cases //= 2  # all of them, or a half, a quarter …
+        return cases if cases * alone <= CASES_SECONDS and cases % self.micro_batch == 0 else self.micro_batch
 
     def fastest_layout(self, precision: str) -> bool:
         seconds = []
@@ -272,15 +282,6 @@ class MeasuringMeter(Meter):
             for shape in shapes
         ]
         return scale_timing(timings, self.work(slabs, precision, channels_last, split))
-
-    def _cases_to_time(self, alone: Timing, slabs: Slabs, precision: str, channels_last: bool, cases: int) -> int:
-        """As many of the cases as can be timed in moments: all of them, or a half, a quarter …"""
-        if slabs.mesh or self._affordable(self.shape, precision, channels_last)[-1] != self.shape:
-            return self.micro_batch
-        while cases * alone.seconds * (self.repeats + 1) > CASES_SECONDS * self.micro_batch and cases % 2 == 0:
-            cases //= 2
-        few = cases * alone.seconds * (self.repeats + 1) <= CASES_SECONDS * self.micro_batch
-        return cases if few and cases % self.micro_batch == 0 else self.micro_batch
 
     def _time(self, shape: InputShape, precision: str, channels_last: bool, split: bool) -> Timing:
         settings = {"precision": precision, "channels_last": channels_last, "split": split}

@@ -214,9 +214,7 @@ class Search:
     def __init__(self, meter: Meter, request: Request, kept: int = KEPT):
         self.meter, self.request, self.kept = meter, request, kept
         self._costs: dict[tuple[object, ...], StageCosts] = {}
-        self._profile = functools.cache(
-            lambda slabs, split, cases: meter.profile(slabs, request.precision, request.channels_last, split, cases)
-        )
+        self._profile = functools.cache(meter.profile)
 
     def answer(self) -> Answer:
         """Try the options, the most promising first."""
@@ -243,7 +241,10 @@ class Search:
         at_once = option.schedule == "gpipe" and not self.request.by_case
         key = option.slabs, split, cases, option.micro_batches, recompute, at_once
         if key not in self._costs:
-            profile = self._profile(option.slabs, split, cases).times(math.ceil(cases / self.meter.micro_batch))
+            how = option.slabs, self.request.precision, self.request.channels_last, split
+            profile = self._profile(*how, self.meter.timed_cases(*how, cases)).times(
+                math.ceil(cases / self.meter.micro_batch)
+            )
             self._costs[key] = StageCosts(self.meter.graph, profile, option.micro_batches, recompute, at_once)
         return self._costs[key]
 
