@@ -1,6 +1,5 @@
 """The engine's contract: for every cut, number of devices and of micro-batches, the plain network's numbers."""
 
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from tests.distributed.workers import (
     seeded,
     volumes,
 )
+from tests.full import FULL
 from tests.networks import Branches, Conditioned, Counting, InPlace
 from tests.plans import plan_at
 
@@ -28,7 +28,6 @@ pytestmark = pytest.mark.timeout(1800)  # the first test of a number of devices 
 
 Results = list[dict[str, dict[str, Finding]]]
 
-FULL = bool(os.environ.get("LAMP3D_FULL"))
 FEW = ["exactness", "every_cut", "schedules", "any_placement"]
 SPACE = ["space", "slabs_in_bf16"]
 ALL = [check for check in CHECKS if check not in ("replicas", *SPACE)]

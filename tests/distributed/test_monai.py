@@ -4,16 +4,13 @@ Here every network runs with one schedule on each number of devices, another one
 every schedule and every way to recompute, and on four devices too.
 """
 
-import os
-
 import pytest
 
 from lamp3d import launch
 from lamp3d.plan import SCHEDULES
 from tests.distributed.workers import run_monai, run_monai_on_slabs
+from tests.full import FULL
 from tests.monai_networks import NETWORKS
-
-FULL = bool(os.environ.get("LAMP3D_FULL"))
 
 
 @pytest.mark.timeout(3600 if FULL else 1800)

@@ -4,7 +4,6 @@ Here a few hundred random examples on two to four ranks; with LAMP3D_FULL=1 more
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, Listener, wait
@@ -24,8 +23,8 @@ from lamp3d.parallel.sharded import shard
 from lamp3d.parallel.space.ranks import Space
 from lamp3d.train import HybridLoss, LossConfig
 from tests.distributed.operations import Example, examples, serve
+from tests.full import FULL
 
-FULL = bool(os.environ.get("LAMP3D_FULL"))
 EXAMPLES = 500 if FULL else 60
 """For each number of ranks."""
 

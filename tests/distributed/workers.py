@@ -31,6 +31,7 @@ from lamp3d.parallel.sharded import whole
 from lamp3d.parallel.step import LossFunction
 from lamp3d.plan import SCHEDULES, Plan
 from lamp3d.plan.schedule import PLACEMENTS
+from tests.full import FULL
 from tests.networks import (
     Branches,
     Chancy,
@@ -203,7 +204,7 @@ def some_of(cases: Iterable[Any], part: int) -> list[tuple[int, Any]]:
     All of them everywhere with LAMP3D_FULL=1.
     """
     numbered = list(enumerate(cases))
-    return numbered if world() <= 2 or os.environ.get("LAMP3D_FULL") else numbered[world() % part :: part]
+    return numbered if world() <= 2 or FULL else numbered[world() % part :: part]
 
 
 # The checks. Each takes nothing and returns findings by name.
@@ -473,7 +474,7 @@ def check_space() -> dict[str, Finding]:
     for (mesh, dims, data, some), (number, (make, shape)) in itertools.product(meshes[world()], enumerate(kinds)):
         network = seeded(make)
         has_batch_norm = number == 2
-        if (has_batch_norm and data > 1) or (number not in some and not os.environ.get("LAMP3D_FULL")):
+        if (has_batch_norm and data > 1) or (number not in some and not FULL):
             continue
         images, targets = volumes(shape)
         names = cell_names(network, shape)
