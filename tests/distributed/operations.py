@@ -58,10 +58,12 @@ def convolutions(draw: st.DrawFn) -> Operation:
 @st.composite
 def same_convolutions(draw: st.DrawFn) -> Operation:
     """Those that have a way of their own: the slab's while the border travels."""
-    half, dilation = draw(_triple(0, 2)), draw(_triple(1, 2))
+    half, dilation, stride = draw(_triple(0, 2)), draw(_triple(1, 2)), (1, 1, 1)
+    if draw(st.booleans()):
+        half, dilation, stride = (1, 1, 1), (1, 1, 1), draw(_triple(1, 3))
     return "conv3d", {
         "kernel": tuple(2 * h + 1 for h in half),
-        "stride": (1, 1, 1),
+        "stride": stride,
         "padding": tuple(h * d for h, d in zip(half, dilation, strict=True)),
         "dilation": dilation,
         "groups": draw(st.sampled_from([1, 2, 4])),
@@ -130,9 +132,10 @@ def examples(draw: st.DrawFn, ranks: int) -> Example:
     dims = tuple(draw(st.permutations([2, 3, 4]))[: len(sizes)])
     shape = [draw(st.integers(1, 2)), 4, *(draw(st.integers(3, 14)) for _ in range(3))]
     bounds = []
+    step = draw(st.integers(1, 3))  # slabs of so many planes, or multiples, stay in place in steps
     for size, dim in zip(sizes, dims, strict=True):
-        shape[dim] = max(shape[dim], size)
-        inner = draw(st.permutations(range(1, shape[dim])))[: size - 1]
+        shape[dim] = max(shape[dim], size * step)
+        inner = draw(st.permutations(range(step, shape[dim], step)))[: size - 1]
         bounds.append((0, *sorted(inner), shape[dim]))
     any_operation = st.one_of(
         convolutions(), same_convolutions(), transposed_convolutions(), pools(), resizes(), simple()

@@ -25,7 +25,7 @@ from lamp3d.parallel.space.ranks import Place, Space
 
 
 def convolve_slab(volume: ShardedVolume, call: Call, windows: Sequence[Window]) -> ShardedVolume | None:
-    """A convolution of slabs that keeps their planes; None where it is not of this kind.
+    """A convolution whose every slab is made from the same slab and its neighbours' borders; None if it is another.
 
     Args:
         volume: the input.
@@ -34,7 +34,7 @@ def convolve_slab(volume: ShardedVolume, call: Call, windows: Sequence[Window]) 
     """
     cuts = volume.placement.cuts
     crossed = [(cut, windows[cut.dim - 2]) for cut in cuts if not windows[cut.dim - 2].is_pointwise]
-    if not crossed or not all(_keeps_planes(cut, window) for cut, window in crossed):
+    if not crossed or not all(_stays_in_place(cut, window) for cut, window in crossed):
         return None
     plain = Call(volume.local, call.weight, call.bias, call.settings)
     smallest = list(volume.local.shape[2:])
@@ -48,15 +48,18 @@ def convolve_slab(volume: ShardedVolume, call: Call, windows: Sequence[Window]) 
             image, call.weight, call.bias, convolution, volume.space, borders, deferring(call.weight, call.bias)
         )
     made = made.to(given)
-    extents = [w.extent(extent) for w, extent in zip(windows, volume.shape[2:], strict=True)]
-    depth, height, width = extents
-    return ShardedVolume(made, Layout((depth, height, width), cuts), volume.space)
+    depth, height, width = (w.extent(extent) for w, extent in zip(windows, volume.shape[2:], strict=True))
+    of_made = tuple(cut.with_bounds(windows[cut.dim - 2].bounds(cut.bounds)) for cut in cuts)
+    return ShardedVolume(made, Layout((depth, height, width), of_made), volume.space)
 
 
-def _keeps_planes(cut: Cut, window: Window) -> bool:
-    """Whether each slab makes as many planes as it has, from its own and its direct neighbours'."""
-    halo = window.padding
-    return window.stride == 1 and halo > 0 and window.reach == 2 * halo and cut.thinnest >= halo
+def _stays_in_place(cut: Cut, window: Window) -> bool:
+    """Whether what a slab makes alone, with zeros around it, lies in its place and lacks only a part at the borders."""
+    halo, step = window.padding, window.stride
+    if halo == 0 or window.reach != 2 * halo or cut.thinnest < halo:
+        return False
+    # Wider kernels in steps: their border's few planes are what oneDNN computes wrongly in bf16.
+    return step == 1 or (window.kernel == 3 and window.dilation == 1 and all(b % step == 0 for b in cut.bounds[:-1]))
 
 
 class _Side(NamedTuple):
@@ -64,17 +67,36 @@ class _Side(NamedTuple):
 
     Attributes:
         dim: the axis, of a (B, C, D, H, W) tensor.
-        planes: of the neighbour, those that are reached; and of the slab, those that reach them.
         at_end: whether the neighbour follows the slab.
-        taps: of the kernel, those that reach.
+        reads: how many of the neighbour's planes the slab's result is made of.
+        sends: how many of the slab's the neighbour's is made of.
+        makes: planes of the slab's result that are made of the neighbour's.
+        taps: of the kernel, those that reach beyond the border.
         missing: planes of zeros before and after the neighbour's, so that each tap finds one.
     """
 
     dim: int
-    planes: int
     at_end: bool
+    reads: int
+    sends: int
+    makes: int
     taps: slice
     missing: tuple[int, int]
+
+    @classmethod
+    def of(cls, dim: int, window: Window, at_end: bool) -> _Side:
+        """Where a window crosses a cut."""
+        before, after = window.padding, max(0, window.padding + 1 - window.stride)
+        reads, sends = (after, before) if at_end else (before, after)
+        makes, taps = -(-reads // window.stride), -(-reads // window.dilation)
+        missing = max(0, (makes - 1) * window.stride + (taps - 1) * window.dilation + 1 - reads)
+        if at_end:
+            return cls(dim, at_end, reads, sends, makes, slice(window.kernel - taps, window.kernel), (missing, 0))
+        return cls(dim, at_end, reads, sends, makes, slice(0, taps), (0, missing))
+
+    def narrow(self, volume: Tensor, planes: int) -> Tensor:
+        """So many of a volume's planes next to the border."""
+        return volume.narrow(self.dim, volume.shape[self.dim] - planes if self.at_end else 0, planes)
 
 
 class _Border(NamedTuple):
@@ -88,14 +110,34 @@ class _Border(NamedTuple):
     place: Place
     sides: tuple[_Side, ...]
 
-    def room(self, image: Tensor, space: Space) -> Tensor:
-        """For the neighbour's planes."""
-        return empty(image, {side.dim: side.planes for side in self.sides}, space)
+    @property
+    def is_read(self) -> bool:
+        """Whether the slab's result is made of the neighbour's planes too."""
+        return all(side.reads for side in self.sides)
 
-    def part(self, volume: Tensor) -> Tensor:
-        """The slab's planes at this border, as a view."""
+    @property
+    def is_sent(self) -> bool:
+        """Whether the neighbour's is made of the slab's."""
+        return all(side.sends for side in self.sides)
+
+    def room_to_read(self, image: Tensor, space: Space) -> Tensor:
+        """For the neighbour's planes."""
+        return empty(image, {side.dim: side.reads for side in self.sides}, space)
+
+    def room_for_gradient(self, image: Tensor, space: Space) -> Tensor:
+        """For the gradient of the slab's planes that the neighbour has read."""
+        return empty(image, {side.dim: side.sends for side in self.sides}, space)
+
+    def sent(self, image: Tensor) -> Tensor:
+        """The slab's planes that the neighbour reads, as a view."""
         for side in self.sides:
-            volume = volume.narrow(side.dim, volume.shape[side.dim] - side.planes if side.at_end else 0, side.planes)
+            image = side.narrow(image, side.sends)
+        return image
+
+    def made(self, volume: Tensor) -> Tensor:
+        """Of the result, what is made of the neighbour's planes, as a view."""
+        for side in self.sides:
+            volume = side.narrow(volume, side.makes)
         return volume
 
     def taps(self, weight: Tensor) -> Tensor:
@@ -114,7 +156,7 @@ class _Border(NamedTuple):
     def unpadded(self, planes: Tensor) -> Tensor:
         """Back again."""
         for side in self.sides:
-            planes = planes.narrow(side.dim, side.missing[0], side.planes)
+            planes = planes.narrow(side.dim, side.missing[0], side.reads)
         return planes
 
     def convolution(self, whole: Convolution, planes: Tensor, taps: Tensor) -> Convolution:
@@ -134,17 +176,9 @@ def _borders(space: Space, crossed: Sequence[tuple[Cut, Window]]) -> list[_Borde
             place[cut.axis] += step
         inside = all(0 <= index < size for index, size in zip(place, space.sizes, strict=True))
         if any(steps) and inside:
-            sides = [_side(cut, window, step > 0) for (cut, window), step in zip(crossed, steps, strict=True) if step]
+            sides = [_Side.of(cut.dim, w, step > 0) for (cut, w), step in zip(crossed, steps, strict=True) if step]
             borders.append(_Border(tuple(place), tuple(sides)))
     return borders
-
-
-def _side(cut: Cut, window: Window, at_end: bool) -> _Side:
-    reach = window.kernel // 2
-    missing = (reach - 1) * window.dilation
-    if at_end:
-        return _Side(cut.dim, window.padding, at_end, slice(window.kernel - reach, window.kernel), (missing, 0))
-    return _Side(cut.dim, window.padding, at_end, slice(0, reach), (0, missing))
 
 
 class _ConvolveSlab(torch.autograd.Function):
@@ -159,13 +193,16 @@ class _ConvolveSlab(torch.autograd.Function):
         borders: Sequence[_Border],
         deferred: DeferredWeights | None,
     ) -> Tensor:
-        halos = {border.place: border.room(image, space) for border in borders}
-        exchange = space.exchange({border.place: border.part(image) for border in borders}, halos)
+        halos = {border.place: border.room_to_read(image, space) for border in borders if border.is_read}
+        sends = {border.place: border.sent(image) for border in borders if border.is_sent}
+        exchange = space.exchange(sends, halos)
         made = convolution.forward(image, weight, bias)
         exchange.wait()
         for border in borders:
+            if not border.is_read:
+                continue
             planes, taps = border.padded(halos[border.place]), _like(weight, border.taps(weight))
-            border.part(made).add_(border.convolution(convolution, planes, taps).forward(planes, taps, None))
+            border.made(made).add_(border.convolution(convolution, planes, taps).forward(planes, taps, None))
         ctx.save_for_backward(image, weight, *halos.values())
         # Parameters are remembered as they are: what recomputation saves is not the parameter, but its content.
         ctx.parameters = None if deferred is None else (weight, bias)
@@ -181,12 +218,13 @@ class _ConvolveSlab(torch.autograd.Function):
         if deferred is not None:
             deferred.add(convolution, gradient, image, *ctx.parameters)
             of_weight_wanted = of_bias_wanted = False
+        read = [border for border in borders if border.is_read]
         of_weights: list[Tensor | None] = []
         sends: dict[Place, Tensor] = {}
-        for border, halo in zip(borders, halos, strict=True):
+        for border, halo in zip(read, halos, strict=True):
             planes, taps = border.padded(halo), _like(weight, border.taps(weight))
             # Laid out as oneDNN and cuDNN want it: a slice of a volume's gradient is neither of torch's layouts.
-            of_part = _like(gradient, border.part(gradient))
+            of_part = _like(gradient, border.made(gradient))
             mask = (of_image_wanted, of_weight_wanted, False)
             at_border = border.convolution(convolution, planes, taps)
             if deferred is not None:
@@ -195,7 +233,8 @@ class _ConvolveSlab(torch.autograd.Function):
             if of_planes is not None:
                 sends[border.place] = border.unpadded(of_planes)
             of_weights.append(of_taps)
-        receives = {border.place: border.room(image, space) for border in borders} if of_image_wanted else {}
+        sent = [border for border in borders if border.is_sent and of_image_wanted]
+        receives = {border.place: border.room_for_gradient(image, space) for border in sent}
         exchange = space.exchange(sends, receives)
         mask = (of_image_wanted, of_weight_wanted, of_bias_wanted)
         of_image = of_weight = of_bias = None
@@ -203,10 +242,10 @@ class _ConvolveSlab(torch.autograd.Function):
             of_image, of_weight, of_bias = convolution.backward(gradient, image, weight, mask)
         exchange.wait()
         if of_image is not None:
-            for border in borders:
-                border.part(of_image).add_(receives[border.place])
+            for border in sent:
+                border.sent(of_image).add_(receives[border.place])
         if of_weight is not None:
-            for border, of_taps in zip(borders, of_weights, strict=True):
+            for border, of_taps in zip(read, of_weights, strict=True):
                 border.taps(of_weight).add_(of_taps)
             of_weight = of_weight.to(weight.dtype)
         return of_image, of_weight, None if of_bias is None else of_bias.to(weight.dtype), *[None] * 4

@@ -28,6 +28,9 @@ def collect(local: Tensor, space: Space, cut: Cut, wanted: list[Range]) -> Tenso
     """
     if wanted == cut.slabs:
         return local
+    if all(own[0] <= want[0] < want[1] <= own[1] for own, want in zip(cut.slabs, wanted, strict=True)):
+        begin, end = wanted[space.coordinate[cut.axis]]  # nothing need travel
+        return _planes(local, cut.dim, (begin, end), cut.slabs[space.coordinate[cut.axis]][0])
     found: Tensor = _Collect.apply(local, space, cut, wanted)  # type: ignore[no-untyped-call]
     return found
 

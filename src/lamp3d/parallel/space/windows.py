@@ -30,7 +30,8 @@ def convolution(*args: Any, **kwargs: Any) -> ShardedVolume:
     kernel = call.weight.shape[2:]
     windows = [Window(*numbers) for numbers in zip(kernel, stride, padding, dilation, strict=True)]
     if (found := convolve_slab(volume, call, windows)) is not None:
-        return found
+        same = found.placement == volume.placement
+        return found if same else settled(found.local, found.placement.extents, found.placement.cuts, volume)
 
     def local(image: Tensor, padding: list[int]) -> Tensor:
         return compute(F.conv3d, image, call.weight, call.bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
