@@ -64,9 +64,11 @@ class Hardware(BaseModel):
         memory: bytes, or a text such as "16GiB".
         peak_tflops: 10¹² floating-point operations a second, by precision (two for a multiplication and its addition).
         sustained: the share of it that convolutions reach.
+        full_channels: that a convolution must read and make to reach it; with fewer it reaches less in proportion.
         bandwidth_gbs: of the device's memory.
         bandwidth_sustained: the share of it that pointwise operations reach.
-        launch_seconds: the least that an operation takes.
+        launch_seconds: the least that an operation takes on the device.
+        host_seconds: that an operation takes on the host, which issues it (with its part of autograd).
         reserved: bytes of the device's memory that tensors never have: the context and the libraries' own.
         allocator: bytes that the allocator takes from the device for one byte of tensors.
         link: name of what joins such devices, from ``links.yaml``.
@@ -80,9 +82,11 @@ class Hardware(BaseModel):
     memory: PositiveInt
     peak_tflops: dict[Literal["fp32", "bf16"], PositiveFloat]
     sustained: dict[Literal["fp32", "bf16"], PositiveFloat]
+    full_channels: PositiveInt = 1
     bandwidth_gbs: PositiveFloat
     bandwidth_sustained: PositiveFloat = 0.8
     launch_seconds: float = 6e-6
+    host_seconds: float = 2e-4
     reserved: int = CUDA_RESERVED
     allocator: PositiveFloat = CUDA_ALLOCATOR
     link: str
@@ -103,16 +107,18 @@ class Hardware(BaseModel):
         """Those that it computes fast in."""
         return tuple(self.peak_tflops)
 
-    def seconds(self, flops: float, moved: float, precision: str) -> float:
+    def seconds(self, flops: float, moved: float, precision: str, channels: int = 0) -> float:
         """How long an operation takes: what is longer, its arithmetic or its way to memory and back.
 
         Args:
             flops: floating-point operations.
             moved: bytes that are read and written.
             precision: "fp32" or "bf16".
+            channels: of a convolution, the fewer of those that it reads and makes.
         """
         key: Literal["fp32", "bf16"] = "bf16" if precision == "bf16" and "bf16" in self.peak_tflops else "fp32"
-        computing = flops / (self.peak_tflops[key] * 1e12 * self.sustained[key])
+        reached = self.sustained[key] * min(1.0, channels / self.full_channels if channels else 1.0)
+        computing = flops / (self.peak_tflops[key] * 1e12 * reached)
         moving = moved / (self.bandwidth_gbs * 1e9 * self.bandwidth_sustained)
         return max(computing, moving) + self.launch_seconds
 

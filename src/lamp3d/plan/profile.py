@@ -189,10 +189,14 @@ def profile_cells(
 
 
 def model_cells(work: Work, hardware: Hardware, precision: str) -> Timing:
-    """The seconds of cells on a device that is only described: operation by operation, arithmetic or memory."""
+    """The seconds of cells on a device that is only described: operation by operation, arithmetic or memory.
+
+    The host issues operations ahead of the device, which waits for it where it is the faster one.
+    """
 
     def total(operations: Sequence[Operation]) -> float:
-        return sum(hardware.seconds(operation.flops, operation.moved, precision) for operation in operations)
+        device = sum(hardware.seconds(op.flops, op.moved, precision, op.channels) for op in operations)
+        return max(device, len(operations) * hardware.host_seconds)
 
     return Timing(tuple(CellSeconds(total(c.forward), total(c.backward), total(c.weight)) for c in work.cells))
 

@@ -30,7 +30,10 @@ Sides = tuple[int, int, int]
 
 _ATEN = torch.ops.aten
 _STATISTICS = {_ATEN.native_group_norm, _ATEN.native_batch_norm, _ATEN._native_batch_norm_legit, _ATEN.var_mean}
-_FREE = {_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided, _ATEN.detach}
+_FREE = {
+    _ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided, _ATEN.detach,
+    torch.ops.prim.device,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,13 @@ class Operation:
 
     Attributes:
         flops: floating-point operations of convolutions and matrix products; 0 of all others.
+        channels: of a convolution, the fewer of those that it reads and makes; 0 of all others.
         moved: bytes that it reads and writes.
     """
 
     flops: int
     moved: int
+    channels: int = 0
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,8 @@ class _Recorder(TorchDispatchMode):
             return made
         tensors = {address(leaf): leaf for leaf in pytree.tree_leaves((args, kwargs, made)) if isinstance(leaf, Tensor)}
         flops = flop_registry[packet](*args, **kwargs, out_val=made) if packet in flop_registry else 0
-        self.operations.append(Operation(int(flops), sum(tensor.nbytes for tensor in tensors.values())))
+        moved = sum(tensor.nbytes for tensor in tensors.values())
+        self.operations.append(Operation(int(flops), moved, _channels(packet, args, made)))
         if packet is _ATEN.convolution and args[0].dim() == 5 and not args[6]:
             self._note_halo(*args)
         elif packet in _STATISTICS:
@@ -252,6 +258,16 @@ class _Recorder(TorchDispatchMode):
                 image.nbytes // extent * -(-planes // 2) for extent, planes in zip(image.shape[2:], reach, strict=True)
             )
             self.halos.append(Halo((depth, height, width), image.requires_grad))
+
+
+def _channels(packet: Callable[..., Any], args: tuple[Any, ...], made: Any) -> int:
+    """How wide a convolution's matrix product is at its narrowest."""
+    if packet is _ATEN.convolution:
+        return int(made.shape[1])  # the channels that it reads count once for every voxel of the kernel
+    if packet is _ATEN.convolution_backward:
+        gradient, image, *_, (of_image, *_) = args
+        return int(min(gradient.shape[1], image.shape[1]) if of_image else gradient.shape[1])
+    return 0
 
 
 def address(tensor: Tensor) -> int:
