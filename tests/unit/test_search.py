@@ -26,7 +26,7 @@ from lamp3d.plan.cut import Cut, best_cut
 from lamp3d.plan.hardware import Hardware, known_hardware, load_hardware, load_link
 from lamp3d.plan.meter import MeasuringMeter, ModelMeter
 from lamp3d.plan.partition import minimise_largest, pairs
-from lamp3d.plan.profile import CellSeconds, Timing, profile_cells, time_loss
+from lamp3d.plan.profile import CellSeconds, Timing, model_cells, profile_cells, time_loss
 from lamp3d.plan.schedule import PLACEMENTS
 from lamp3d.plan.search import Option, Request, Search, options
 from lamp3d.plan.slabs import Slabs
@@ -260,6 +260,37 @@ def test_what_does_not_fit_described_hardware_says_what_would() -> None:
     assert find_plans(network, shape, count, hardware=small).plan.devices == count
     sides = tuple(map(int, message.split("volumes of ")[1].rstrip(".").split("×")))
     assert find_plans(network, (1, 1, *sides), 1, hardware=small).plan.devices == 1
+
+
+def test_only_what_a_device_computes_is_an_operation() -> None:
+    network = nn.Sequential(nn.Conv3d(2, 3, 3, padding=1), nn.InstanceNorm3d(3), nn.LeakyReLU())
+    shape = (1, 2, 8, 8, 8)
+    graph = trace(network, shape)
+    convolution, *_ = account(graph, shape, precision="fp32", channels_last=False).cells
+    (forward,), (backward,) = convolution.forward, convolution.backward
+    assert forward.channels == 3
+    assert forward.flops == 2 * 27 * 2 * 3 * 512
+    assert backward.channels == 3  # the image wants no gradient
+    here, there = (
+        sum(
+            len(cell.forward)
+            for cell in account(graph, shape, precision="fp32", channels_last=False, own_kernels=own).cells
+        )
+        for own in (True, False)
+    )
+    assert here == 3
+    assert there > here  # torch's own instance norm is a batch norm of repeated parameters
+
+
+def test_narrow_convolutions_and_small_ones_take_longer_than_their_arithmetic() -> None:
+    device = A100.model_copy(update={"full_channels": 64})
+    wide, narrow = (device.seconds(1e12, 0, "bf16", channels) - device.launch_seconds for channels in (128, 16))
+    assert narrow == pytest.approx(4 * wide)
+    work = account(
+        trace(UNet(1, 2, filters=2), (1, 1, 32, 32, 32)), (1, 1, 32, 32, 32), precision="fp32", channels_last=False
+    )
+    issued = sum(len(cell.forward) + len(cell.backward) for cell in work.cells)
+    assert model_cells(work, device, "fp32").seconds == pytest.approx(issued * device.host_seconds)
 
 
 def test_a_modelled_profile_grows_with_the_volume() -> None:

@@ -26,16 +26,19 @@ from lamp3d.graph.normalisation import instance_norm
 
 
 @contextmanager
-def arithmetic(device: torch.device, precision: str, deferred: DeferredWeights | None = None) -> Iterator[None]:
+def arithmetic(
+    device: torch.device, precision: str, deferred: DeferredWeights | None = None, *, own_kernels: bool = True
+) -> Iterator[None]:
     """The context in which cells are computed.
 
     Args:
         device: where the network runs.
         precision: ``"fp32"`` (the parameters' own dtype) or ``"bf16"`` (torch's autocast).
         deferred: where convolutions leave their weights' gradients to be computed; None: nowhere, they are not split.
+        own_kernels: whether a CPU's tensors are computed as is best on CPUs; if not, as torch does it everywhere.
     """
     lowered = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-    here = _Arithmetic(deferred)
+    here = _Arithmetic(deferred, own_kernels)
     before = _present.set(here)
     try:
         with lowered, here:
@@ -147,9 +150,9 @@ class _Convolve(torch.autograd.Function):
 class _Arithmetic(TorchFunctionMode):
     """While active, convolutions and instance norms are computed as this package says."""
 
-    def __init__(self, deferred: DeferredWeights | None):
+    def __init__(self, deferred: DeferredWeights | None, own_kernels: bool):
         super().__init__()
-        self._deferred = deferred
+        self._deferred, self._own_kernels = deferred, own_kernels
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -169,12 +172,13 @@ class _Arithmetic(TorchFunctionMode):
         if (call := bind(func, args, kwargs)) is not None:
             convolution, given = call.convolution(), call.given()
             deferred = self.deferred(call.weight, call.bias)
-            if deferred or convolution.kernel is not Kernel.TORCHS_CHOICE or convolution.computed != given:
+            another = convolution.kernel is not Kernel.TORCHS_CHOICE or convolution.computed != given
+            if deferred or (another and self._own_kernels):
                 image = call.image.to(convolution.computed)
                 with torch.autocast(image.device.type, enabled=False):
                     found: Tensor = _Convolve.apply(image, call.weight, call.bias, convolution, deferred)  # type: ignore[no-untyped-call]
                 return found.to(given)
-        elif func is F.instance_norm and (normal := instance_norm(*args, **kwargs)) is not None:
+        elif func is F.instance_norm and self._own_kernels and (normal := instance_norm(*args, **kwargs)) is not None:
             return normal
         return func(*args, **kwargs)
 

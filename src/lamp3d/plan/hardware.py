@@ -86,7 +86,7 @@ class Hardware(BaseModel):
     bandwidth_gbs: PositiveFloat
     bandwidth_sustained: PositiveFloat = 0.8
     launch_seconds: float = 6e-6
-    host_seconds: float = 2e-4
+    host_seconds: float = 1e-4
     reserved: int = CUDA_RESERVED
     allocator: PositiveFloat = CUDA_ALLOCATOR
     link: str

@@ -152,7 +152,10 @@ class Meter(ABC):
 
     def _work(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Work:
         shape = slab_shape(self.shape, slabs, self.divisor)
-        return account(self._graph_for(shape), shape, precision=precision, channels_last=channels_last, split=split)
+        return account(
+            self._graph_for(shape), shape, precision=precision, channels_last=channels_last, split=split,
+            own_kernels=self.kind == "cpu",
+        )  # fmt: skip
 
     def whole(self, precision: str, channels_last: bool) -> Work:
         """What the cells do with whole volumes."""
@@ -277,7 +280,7 @@ class MeasuringMeter(Meter):
         timings = [
             (
                 self._time(shape, precision, channels_last, split),
-                account(self._graph_for(shape), shape, **settings),  # type: ignore[arg-type]
+                account(self._graph_for(shape), shape, own_kernels=self.kind == "cpu", **settings),  # type: ignore[arg-type]
             )
             for shape in shapes
         ]

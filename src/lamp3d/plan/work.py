@@ -114,6 +114,7 @@ def account(
     channels_last: bool,
     split: bool = False,
     device: torch.device | None = None,
+    own_kernels: bool = True,
 ) -> Work:
     """Run every cell forward and backward on fake tensors and note what it does.
 
@@ -124,11 +125,12 @@ def account(
         channels_last: whether the inputs are laid out channels-last.
         split: whether the backward is done in two parts, weight gradients apart.
         device: on which everything is supposed to lie; by default the CPU.
+        own_kernels: as for :func:`lamp3d.graph.arithmetic`; not for devices that are no CPU.
     """
     where = device or torch.device("cpu")
 
     def run(stage: Stage, inputs: Values) -> tuple[CellWork, Values]:
-        return _account_cell(stage, inputs, precision, channels_last, where, split)
+        return _account_cell(stage, inputs, precision, channels_last, where, split, own_kernels)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         values = inputs_of(graph, input_shape, torch.empty, where, channels_last=channels_last)
@@ -158,6 +160,7 @@ def _account_cell(
     channels_last: bool,
     device: torch.device,
     split: bool,
+    own_kernels: bool,
 ) -> tuple[CellWork, Values]:
     own_tensors = stand_ins(stage, device, channels_last)
     leaves = [value.detach().requires_grad_(value.requires_grad) for value in inputs.values()]
@@ -173,7 +176,7 @@ def _account_cell(
     with (
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        arithmetic(device, precision, later if split else None),
+        arithmetic(device, precision, later if split else None, own_kernels=own_kernels),
         making,
         forward,
     ):
