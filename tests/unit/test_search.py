@@ -263,7 +263,7 @@ def test_what_does_not_fit_described_hardware_says_what_would() -> None:
 
 
 def test_only_what_a_device_computes_is_an_operation() -> None:
-    network = nn.Sequential(nn.Conv3d(2, 3, 3, padding=1), nn.InstanceNorm3d(3), nn.LeakyReLU())
+    network = nn.Sequential(nn.Conv3d(2, 3, 3, padding=1), nn.InstanceNorm3d(3, affine=True), nn.LeakyReLU())
     shape = (1, 2, 8, 8, 8)
     graph = trace(network, shape)
     convolution, *_ = account(graph, shape, precision="fp32", channels_last=False).cells
