@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from lamp3d.intervals import Estimate, Score, difference, estimate, spread
 from lamp3d.plan import format_bytes
@@ -187,6 +188,9 @@ def _draw_seconds(axes: Axes, timed: Sequence[RowTimings], networks: Sequence[st
                 axes.bar(at, statistics.fmean(seconds), width=0.9 * width, color=colours[network])
     names = [f"{_by(window)}\n{devices} device{'s' * (devices > 1)}".replace(" ", "\n") for window, devices in ways]
     axes.set_xticks(range(len(ways)), names, fontsize=8)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _by(window: str) -> str:
