@@ -288,6 +288,9 @@ class MeasuringMeter(Meter):
 
     def _time(self, shape: InputShape, precision: str, channels_last: bool, split: bool) -> Timing:
         settings = {"precision": precision, "channels_last": channels_last, "split": split}
+        asked = str((shape, settings))
+        if asked in self._timed:
+            return self._timed[asked]
         threads = worker_threads(self.workers) if self.kind == "cpu" else None
         key = {
             "network": hashlib.sha256(self.graph.root.code.encode()).hexdigest(),
@@ -308,9 +311,7 @@ class MeasuringMeter(Meter):
                 with neighbours_at_work(self._neighbours, precision):
                     return time_cells(twin, shape, repeats=self.repeats, **settings)  # type: ignore[arg-type]
 
-        asked = str((shape, settings))
-        if asked not in self._timed:
-            self._timed[asked] = remembered(key, measure, fresh=self.fresh)
+        self._timed[asked] = remembered(key, measure, fresh=self.fresh)
         return self._timed[asked]
 
     def _affordable(

@@ -193,14 +193,13 @@ class _ConvolveSlab(torch.autograd.Function):
         borders: Sequence[_Border],
         deferred: DeferredWeights | None,
     ) -> Tensor:
-        halos = {border.place: border.room_to_read(image, space) for border in borders if border.is_read}
+        read = [border for border in borders if border.is_read]
+        halos = {border.place: border.room_to_read(image, space) for border in read}
         sends = {border.place: border.sent(image) for border in borders if border.is_sent}
         exchange = space.exchange(sends, halos)
         made = convolution.forward(image, weight, bias)
         exchange.wait()
-        for border in borders:
-            if not border.is_read:
-                continue
+        for border in read:
             planes, taps = border.padded(halos[border.place]), _like(weight, border.taps(weight))
             border.made(made).add_(border.convolution(convolution, planes, taps).forward(planes, taps, None))
         ctx.save_for_backward(image, weight, *halos.values())
