@@ -1,6 +1,7 @@
 """Plans for given cuts, without profiling: tests cut where they like."""
 
 import itertools
+import os
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,9 @@ from torch import nn
 
 from lamp3d.graph import trace
 from lamp3d.plan import Plan, StagePlan
+
+DEVICE = os.environ.get("LAMP3D_TEST_DEVICE", "cpu")
+"""Where plans run. Workers inherit it from the test that launches them: "cuda" in tests/cuda."""
 
 
 def cell_names(network: nn.Module, input_shape: Sequence[int]) -> list[str]:
@@ -51,7 +55,7 @@ def plan_at(
         network=type(network).__name__,
         input_shape=input_shape if isinstance(input_shape, dict) else tuple(input_shape),
         devices=1 + max(stage.rank for stage in stages),
-        device_type="cpu",
+        device_type=DEVICE,
         micro_batches=micro_batches,
         schedule=schedule,
         recompute="never",

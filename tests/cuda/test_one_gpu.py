@@ -122,13 +122,15 @@ def test_memory_is_as_planned(precision: str, recompute: Literal["never", "alway
     assert engine.peak_bytes() == pytest.approx(predicted, rel=0.15)
 
 
-def test_training_prediction_and_evaluation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("devices", [1, 2])
+def test_training_prediction_and_evaluation(tmp_path: Path, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMP3D_WORKERS_PER_GPU", str(-(-devices // torch.cuda.device_count())))
     write_phantom_dataset(tmp_path / "data", train=4, validation=2, seed=0, missing_fraction=0.0)
     (tmp_path / "config.yaml").write_text(CONFIG)
-    command(tmp_path, "train", "data", "--config", "config.yaml", "--out", "run", "--devices", "1")
-    command(tmp_path, "evaluate", "run", "data", "--split", "validation")
+    command(tmp_path, "train", "data", "--config", "config.yaml", "--out", "run", "--devices", str(devices))
+    command(tmp_path, "evaluate", "run", "data", "--split", "validation", "--devices", str(devices))
     scan = next((tmp_path / "data").rglob("*image*/*.nii.gz"))
-    command(tmp_path, "predict", "run", str(scan), "--out", "gpu")
+    command(tmp_path, "predict", "run", str(scan), "--out", "gpu", "--devices", str(devices))
     command(tmp_path, "predict", "run", str(scan), "--out", "cpu", CUDA_VISIBLE_DEVICES="")
     labels = [np.asarray(nibabel.load(next((tmp_path / out).rglob("*.nii.gz"))).dataobj) for out in ("gpu", "cpu")]
     assert labels[0].max() > 0

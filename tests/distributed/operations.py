@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client
 from typing import Any
@@ -19,6 +19,7 @@ from lamp3d.parallel.sharded import gathered_volume
 from lamp3d.parallel.slabs import own_targets  # noqa: F401 (declares the operations)
 from lamp3d.parallel.space.layout import Cut, Layout
 from lamp3d.parallel.space.ranks import Space
+from tests.plans import DEVICE
 
 Operation = tuple[str, dict[str, Any]]
 
@@ -150,8 +151,8 @@ def _weights(kernel: tuple[int, ...], groups: int, transposed: bool, seed: int) 
     generator = torch.Generator().manual_seed(seed)
     shape = (4, 4 // groups, *kernel)
     return (
-        torch.randn(shape, generator=generator, dtype=torch.float64),
-        torch.randn(4, generator=generator, dtype=torch.float64),
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE),
+        torch.randn(4, generator=generator, dtype=torch.float64).to(DEVICE),
     )
 
 
@@ -194,7 +195,7 @@ _SIMPLE: dict[str, Callable[[Any, Any], Any]] = {
 def compare(example: Example) -> tuple[float, str]:
     """The largest difference between slabs and one device, of output and gradients, and what says no (if it does)."""
     generator = torch.Generator().manual_seed(example.seed)
-    x = torch.randn(example.shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(example.shape, generator=generator, dtype=torch.float64).to(DEVICE)
     if example.channels_last:
         x = x.contiguous(memory_format=torch.channels_last_3d)
     plain, plain_parameters = x.clone().requires_grad_(), []
@@ -206,7 +207,7 @@ def compare(example: Example) -> tuple[float, str]:
             return 0.0, f"torch: {error}"
         if math.prod(out.shape) > 200_000:
             return 0.0, "torch: larger than it need be"
-    weights = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(DEVICE)
     largest = float(out.detach().abs().max()) if out.numel() else 1.0
     scale = 1 / max(1.0, largest)  # the sine of large values would magnify their last digits
     ((out * scale).sin() * weights).sum().backward()
@@ -250,6 +251,13 @@ def _apart(found: Tensor, expected: Tensor, largest: float = 0.0) -> float:
         return 0.0
     found, expected = found.detach(), expected.detach()
     return float((found - expected).abs().max()) / max(largest, float(expected.abs().max()), 1.0)
+
+
+def compare_all(chosen: Sequence[Example]) -> list[tuple[float, str]]:
+    """All of them, one after the other."""
+    torch.set_num_threads(1)
+    dist.all_reduce(torch.zeros(1, device=DEVICE))  # connects all ranks: the first message need not be for everyone
+    return [compare(example) for example in chosen]
 
 
 def serve(address: str) -> None:

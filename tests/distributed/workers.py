@@ -76,12 +76,14 @@ def relative(found: Any, expected: Any, floor: float = 1e-30) -> float:
     pairs = list(zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True))
     assert pytree.tree_structure(found) == pytree.tree_structure(expected)
     assert all(a.shape == b.shape for a, b in pairs)
+    pairs = [(a.cpu(), b.cpu()) for a, b in pairs]
     return max(float((a.double() - b.double()).abs().max() / b.abs().max().clamp_min(floor)) for a, b in pairs)
 
 
 def squared(output: Any, targets: Tensor) -> Tensor:
     """A loss that is no mean over the batch: only the whole mini-batch's outputs give the right number."""
     leaves = pytree.tree_leaves(output)
+    targets = targets.to(leaves[0].device)
     return torch.stack([((leaf - targets).square().mean() + 0.1).sqrt() for leaf in leaves]).sum()
 
 
@@ -89,6 +91,7 @@ def squared(output: Any, targets: Tensor) -> Tensor:
 def by_case(output: Any, targets: Tensor) -> Tensor:
     """A loss that is the mean over its cases, of a function that is not linear."""
     leaves = pytree.tree_leaves(output)
+    targets = targets.to(leaves[0].device)
     axes = [tuple(range(1, leaf.dim())) for leaf in leaves]
     errors = [(leaf - targets).square().mean(dim) for leaf, dim in zip(leaves, axes, strict=True)]
     return torch.stack([(error + 0.1).sqrt().mean() for error in errors]).sum()

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -25,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lamp3d import errors
 from lamp3d.errors import ConfigError, DeviceMemoryError, LampError, PlanError, WorkerError, WorkerKilledError
 from lamp3d.graph.allocator import keep_freed_memory
-from lamp3d.plan.hardware import device_count, device_type, worker_threads
+from lamp3d.plan.hardware import device_count, device_type, worker_threads, workers_per_gpu
 
 Result = TypeVar("Result")
 
@@ -109,7 +110,11 @@ def _work(fn: Callable[..., Result], args: Sequence[Any], timeout: timedelta) ->
     """A worker's life: its device, its threads, its group, its work."""
     local_rank, workers = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if device_type() == "cuda":
-        torch.cuda.set_device(local_rank)
+        sharing = workers_per_gpu()
+        if sharing > 1:  # NCCL refuses two ranks on one GPU of one machine
+            os.environ["NCCL_HOSTID"] = f"{socket.gethostname()}-{local_rank}"
+        torch.cuda.set_device(local_rank // sharing)
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         backend = "cpu:gloo,cuda:nccl"
     else:
         torch.set_num_threads(worker_threads(workers))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from lamp3d.errors import PlanError
+from lamp3d.parallel.groups import group_of, mesh_of
 from lamp3d.parallel.space.ranks import Space
 from lamp3d.plan import Plan
 
@@ -57,14 +58,11 @@ class Place:
         replica, slab = divmod(copy, slabs)
         mesh, group, space = None, None, None
         if plan.data * slabs > 1:
-            mesh = init_device_mesh(
-                plan.device_type, (plan.data, slabs, pipe), mesh_dim_names=("data", "space", "pipe")
-            )
+            mesh = mesh_of(plan.device_type, plan.data, slabs, pipe)
             group = mesh.get_group("data" if slabs == 1 else "space")
         if plan.data > 1 and slabs > 1:
-            for of_rank in range(pipe):  # new_group is collective: every worker makes every group
-                made = dist.new_group(list(range(of_rank, world_size, pipe)))
-                group = made if of_rank == pipe_rank else group
+            groups = [group_of(tuple(range(first, world_size, pipe)), plan.device_type) for first in range(pipe)]
+            group = groups[pipe_rank]
         if mesh is not None and slabs > 1:
             first = replica * slabs * pipe + pipe_rank
             workers = range(first, first + slabs * pipe, pipe)

@@ -1,9 +1,9 @@
 """Values on their way between ranks: posted early, sent without blocking, laid out so that the wire needs no copy.
 
-A transfer is named by a tag that both ends compute alike. Gloo matches messages by tag, so one group serves all. NCCL
-matches them by order, so every ordered pair of ranks has a communicator of its own: a receive that waits then never
-stands in the way of a send. On CUDA each of them works on a stream of its own, beside the one that computes: a send
-starts when what was queued before it is done, and only ``Receipt.wait`` makes the computing stream wait.
+A transfer is named by a tag that both ends compute alike. Gloo matches messages by tag; NCCL by order, for every
+ordered pair of ranks on a communicator of its own, so that a receive that waits never stands in the way of a send. On
+CUDA each of them works on a stream of its own, beside the one that computes: a send starts when what was queued before
+it is done, and only ``Receipt.wait`` makes the computing stream wait.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lamp3d.graph import ValueSpec
+from lamp3d.parallel.groups import channel
 from lamp3d.parallel.mesh import Place
 from lamp3d.parallel.outbox import PolledOutbox, ThreadedOutbox
 
@@ -51,9 +52,7 @@ class Transfer:
         self._place = place
         self._device = device
         for pipeline, pair in itertools.product(place.pipelines, sorted(set(pairs))):
-            # new_group is collective: every worker makes every group, in the same order.
-            ends = [pipeline[rank] for rank in pair]
-            group = dist.new_group(ends, backend="nccl") if device.type == "cuda" else None
+            group = channel(pipeline[pair[0]], pipeline[pair[1]], device)
             if pipeline == place.pipeline:
                 self._groups[pair] = group
                 if pair[0] == place.pipe_rank:

@@ -184,14 +184,22 @@ def device_type() -> DeviceType:
 
 def device_count(kind: DeviceType) -> int:
     """How many workers can have a device of their own; a CPU counts one a core."""
-    return torch.cuda.device_count() if kind == "cuda" else cpu_cores()
+    return torch.cuda.device_count() * workers_per_gpu() if kind == "cuda" else cpu_cores()
+
+
+def workers_per_gpu() -> int:
+    """How many workers share a GPU: one, unless ``LAMP3D_WORKERS_PER_GPU`` says otherwise.
+
+    To try on one GPU what is meant for several. They take turns, so this is slow.
+    """
+    return int(os.environ.get("LAMP3D_WORKERS_PER_GPU", "1"))
 
 
 def device_memory(kind: DeviceType, workers: int) -> int:
     """Bytes that the tensors of each worker on this machine can have."""
     if kind == "cuda":
         least = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-        return round((least - CUDA_RESERVED) / CUDA_ALLOCATOR)
+        return round((least / workers_per_gpu() - CUDA_RESERVED) / CUDA_ALLOCATOR)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if _CGROUP_LIMIT.exists() and (text := _CGROUP_LIMIT.read_text().strip()).isdigit():
         total = min(total, int(text))
