@@ -14,10 +14,12 @@ import torch
 from matplotlib.patches import Arc, Rectangle
 from rich.console import Console
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchgpipe.balance import blockpartition
 
 from lamp3d.errors import ConfigError, PlanError
 from lamp3d.graph import trace
+from lamp3d.graph.arithmetic import arithmetic
 from lamp3d.nets import SEUNet, UNet
 from lamp3d.parallel import mean_over_cases
 from lamp3d.plan import Plan, find_plans, make_plan
@@ -280,6 +282,16 @@ def test_only_what_a_device_computes_is_an_operation() -> None:
     )
     assert here == 3
     assert there > here  # torch's own instance norm is a batch norm of repeated parameters
+
+
+@pytest.mark.parametrize("own_kernels", [True, False])
+def test_accounts_of_a_gpu_lower_what_its_autocast_lowers(own_kernels: bool) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), arithmetic(torch.device("cpu"), "bf16", own_kernels=own_kernels):
+        low = torch.ones(1, 2, 4, 4, 4, dtype=torch.bfloat16)
+        pooled = [pool(low).dtype for pool in (nn.MaxPool3d(2), nn.AvgPool3d(2), nn.AdaptiveAvgPool3d(1))]
+        normed = [norm(low).dtype for norm in (nn.GroupNorm(1, 2), nn.LayerNorm(4), nn.Softmax(1))]
+    assert set(pooled) == {torch.float32 if own_kernels else torch.bfloat16}
+    assert set(normed) == {torch.bfloat16 if own_kernels else torch.float32}
 
 
 def test_narrow_convolutions_and_small_ones_take_longer_than_their_arithmetic() -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from lamp3d.graph.convolution import Convolution, Kernel, bind
 from lamp3d.graph.normalisation import instance_norm
@@ -35,7 +36,8 @@ def arithmetic(
         device: where the network runs.
         precision: ``"fp32"`` (the parameters' own dtype) or ``"bf16"`` (torch's autocast).
         deferred: where convolutions leave their weights' gradients to be computed; None: nowhere, they are not split.
-        own_kernels: whether a CPU's tensors are computed as is best on CPUs; if not, as torch does it everywhere.
+        own_kernels: whether a CPU's tensors are computed as is best on CPUs; if not, as CUDA's are (for accounts of
+            devices that are not here).
     """
     lowered = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
     here = _Arithmetic(deferred, own_kernels)
@@ -180,6 +182,26 @@ class _Arithmetic(TorchFunctionMode):
                 return found.to(given)
         elif func is F.instance_norm and self._own_kernels and (normal := instance_norm(*args, **kwargs)) is not None:
             return normal
+        elif not self._own_kernels and torch.is_autocast_enabled("cpu"):
+            return _lowered_as_on_cuda(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+_KEPT_LOW = {"max_pool3d", "avg_pool3d", "adaptive_max_pool3d", "adaptive_avg_pool3d"}
+"""What autocast computes in fp32 on a CPU, and in the precision of its input on CUDA."""
+
+_RAISED = {"group_norm", "layer_norm", "softmax", "log_softmax"}
+"""The reverse."""
+
+
+def _lowered_as_on_cuda(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function on a CPU's tensors, in the precision in which CUDA's autocast would compute it."""
+    name = getattr(func, "__name__", "")
+    if name in _RAISED:
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.float, (args, kwargs))
+    elif name not in _KEPT_LOW:
+        return func(*args, **kwargs)
+    with torch.autocast("cpu", enabled=False):
         return func(*args, **kwargs)
 
 
