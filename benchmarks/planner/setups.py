@@ -17,7 +17,7 @@ from lamp3d.graph.inputs import input_text
 from lamp3d.plan import format_bytes
 from lamp3d.plan.hardware import load_hardware, load_link
 from lamp3d.plan.meter import ModelMeter
-from lamp3d.plan.planner import search_plans
+from lamp3d.plan.planner import search_precisions
 from lamp3d.plan.search import Request
 
 NETWORKS = tuple((kind, filters) for kind in ("UNet", "SEUNet") for filters in (32, 64, 128))
@@ -66,10 +66,10 @@ def _plan(
     """The plan in short; None where nothing fits."""
     hardware = load_hardware(name)
     here = meter.on(hardware, load_link(link or hardware.link))
-    precision = here.precision
-    request = Request((1, 1, *sides), devices, here.memory, precision, here.fastest_layout(precision), **fixed)
+    ways = here.ways(here.precisions)
+    request = Request((1, 1, *sides), devices, here.memory, *ways[0], **fixed)
     try:
-        found = search_plans(here, request, advise=False, kept=1)
+        found = search_precisions(here, request, ways, advise=False, kept=1)
     except PlanError:
         return None
     plan = found.plan

@@ -166,9 +166,29 @@ def test_every_description_of_hardware_can_be_planned_for_and_names_its_sources(
         assert all(source.strip() for source in hardware.sources.values())
         assert load_link(hardware.link).source
         plan = make_plan(network, (2, 1, 64, 64, 64), 2, hardware=name, precision="auto")
-        assert plan.precision == ("fp32" if "v100" in name else "bf16")
         assert 0 < plan.step_seconds < 10
         assert max(device.peak_bytes for device in plan.per_device) <= hardware.usable_bytes
+
+
+def test_the_precision_is_searched() -> None:
+    """The faster one, unless it does not fit; of two that take as long, the more exact one."""
+    with torch.device("meta"):
+        network = UNet(1, 3, filters=64)
+    shape = (1, 1, 128, 128, 128)
+    as_fast = A100.model_copy(update={"peak_tflops": {"fp32": 156, "bf16": 156}, "host_seconds": 0.0})
+    slow_host = A100.model_copy(update={"host_seconds": 1e-2})  # bf16 has more operations
+    for hardware, memory, wanted, other in (
+        (A100, None, "bf16", None),  # far faster: fp32 is not looked at
+        (as_fast, "40GB", "fp32", "bf16"),
+        (as_fast, "8GB", "bf16", "fp32"),  # fp32 would compute much again
+        (as_fast, "5GB", "bf16", None),  # which does not fit in fp32 even so
+        (slow_host, None, "fp32", None),
+    ):
+        found = find_plans(network, shape, 1, hardware=hardware, precision="auto", memory=memory)
+        assert found.plan.precision == wanted
+        assert [plan.precision for plan in found.others] == ([] if other is None else [other])
+    for precision in ("fp32", "bf16"):
+        assert find_plans(network, shape, 1, hardware=as_fast, precision=precision).plan.precision == precision
 
 
 def test_unknown_hardware_and_links_are_refused(tmp_path: Path) -> None:

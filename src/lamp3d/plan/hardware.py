@@ -103,9 +103,9 @@ class Hardware(BaseModel):
         return round((self.memory - self.reserved) / self.allocator)
 
     @property
-    def precisions(self) -> tuple[str, ...]:
-        """Those that it computes fast in."""
-        return tuple(self.peak_tflops)
+    def precisions(self) -> tuple[Literal["fp32", "bf16"], ...]:
+        """Those that it computes fast in, the most exact first."""
+        return ("fp32", "bf16") if "bf16" in self.peak_tflops else ("fp32",)
 
     def seconds(self, flops: float, moved: float, precision: str, channels: int = 0) -> float:
         """How long an operation takes: what is longer, its arithmetic or its way to memory and back.

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -34,6 +34,7 @@ from lamp3d.plan.hardware import (
     worker_threads,
 )
 from lamp3d.plan.neighbours import neighbours_at_work
+from lamp3d.plan.plan import Precision
 from lamp3d.plan.profile import (
     LossCost,
     Profile,
@@ -54,8 +55,14 @@ BUDGET_SECONDS = 20.0
 CASES_SECONDS = 4.0
 """What timing all cells on several cases at once may take; more of them take in proportion."""
 
-LAYOUT_SECONDS = 5.0
-"""What timing all cells may take to find out which layout is the faster one."""
+GLANCE_SECONDS = 5.0
+"""What timing all cells may take to find out which precision and layout are the faster ones."""
+
+FAR_SLOWER = 1.5
+"""A precision that takes so many times the fastest one's seconds is not considered."""
+
+Way = tuple[Precision, bool]
+"""A precision, and whether volumes are laid out channels-last."""
 
 SMALLEST_TIMED = 32
 """Voxels along the sides of a volume below which seconds would no longer grow with the work."""
@@ -106,8 +113,8 @@ class Meter(ABC):
 
     @property
     @abstractmethod
-    def precision(self) -> str:
-        """The fastest."""
+    def precisions(self) -> tuple[Precision, ...]:
+        """Those that the devices are fast in, the most exact first."""
 
     @abstractmethod
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
@@ -124,9 +131,26 @@ class Meter(ABC):
         """How many cases at once to time, to know what so many take."""
         return self.micro_batch
 
+    def layouts(self, precision: str) -> tuple[bool, ...]:
+        """Whether volumes are laid out channels-last: what is to be compared."""
+        return False, True
+
     @abstractmethod
-    def fastest_layout(self, precision: str) -> bool:
-        """Whether volumes are better laid out channels-last."""
+    def glance(self, ways: Sequence[Way]) -> Sequence[float]:
+        """Seconds of all cells, each way, for a volume of which they are soon known, the same for all."""
+
+    def ways(self, precisions: Sequence[Precision], channels_last: bool | None = None) -> list[Way]:
+        """Each precision in which a step may be the fastest, in the better layout.
+
+        Args:
+            precisions: to choose from; one alone is not questioned.
+            channels_last: None: the faster one.
+        """
+        layouts = {p: self.layouts(p) if channels_last is None else (channels_last,) for p in precisions}
+        every = [(precision, last) for precision in precisions for last in layouts[precision]]
+        seconds = dict(zip(every, self.glance(every) if len(every) > 1 else [0.0], strict=True))
+        best = [min((way for way in every if way[0] == p), key=lambda way: seconds[way]) for p in precisions]
+        return [way for way in best if seconds[way] <= FAR_SLOWER * min(seconds.values())]
 
     def profile(
         self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int | None = None
@@ -192,8 +216,8 @@ class ModelMeter(Meter):
         return self.hardware.usable_bytes
 
     @property
-    def precision(self) -> str:
-        return self.hardware.precisions[-1]
+    def precisions(self) -> tuple[Precision, ...]:
+        return self.hardware.precisions
 
     def near(self, slabs: Slabs) -> Slabs:
         return Slabs()  # what a slab does is in proportion, by this model
@@ -201,8 +225,11 @@ class ModelMeter(Meter):
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
         return model_cells(self.work(self.near(slabs), precision, channels_last, split), self.hardware, precision)
 
-    def fastest_layout(self, precision: str) -> bool:
-        return precision == "bf16"  # what cuDNN's kernels for tensor cores want; the model does not tell them apart
+    def layouts(self, precision: str) -> tuple[bool, ...]:
+        return (precision == "bf16",)  # what cuDNN's kernels for tensor cores want; the model does not tell them apart
+
+    def glance(self, ways: Sequence[Way]) -> Sequence[float]:
+        return [self.timing(Slabs(), *way, False, self.micro_batch).seconds for way in ways]
 
 
 class MeasuringMeter(Meter):
@@ -237,8 +264,8 @@ class MeasuringMeter(Meter):
         return device_memory(self.kind, self.workers)
 
     @property
-    def precision(self) -> str:
-        return "bf16" if has_fast_bf16(self.kind) else "fp32"
+    def precisions(self) -> tuple[Precision, ...]:
+        return ("fp32", "bf16") if has_fast_bf16(self.kind) else ("fp32",)
 
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
         if cases == self.micro_batch:
@@ -254,12 +281,10 @@ class MeasuringMeter(Meter):
             cases //= 2  # all of them, or a half, a quarter …
         return cases if cases * alone <= CASES_SECONDS and cases % self.micro_batch == 0 else self.micro_batch
 
-    def fastest_layout(self, precision: str) -> bool:
-        seconds = []
-        for last in (False, True):
-            shapes = self._affordable(self.shape, precision, last, LAYOUT_SECONDS)
-            seconds.append(self._time(shapes[-1], precision, last, False).seconds)
-        return seconds[True] < seconds[False]
+    def glance(self, ways: Sequence[Way]) -> Sequence[float]:
+        shapes = [self._affordable(self.shape, *way, GLANCE_SECONDS)[-1] for way in ways]
+        smallest = min(shapes, key=_elements)
+        return [self._time(smallest, *way, False).seconds for way in ways]
 
     def loss_cost(self, precision: str, channels_last: bool) -> LossCost:
         return self.loss_cost_of(precision, channels_last)
@@ -364,3 +389,7 @@ class MeasuringMeter(Meter):
         twin = copy.deepcopy(self.network)
         lay_out_weights(twin, channels_last)
         return twin.to(self.kind)
+
+
+def _elements(shape: InputShape) -> int:
+    return sum(math.prod(extents) for extents in (shape.values() if isinstance(shape, Mapping) else (shape,)))

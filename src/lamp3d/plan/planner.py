@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
@@ -17,12 +17,15 @@ from lamp3d.plan.advice import does_not_fit
 from lamp3d.plan.amounts import format_bytes, parse_bytes
 from lamp3d.plan.hardware import Hardware, load_hardware, load_link, local_link
 from lamp3d.plan.hardware import device_type as local_device_type
-from lamp3d.plan.meter import MeasuringMeter, Meter, ModelMeter
+from lamp3d.plan.meter import MeasuringMeter, Meter, ModelMeter, Way
 from lamp3d.plan.plan import DevicePlan, EdgePlan, Plan, Precision, Recompute, StagePlan, check_schedule
 from lamp3d.plan.plan import recompute_setting as in_blocks
 from lamp3d.plan.profile import TimedLoss
 from lamp3d.plan.search import DOES_NOT_FIT, KEPT, Answer, Found, Request, Search, meshes
 from lamp3d.plan.slabs import is_gathered, longest_axes
+
+WORTH_LESS_EXACT = 1.05
+"""So many times as fast must a less exact precision be to be chosen."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Planning:
 
     Attributes:
         plan: the fastest that fits.
-        answer: all that was considered.
+        answer: all that was considered, in the plan's precision.
+        others: the best plans in other precisions.
     """
 
     plan: Plan
     answer: Answer
+    others: tuple[Plan, ...] = ()
 
     @property
     def bound_seconds(self) -> float:
@@ -53,7 +58,11 @@ class Planning:
             box=SIMPLE_HEAD,
             title=f"Considered: {len(self.answer.found)} ways to use the devices",
             caption=f"No plan can take less than {self.bound_seconds:.3g} s a step; the chosen one is within "
-            f"{self.gap:.0%} of that.",
+            f"{self.gap:.0%} of that."
+            + "".join(
+                f" In {other.precision} the best takes {other.step_seconds:.3g} s and {format_bytes(other.peak_bytes)}."
+                for other in self.others
+            ),
         )
         table.add_column("plan", overflow="fold")
         for column in ("s a step", "memory"):
@@ -109,7 +118,8 @@ def find_plans(
             (fastest); all but the first want a loss that is a mean over cases.
         recompute: ``"never"`` or ``"always"`` recompute activations in backward, or the cells to do so, in blocks of
             names; by default as little as fits.
-        precision: ``"fp32"``, ``"bf16"`` (autocast), or ``"auto"``: bf16 where the hardware is fast at it.
+        precision: ``"fp32"``, ``"bf16"`` (autocast), or ``"auto"``: the faster one, or the one that fits, where the
+            hardware is fast in bf16.
         channels_last: memory layout of volumes; by default the faster one.
         memory: limit per device, such as ``"16GB"``, or ``"unlimited"``; by default what the device has.
         data: replicas of the pipeline, each with an equal share of the mini-batch; their gradients are averaged, which
@@ -152,13 +162,13 @@ def find_plans(
         )
     else:
         meter = ModelMeter(network, input_shape, smallest, described, joined)
-    chosen: Precision = meter.precision if precision == "auto" else precision  # type: ignore[assignment]
+    ways = meter.ways(meter.precisions if precision == "auto" else (precision,), channels_last)
     request = Request(
         volume=tuple(next(iter(input_shape.values())) if isinstance(input_shape, Mapping) else input_shape),
         devices=devices,
         limit=meter.memory if memory is None else None if memory == "unlimited" else parse_bytes(memory),
-        precision=chosen,
-        channels_last=meter.fastest_layout(chosen) if channels_last is None else channels_last,
+        precision=ways[0][0],
+        channels_last=ways[0][1],
         data=data,
         space=mesh,
         pipe=pipe,
@@ -173,7 +183,36 @@ def find_plans(
         longest_axes(input_shape, mesh)  # or it says why they cannot be cut so
     if not list(meshes(request)):
         raise PlanError(f"{devices} devices cannot be arranged so: data={data}, space={space}, pipe={pipe}.")
-    return search_plans(meter, request)
+    return search_precisions(meter, request, ways)
+
+
+def search_precisions(
+    meter: Meter, request: Request, ways: Sequence[Way], *, advise: bool = True, kept: int = KEPT
+) -> Planning:
+    """The fastest plan in any of some precisions; of two that take about as long, the more exact one.
+
+    Args:
+        meter: of the network.
+        request: what is to be decided beside the precision and the layout.
+        ways: to choose from, the most exact first.
+        advise, kept: as for :func:`search_plans`.
+
+    Raises:
+        PlanError: no plan fits.
+    """
+    found: list[Planning] = []
+    for precision, channels_last in ways:
+        hopeless = precision == ways[-1][0] and not found
+        try:
+            wanted = replace(request, precision=precision, channels_last=channels_last)
+            found.append(search_plans(meter, wanted, advise=advise and hopeless, kept=kept))
+        except PlanError:
+            if hopeless:
+                raise
+    best = min(found, key=lambda planning: planning.plan.step_seconds)
+    if found[0].plan.step_seconds < WORTH_LESS_EXACT * best.plan.step_seconds:
+        best = found[0]
+    return replace(best, others=tuple(planning.plan for planning in found if planning is not best))
 
 
 def search_plans(meter: Meter, request: Request, *, advise: bool = True, kept: int = KEPT) -> Planning:
