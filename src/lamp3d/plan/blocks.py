@@ -8,7 +8,6 @@ these, those are computed again first whose second forward costs the least for t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from lamp3d.plan.costs import StageCosts
 from lamp3d.plan.partition import Matrix, pairs
 
-PARTS = (2, 4, 8, 16)
+PARTS = (2, 3, 4, 6, 8, 12, 16)
 """A block brings back at most such a part of what the whole network saves."""
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -43,13 +42,11 @@ class Blocks:
     def __init__(self, costs: StageCosts):
         self._costs = costs
         saved, received = costs.held_bytes, costs.received_bytes
-        self._every = {part: self._cut(saved, received, saved[0, -1] / part) for part in PARTS}
-
-    def choices(self) -> Iterator[tuple[tuple[str, ...], ...]]:
-        """Blocks of cells by name, those first whose recomputation takes the least time."""
-        names = [cell.name for cell in self._costs.graph.cells]
-        found: dict[tuple[tuple[str, ...], ...], float] = {}
-        for blocks in self._every.values():
+        everything = float(saved[0, -1])
+        names = [cell.name for cell in costs.graph.cells]
+        self._choices: dict[tuple[tuple[str, ...], ...], tuple[float, float]] = {}
+        for part in PARTS:
+            blocks = self._cut(saved, received, everything / part)
             ranked = sorted(
                 (block for block in blocks if block.saves > 0), key=lambda block: block.seconds / block.saves
             )
@@ -57,8 +54,17 @@ class Blocks:
                 chosen = sorted(ranked[: round(share * len(ranked))], key=lambda block: block.begin)
                 if chosen:
                     key = tuple(tuple(names[block.begin : block.end]) for block in chosen)
-                    found[key] = sum(block.seconds for block in chosen)
-        yield from sorted(found, key=lambda blocks: found[blocks])
+                    # One of them at a time is there again.
+                    held = everything - sum(block.saves for block in chosen) + max(block.saves for block in chosen)
+                    self._choices[key] = sum(block.seconds for block in chosen), held
+
+    def choices(self) -> list[tuple[tuple[str, ...], ...]]:
+        """Blocks of cells by name, those first whose recomputation takes the least time."""
+        return sorted(self._choices, key=lambda blocks: self._choices[blocks][0])
+
+    def frugal(self, count: int) -> list[tuple[tuple[str, ...], ...]]:
+        """So many of them, those first that leave the fewest bytes held (beside what single cells need)."""
+        return sorted(self._choices, key=lambda blocks: self._choices[blocks][1])[:count]
 
     def _cut(self, saved: Matrix, received: Matrix, most: float) -> list[Block]:
         """The network in blocks that save at most so much, or are one cell, and receive as little as possible."""

@@ -29,8 +29,8 @@ KEPT = 11
 HOPELESS = 1.1
 """A cut that much slower than the best plan so far is not improved."""
 
-FRUGAL = 3
-"""Where only memory matters: of the ways to recompute, those that recompute most."""
+FRUGAL = 14
+"""Where only memory matters: of the ways to recompute, so many that hold the least."""
 
 MOST_FOLDED = 4
 """Devices of the longest pipelines with two runs a rank that are considered unasked: to cut longer ones takes long."""
@@ -316,8 +316,13 @@ class Search:
             most = max(other.micro_batches for other in others)
             schedules = {other.schedule for other in others}
             if option.micro_batches == most and option.schedule == ("1f1b" if "1f1b" in schedules else min(schedules)):
-                for recompute in reversed([*self.ways_to_recompute(option)][-FRUGAL:]):
+                for recompute in self._frugal_ways(option):
                     yield option, self.costs(option, recompute)
+
+    def _frugal_ways(self, option: Option) -> Sequence[Recompute]:
+        if self.request.recompute is not None:
+            return [self.request.recompute]
+        return self.blocks(option).frugal(FRUGAL) or ["never"]
 
     def ways_to_recompute(self, option: Option) -> Iterator[Recompute]:
         """Those to try, the fastest first."""
