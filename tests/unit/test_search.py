@@ -25,7 +25,7 @@ from lamp3d.parallel import mean_over_cases
 from lamp3d.plan import Plan, find_plans, make_plan
 from lamp3d.plan.cache import remembered
 from lamp3d.plan.cut import Cut, best_cut
-from lamp3d.plan.hardware import Hardware, known_hardware, load_hardware, load_link
+from lamp3d.plan.hardware import Hardware, known_hardware, load_hardware, load_link, workers_per_gpu
 from lamp3d.plan.meter import MeasuringMeter, ModelMeter
 from lamp3d.plan.partition import minimise_largest, pairs
 from lamp3d.plan.profile import CellSeconds, Timing, model_cells, profile_cells, time_loss
@@ -189,6 +189,16 @@ def test_the_precision_is_searched() -> None:
         assert [plan.precision for plan in found.others] == ([] if other is None else [other])
     for precision in ("fp32", "bf16"):
         assert find_plans(network, shape, 1, hardware=as_fast, precision=precision).plan.precision == precision
+
+
+def test_workers_that_share_a_gpu_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workers_per_gpu() == 1
+    monkeypatch.setenv("LAMP3D_WORKERS_PER_GPU", "3")
+    assert workers_per_gpu() == 3
+    for text in ("0", "two", "-1", ""):
+        monkeypatch.setenv("LAMP3D_WORKERS_PER_GPU", text)
+        with pytest.raises(ConfigError, match="number of workers that share a GPU"):
+            workers_per_gpu()
 
 
 def test_unknown_hardware_and_links_are_refused(tmp_path: Path) -> None:

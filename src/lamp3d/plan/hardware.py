@@ -191,8 +191,14 @@ def workers_per_gpu() -> int:
     """How many workers share a GPU: one, unless ``LAMP3D_WORKERS_PER_GPU`` says otherwise.
 
     To try on one GPU what is meant for several. They take turns, so this is slow.
+
+    Raises:
+        ConfigError: it says something else than a number.
     """
-    return int(os.environ.get("LAMP3D_WORKERS_PER_GPU", "1"))
+    text = os.environ.get("LAMP3D_WORKERS_PER_GPU", "1")
+    if not text.isdigit() or not int(text):
+        raise ConfigError(f"LAMP3D_WORKERS_PER_GPU is the number of workers that share a GPU, not {text!r}.")
+    return int(text)
 
 
 def device_memory(kind: DeviceType, workers: int) -> int:
