@@ -86,7 +86,7 @@ class Convolution:
                 found = torch.ops.aten.mkldnn_convolution(image, weight, bias, padding, stride, dilation, groups)
         else:
             found = torch.ops.aten.convolution(image, weight, bias, *self.settings)
-        return found if self.kernel is Kernel.TORCHS_CHOICE else _laid_out_as(image, found)
+        return found if self.kernel is Kernel.TORCHS_CHOICE else laid_out_as(image, found)
 
     def backward(self, gradient: Tensor, image: Tensor, weight: Tensor, mask: Mask) -> list[Tensor | None]:
         """The gradients of image, weight and bias, those that are wanted, in the dtype in which it is computed."""
@@ -118,8 +118,8 @@ class Convolution:
             _onednn(gradient), _onednn(image), weight.contiguous(), bias_sizes, *self.settings, list(mask)
         )
         return [
-            _laid_out_as(image, of_image.to_dense()) if mask[0] else None,
-            _laid_out_as(weight, of_weight) if mask[1] else None,
+            laid_out_as(image, of_image.to_dense()) if mask[0] else None,
+            laid_out_as(weight, of_weight) if mask[1] else None,
             of_bias,
         ]
 
@@ -252,6 +252,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() == 5 and tensor.stride(1) == 1
 
 
-def _laid_out_as(model: Tensor, found: Tensor) -> Tensor:
+def laid_out_as(model: Tensor, found: Tensor) -> Tensor:
+    """A tensor in the layout of another."""
     layout = torch.channels_last_3d if _is_channels_last(model) else torch.contiguous_format
     return found.contiguous(memory_format=layout)

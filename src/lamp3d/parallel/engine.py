@@ -249,6 +249,8 @@ class Engine:
     def stream(self, volumes: Iterable[Inputs | None]) -> Iterator[Any]:
         """Outputs without gradients for volumes of any shapes, one after the other in flight through the stages.
 
+        Until it ends (or is closed) no other engine may be used on these workers: messages are told apart by order.
+
         Args:
             volumes: (B, C, D, H, W) tensors, or tensors by name, where ``reads_input``; as many Nones elsewhere. As
                 many are read ahead as there are stages.

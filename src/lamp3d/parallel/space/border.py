@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamp3d.graph.arithmetic import DeferredWeights, deferring
-from lamp3d.graph.convolution import Call, Convolution
+from lamp3d.graph.convolution import Call, Convolution, laid_out_as
 from lamp3d.parallel.sharded import ShardedVolume
 from lamp3d.parallel.space.collect import empty
 from lamp3d.parallel.space.layout import Cut, Layout, Window
@@ -200,7 +200,7 @@ class _ConvolveSlab(torch.autograd.Function):
         made = convolution.forward(image, weight, bias)
         exchange.wait()
         for border in read:
-            planes, taps = border.padded(halos[border.place]), _like(weight, border.taps(weight))
+            planes, taps = border.padded(halos[border.place]), laid_out_as(weight, border.taps(weight))
             border.made(made).add_(border.convolution(convolution, planes, taps).forward(planes, taps, None))
         ctx.save_for_backward(image, weight, *halos.values())
         # Parameters are remembered as they are: what recomputation saves is not the parameter, but its content.
@@ -221,9 +221,9 @@ class _ConvolveSlab(torch.autograd.Function):
         of_weights: list[Tensor | None] = []
         sends: dict[Place, Tensor] = {}
         for border, halo in zip(read, halos, strict=True):
-            planes, taps = border.padded(halo), _like(weight, border.taps(weight))
+            planes, taps = border.padded(halo), laid_out_as(weight, border.taps(weight))
             # Laid out as oneDNN and cuDNN want it: a slice of a volume's gradient is neither of torch's layouts.
-            of_part = _like(gradient, border.made(gradient))
+            of_part = laid_out_as(gradient, border.made(gradient))
             mask = (of_image_wanted, of_weight_wanted, False)
             at_border = border.convolution(convolution, planes, taps)
             if deferred is not None:
@@ -248,9 +248,3 @@ class _ConvolveSlab(torch.autograd.Function):
                 border.taps(of_weight).add_(of_taps)
             of_weight = of_weight.to(weight.dtype)
         return of_image, of_weight, None if of_bias is None else of_bias.to(weight.dtype), *[None] * 4
-
-
-def _like(model: Tensor, tensor: Tensor) -> Tensor:
-    """In the layout of another."""
-    last = model.dim() == 5 and model.stride(1) == 1 and model.shape[1] > 1
-    return tensor.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
