@@ -32,12 +32,14 @@ demo: $(STAMP)
 test: export OMP_NUM_THREADS := 1
 # Some libraries change the process's locale, and with it what the tests' files are read as.
 test: export PYTHONUTF8 := 1
+# On the CPU, with as many workers as a test wants; then what needs a GPU, where there is one.
 test: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2 --dist loadfile
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist loadfile --ignore tests/cuda
+	$(BIN)/pytest tests/cuda
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix
