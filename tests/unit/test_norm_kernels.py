@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lamp3d.parallel.space.norm_kernels import add_scaled_, affine, gradient_sums, slab_moments
+from lamp3d.graph.norm_kernels import add_scaled_, affine, gradient_sums, slab_moments
 
 SPACE = (2, 3, 4)
 

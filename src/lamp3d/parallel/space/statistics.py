@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamp3d.graph.normalisation import Pool, normalised
 from lamp3d.parallel.sharded import ShardedVolume, refuse, rule
 from lamp3d.parallel.space.collect import all_sum
-from lamp3d.parallel.space.norm_kernels import add_scaled_, affine, gradient_sums, slab_moments
 from lamp3d.parallel.space.ranks import Space
 
 SPATIAL = {2, 3, 4}
@@ -158,84 +157,9 @@ def _normalised(
     input: ShardedVolume, weight: Tensor | None, bias: Tensor | None, groups: int, over_batch: bool, eps: float
 ) -> tuple[ShardedVolume, Tensor, Tensor]:
     batch, channels = input.shape[:2]
-    pool = _Pool(batch, channels, groups, over_batch, math.prod(input.shape[2:]))
+    pool = Pool(batch, channels, groups, over_batch, math.prod(input.shape[2:]))
     if pool.count <= 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}")
     sharing = input.space if input.placement.cuts else None
-    made, mean, var = _Normalise.apply(input.local, weight, bias, sharing, pool, eps)  # type: ignore[no-untyped-call]
+    made, mean, var = normalised(input.local, weight, bias, pool, eps, sharing)
     return ShardedVolume(made, input.placement, input.space), mean, var
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """Which of the (B, C) channels are normalised together: those of a group, or of all cases."""
-
-    batch: int
-    channels: int
-    groups: int
-    over_batch: bool
-    voxels: int
-
-    @property
-    def count(self) -> int:
-        """How many values have one mean."""
-        return self.voxels * (self.batch if self.over_batch else self.channels // self.groups)
-
-    def mean(self, of_channels: Tensor) -> Tensor:
-        """The mean over the channels (..., B, C) that belong together, for each of them."""
-        if self.over_batch:
-            return of_channels.mean(-2, keepdim=True).expand_as(of_channels)
-        grouped = of_channels.reshape(*of_channels.shape[:-1], self.groups, -1)
-        return grouped.mean(-1, keepdim=True).expand_as(grouped).flatten(-2)
-
-
-class _Normalise(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + eps) · weight + bias, and the mean and variance that were used."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, space: Space | None, pool: _Pool, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var = _combined(x, space, pool)
-        scale = torch.rsqrt(var + eps)
-        gain = scale if weight is None else scale * weight
-        shift = -mean * gain if bias is None else bias - mean * gain
-        ctx.save_for_backward(x, weight, mean, scale)
-        ctx.space, ctx.pool, ctx.has_bias = space, pool, bias is not None
-        ctx.mark_non_differentiable(mean, var)
-        return affine(x, gain, shift), mean, var
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, scale = ctx.saved_tensors
-        dy = gradients[0]
-        of_ones, of_values = gradient_sums(dy, x, mean, scale)  # sums of dy, and of dy · normalised x, on this rank
-        of_weight = of_values.sum(0).to(weight.dtype) if weight is not None else None
-        of_bias = of_ones.sum(0) if ctx.has_bias else None
-        if not ctx.needs_input_grad[0]:
-            return None, of_weight, of_bias, None, None, None
-        sums = torch.stack([of_ones, of_values])
-        if ctx.space is not None:
-            sums = ctx.space.sum(sums)
-        gain = scale if weight is None else scale * weight
-        if weight is not None:
-            sums = sums * weight
-        average = ctx.pool.mean(sums) / ctx.pool.voxels
-        by_x = -scale.square() * average[1]
-        rest = -scale * average[0] - by_x * mean
-        dx = add_scaled_(affine(x, by_x, rest), dy, gain)
-        return dx, of_weight, None if of_bias is None else of_bias.to(dy.dtype if weight is None else weight.dtype), \
-            None, None, None  # fmt: skip
-
-
-def _combined(x: Tensor, space: Space | None, pool: _Pool) -> tuple[Tensor, Tensor]:
-    """Mean and variance (B, C) of all that is normalised together."""
-    mean, var = slab_moments(x)
-    if space is not None:
-        voxels = torch.full_like(mean, x[0, 0].numel())
-        counts, means, variances = space.stack(torch.stack([voxels, mean, var])).unbind(1)
-        share = counts / pool.voxels
-        mean = (share * means).sum(0)
-        var = (share * (variances + (means - mean).square())).sum(0)
-    of_all = pool.mean(mean)
-    return of_all.contiguous(), pool.mean(var + (mean - of_all).square()).contiguous()
