@@ -322,7 +322,7 @@ class Search:
     def _frugal_ways(self, option: Option) -> Sequence[Recompute]:
         if self.request.recompute is not None:
             return [self.request.recompute]
-        return self.blocks(option).frugal(FRUGAL) or ["never"]
+        return [*self.blocks(option).frugal(FRUGAL), "always"]
 
     def ways_to_recompute(self, option: Option) -> Iterator[Recompute]:
         """Those to try, the fastest first."""
