@@ -53,6 +53,10 @@ class FakeBatches:
     def __len__(self) -> int:
         return STEPS
 
+    @property
+    def voxels_per_step(self) -> float:
+        return 4 * 6 * 4 + 4 * 4 * 8 if self.whole else 2 * 4**3
+
     def read(self, i: int, *, images: bool = True, labels: bool = True, part: Any = None) -> Batch:
         stage, epoch = self.place
         generator = torch.Generator().manual_seed(100 * stage + 10 * epoch + i)
@@ -182,6 +186,7 @@ def test_it_learns_and_records(tmp_path: Path, capsys: pytest.CaptureFixture[str
     losses = [record.loss for record in records]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     assert all(record.peak_bytes[0] > 0 and record.seconds_per_step > 0 for record in records)
+    assert {record.volume_share for record in records} == {1.0}  # of patches, which are all alike
     assert not (tmp_path / "best.safetensors").exists()
     assert list((tmp_path / "tensorboard").glob("events*"))
     output = capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,8 @@ def test_batches_have_the_promised_form(
         assert all(label.dtype == torch.int64 and label.max() <= len(ORGANS) for label in labels)
         assert (batch.annotated.shape, batch.annotated.dtype) == ((2, 4), torch.bool)
         assert len(batch.names) == 2
+    voxels = [math.prod(extents) for i in range(len(epoch)) for extents in epoch.read(i).extents]
+    assert epoch.voxels_per_step == sum(voxels) / len(epoch)
 
 
 @pytest.mark.parametrize("patch", [(8, 8, 8), None])

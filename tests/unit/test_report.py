@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +71,8 @@ def write_history(run: Path) -> None:
             best = max(best, mean)
             record = EpochRecord(
                 stage=1 + i // 9, epoch=1 + i % 9, step=20 * (i + 1), loss=3 * math.exp(-i / 6) if i else None, lr=1e-3,
-                seconds_per_step=0.5 + i // 9, peak_bytes=[800_000_000, 700_000_000], bad_steps=i == 3,
-                bad_cases={"p2": 1} if i == 3 else {},
+                seconds_per_step=0.5 + i // 9, volume_share=0.5 if i < 9 else 1,
+                peak_bytes=[800_000_000, 700_000_000], bad_steps=i == 3, bad_cases={"p2": 1} if i == 3 else {},
                 dice={**dice, ORGANS[-1]: None if i < 4 else mean} if i % 2 else None,
                 mean_dice=mean if i % 2 else None, best_dice=best,
             )  # fmt: skip
@@ -134,6 +135,10 @@ def test_the_page_is_complete_and_self_contained(run: Path):
         assert f'<span class="tag">{rank}</span><b>{ranked[place].name}</b>' in page
     assert "None" not in page
     assert write_report(run).read_text() == page
+
+
+def test_a_prediction_for_the_largest_volume_is_scaled_to_the_mean(run: Path):
+    assert re.findall(r"<td>([\d.]+)</td>\s*<td>800", write_report(run).read_text()) == ["0.65", "1.3"]
 
 
 def test_a_run_without_evaluation_shows_its_training(run: Path, tmp_path: Path):

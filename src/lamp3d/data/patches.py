@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -137,6 +138,11 @@ class Batches:
         if self._patch is not None:
             return [(self._batch, 1, *self._patch)]
         return [(1, 1, *self._padded(self._store.shape(case))) for case in self._cases(i)]
+
+    @property
+    def voxels_per_step(self) -> float:
+        """Of a mini-batch, on average, with what whole volumes are padded with."""
+        return sum(math.prod(shape) for i in range(len(self)) for shape in self.shapes(i)) / len(self)
 
     def _cases(self, i: int) -> list[Case]:
         if not 0 <= i < len(self):

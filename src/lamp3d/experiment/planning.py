@@ -27,17 +27,19 @@ class Forecast:
     Attributes:
         plan: how its steps are done.
         steps: of all its epochs.
+        volume_share: voxels of a mini-batch, on average, over those that the plan is made for: the largest volume's.
         voxels: that the network sees in them, without what whole volumes are padded with.
     """
 
     plan: Plan
     steps: int
+    volume_share: float
     voxels: int
 
     @property
     def seconds(self) -> float:
         """Of all steps, as predicted; without validation, and without what augmentation does not hide."""
-        return self.steps * self.plan.step_seconds
+        return self.steps * self.volume_share * self.plan.step_seconds
 
 
 def forecast(dataset_root: Path, config: ExperimentConfig, devices: int) -> list[Forecast]:
@@ -57,14 +59,12 @@ def forecast(dataset_root: Path, config: ExperimentConfig, devices: int) -> list
     run = Run(Path(), config, dataset.root.resolve(), dataset.organs)
     plans = plan_stages(run, store, cases, cases, devices, kept={})
     divisor = config.network.outline(dataset.n_classes).divisor
-    return [
-        Forecast(
-            plans[index],
-            stage.epochs * len(stage_batches(config, index, store, cases, divisor)),
-            voxels_seen(stage, store, cases),
-        )
-        for index, stage in enumerate(config.train.curriculum)
-    ]
+    found = []
+    for index, stage in enumerate(config.train.curriculum):
+        batches = stage_batches(config, index, store, cases, divisor)
+        share = batches.voxels_per_step / math.prod(plans[index].image_shape)
+        found.append(Forecast(plans[index], stage.epochs * len(batches), share, voxels_seen(stage, store, cases)))
+    return found
 
 
 def stage_batches(

@@ -112,6 +112,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
     for stage in sorted({epoch.stage for epoch in run.history}):
         epochs = [epoch for epoch in run.history if epoch.stage == stage]
         plan = run.plans[stage - 1] if stage <= len(run.plans) else None
+        share = statistics.mean(epoch.volume_share for epoch in epochs)
         rows.append(
             {
                 "number": stage,
@@ -120,7 +121,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
                 "loss": next((epoch.loss for epoch in reversed(epochs) if epoch.loss is not None), None),
                 "dice": max((epoch.mean_dice for epoch in epochs if epoch.mean_dice is not None), default=None),
                 "seconds": statistics.median(epoch.seconds_per_step for epoch in epochs),
-                "predicted_seconds": plan.step_seconds if plan else None,
+                "predicted_seconds": plan.step_seconds * share if plan else None,
                 "predicted_bytes": [device.peak_bytes for device in plan.per_device] if plan else None,
                 "peak_bytes": [max(peaks) for peaks in zip(*(epoch.peak_bytes for epoch in epochs), strict=False)],
                 "bad_steps": sum(epoch.bad_steps for epoch in epochs),

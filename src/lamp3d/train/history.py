@@ -40,6 +40,8 @@ class EpochRecord(BaseModel):
     """Of the epoch's last step."""
     seconds_per_step: float
     """Wall time, data included and validation not."""
+    volume_share: float = 1.0
+    """Voxels of a mini-batch, on average, over those that the stage was planned for: whole volumes differ in size."""
     peak_bytes: list[int]
     """Peak memory by rank."""
     bad_steps: int

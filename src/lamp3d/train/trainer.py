@@ -8,12 +8,12 @@ whose plan cuts the network elsewhere, a resumed run, and a run resumed on anoth
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +213,7 @@ class Trainer:
             loss=sum(losses) / len(losses) if losses else None,
             lr=lr,
             seconds_per_step=seconds / len(batches),
+            volume_share=batches.voxels_per_step / math.prod(self.plans[state.stage].image_shape),
             peak_bytes=peaks,
             bad_steps=state.bad_steps - bad_before,
             bad_cases=dict(bad_cases),
@@ -254,7 +255,7 @@ class Trainer:
             return record, False
         self.network.eval()
         self.recorder.begin_validation()
-        dice = {organ: value if isfinite(value) else None for organ, value in self.validate(engine).items()}
+        dice = {organ: value if math.isfinite(value) else None for organ, value in self.validate(engine).items()}
         known = [value for value in dice.values() if value is not None]
         mean = sum(known) / len(known) if known else None
         improved = mean is not None and (state.best_dice is None or mean > state.best_dice)
