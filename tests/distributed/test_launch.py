@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,24 @@ def test_an_error_ends_all_workers_and_is_the_one_reported() -> None:
 def test_memory_that_runs_out_is_said_in_words(devices: int) -> None:
     with pytest.raises(DeviceMemoryError, match=r"device [01] ran out of memory: .*Set a lower limit"):
         launch(workers.take_too_much_memory, devices)
+
+
+class Activations:
+    """What a step has made; tells when it is gone."""
+
+
+def test_memory_that_ran_out_is_free_again_while_its_error_is_at_hand() -> None:
+    made: list[weakref.ref[Activations]] = []
+
+    def run_out() -> None:
+        activations = Activations()
+        made.append(weakref.ref(activations))
+        torch.empty(2**60, dtype=torch.uint8)
+
+    with pytest.raises(DeviceMemoryError) as caught:
+        launch(run_out, 1)
+    assert made[0]() is None
+    assert caught.value.__cause__ is not None
 
 
 @pytest.mark.parametrize(("victim", "devices"), [(0, 2), (1, 3)])

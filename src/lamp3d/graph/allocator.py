@@ -15,7 +15,7 @@ import re
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -28,7 +28,7 @@ _DEFAULTS = {_M_TRIM_THRESHOLD: 128 * 2**10, _M_TOP_PAD: 128 * 2**10, _M_MMAP_MA
 
 _STATUS = Path("/proc/self/status")
 
-_MEMORY = Path("/proc/self/statm")
+_MEMORY, _CLEAR = Path("/proc/self/statm"), Path("/proc/self/clear_refs")
 
 _TOP_PAD = 64 * 2**20
 """Bytes by which the heap grows beyond what was asked for."""
@@ -94,6 +94,12 @@ def peak_resident_bytes() -> int:
         return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak_resident_bytes() -> None:
+    """From now on `peak_resident_bytes` is the most since now; where the system cannot do that, it stays as it is."""
+    with suppress(OSError):
+        _CLEAR.write_text("5")
 
 
 def _resident_bytes() -> int:

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from lamp3d.errors import LampError, PlanError
 from lamp3d.graph import CellGraph, infer_specs, lay_out_weights, refuse_tied_parameters, trace
-from lamp3d.graph.allocator import limit_freed_memory, peak_resident_bytes, return_freed_memory
+from lamp3d.graph.allocator import (
+    forget_peak_resident_bytes,
+    limit_freed_memory,
+    peak_resident_bytes,
+    return_freed_memory,
+)
 from lamp3d.graph.inputs import Shape, batch_of, input_text, with_batch
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
@@ -70,6 +75,10 @@ class Engine:
             raise PlanError(f"a plan's first stage must lie on device 0, where the images are, not on {plan.ranks[0]}.")
         self.space = self._place.space
         self.device = _own_device(plan)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            forget_peak_resident_bytes()
         self.graph = trace(network, with_batch(plan.input_shape, batch_of(plan.input_shape) // plan.data))
         _check_cells(self.graph.cells, plan)
         refuse_tied_parameters(self.graph.cut(plan.starts), plan.ranks)
@@ -152,7 +161,7 @@ class Engine:
         return self._rank.transfer.bytes_sent + (0 if self.space is None else self.space.bytes_sent)
 
     def peak_bytes(self) -> int:
-        """Peak memory of this rank so far: allocated on CUDA, resident on CPU."""
+        """Peak memory of this rank since its engine was made: allocated on CUDA, resident on a CPU with Linux."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return peak_resident_bytes()

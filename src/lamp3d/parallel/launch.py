@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -25,10 +26,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lamp3d import errors
 from lamp3d.errors import ConfigError, DeviceMemoryError, LampError, PlanError, WorkerError, WorkerKilledError
-from lamp3d.graph.allocator import keep_freed_memory
+from lamp3d.graph.allocator import keep_freed_memory, return_freed_memory
 from lamp3d.plan.hardware import device_count, device_type, worker_threads, workers_per_gpu
 
 Result = TypeVar("Result")
+
+OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "could not create a memory", "bad_alloc")
+"""What torch, oneDNN (on cells that had been timed before) and C++ say when a CPU's memory runs out."""
 
 LOST_PEER_SECONDS = 5.0
 """How long a worker that has lost a peer waits for the launcher to find the peer's own failure, which is the cause."""
@@ -141,13 +145,27 @@ def _reporting_memory(fn: Callable[..., Result], args: Sequence[Any]) -> Result:
         return fn(*args)
     except (RuntimeError, MemoryError) as error:
         first = (str(error).splitlines() or [""])[0]
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in first:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in first for sign in OUT_OF_MEMORY):
             rank = dist.get_rank() if dist.is_initialized() else 0
+            _let_go(error)
             raise DeviceMemoryError(
                 f"device {rank} ran out of memory: {first}. Set a lower limit (memory), so that the plan recomputes "
                 "more or uses more devices; or take smaller volumes or batches."
             ) from error
         raise
+
+
+def _let_go(error: BaseException) -> None:
+    """Empty the frames that a failure came through: with what they hold, a safer plan would have no room either."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    gc.collect()
+    if device_type() == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        return_freed_memory()
 
 
 def _leave_group() -> None:
