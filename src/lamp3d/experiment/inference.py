@@ -14,20 +14,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lamp3d.data import Case, Dataset
 from lamp3d.data.augment import label_swap
-from lamp3d.data.preprocess import largest_shape
+from lamp3d.data.preprocess import PreprocessConfig, largest_shape
 from lamp3d.errors import ConfigError, DatasetError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
 from lamp3d.experiment.run import Run
+from lamp3d.nets import FromMonai, SEUNet, UNet
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, make_plan
 from lamp3d.plan.hardware import device_memory, device_type, has_fast_bf16
 from lamp3d.plan.inference import Sharing, numbers_at_once, share_out
-from lamp3d.plan.plan import Precision
 from lamp3d.plan.slabs import Slabs
 from lamp3d.predict import Predictor, single_parts
 from lamp3d.train import Checkpoint, load_weights
 from lamp3d.volume import read_grid, read_volume, scan_name, write_nifti
 
+Network = UNet | SEUNet | FromMonai
 Window = tuple[int, int, int] | None
 
 
@@ -88,12 +89,13 @@ def predict(
         if not scan.exists():
             raise ConfigError(f"no scan at {scan}.")
     out.mkdir(parents=True, exist_ok=True)
+    network, usual = run.network().eval(), _plan_to_predict_like(run)
     sharing = None
     if window is None:
-        sharing = _sharing(run, scans, devices)
+        sharing = _sharing(network, usual, run.config.preprocess, scans, devices)
         settings["most_voxels"] = sharing.most_voxels
         Console().print(f"{sharing}.", highlight=False, soft_wrap=True)
-    plan = _inference_plan(run, devices, window, len(scans), sharing)
+    plan = _inference_plan(network, usual, devices, window, len(scans), sharing)
     pairs = list(zip(scans, targets, strict=True))
     results = launch(_predict_worker, devices, (run.folder, plan, pairs, {"window": window, **settings}))
     predictions = []
@@ -194,53 +196,52 @@ def _predictor_settings(run: Run, mirror: bool) -> dict[str, Any]:
     }
 
 
-def _sharing(run: Run, scans: Sequence[Path], devices: int) -> Sharing:
+def _plan_to_predict_like(run: Run) -> Plan:
+    """The last stage's; but in fp32 where bf16 is emulated, which takes fifty times as long."""
+    last = run.plans()[-1]
+    return last if has_fast_bf16(device_type()) else last.model_copy(update={"precision": "fp32"})
+
+
+def _sharing(
+    network: Network, usual: Plan, preprocess: PreprocessConfig, scans: Sequence[Path], devices: int
+) -> Sharing:
     """How whole scans are best shared out, by their headers; where those say nothing, by the volumes of training."""
-    network, last = run.network().eval(), run.plans()[-1]
     grids = [grid for scan in scans if (grid := read_grid(scan)) is not None]
-    shapes: list[tuple[int, ...]] = [largest_shape(grid, run.config.preprocess) for grid in grids] or [
-        last.image_shape[2:]
-    ]
+    shapes: list[tuple[int, ...]] = [largest_shape(grid, preprocess) for grid in grids] or [usual.image_shape[2:]]
     sides = [-(-side // network.divisor) * network.divisor for side in max(shapes, key=math.prod)]
-    kind = device_type()
     ways = share_out(
-        network, (1, last.image_shape[1], *sides), len(scans), devices,
-        precision=_precision(last), channels_last=last.channels_last, limit=device_memory(kind, devices),
+        network, (1, usual.image_shape[1], *sides), len(scans), devices,
+        precision=usual.precision, channels_last=usual.channels_last, limit=device_memory(device_type(), devices),
     )  # fmt: skip
     return ways[0]
 
 
-def _precision(last: Plan) -> Precision:
-    """That of training; but fp32 where bf16 is emulated, which takes fifty times as long."""
-    return last.precision if has_fast_bf16(device_type()) else "fp32"
-
-
-def _inference_plan(run: Run, devices: int, window: Window, scans: int, sharing: Sharing | None) -> Plan:
-    """The last stage's plan where it is one for single volumes in the same way, otherwise one of its own.
+def _inference_plan(
+    network: Network, usual: Plan, devices: int, window: Window, scans: int, sharing: Sharing | None
+) -> Plan:
+    """The usual plan where it is one for single volumes in the same way, otherwise one of its own.
 
     Windows follow each other through pipelines, of which there are as many as keep all devices busy.
     """
-    last = run.plans()[-1]
     data = numbers_at_once(scans, devices)[-1] if sharing is None else sharing.at_once
     slabs = Slabs() if sharing is None else sharing.slabs
-    precision = _precision(last)
-    wanted = (devices, data, slabs.mesh, slabs.dims, device_type(), precision)
-    if wanted != (last.devices, last.data, last.space, last.space_dims, last.device_type, last.precision):
-        network = run.network()
+    if (devices, data, slabs.mesh, slabs.dims, device_type()) != (
+        usual.devices, usual.data, usual.space, usual.space_dims, usual.device_type,
+    ):  # fmt: skip
         # There is one way to cut a network into one stage, so that a small volume shows it as well as a large one.
         sides = [2 * network.divisor] * 3
         if data * slabs.count < devices:
-            sides = list(last.image_shape[2:])
+            sides = list(usual.image_shape[2:])
         for size, dim in zip(slabs.mesh, slabs.dims, strict=True):
             sides[dim - 2] *= size + 1  # the longest
-        same_layout = last.channels_last if last.device_type == device_type() else None
-        last = make_plan(
-            network, (data, last.image_shape[1], *sides), devices, data=data, space=slabs.mesh or 1,
-            precision=precision, channels_last=same_layout, repeats=1,
+        same_layout = usual.channels_last if usual.device_type == device_type() else None
+        usual = make_plan(
+            network, (data, usual.image_shape[1], *sides), devices, data=data, space=slabs.mesh or 1,
+            precision=usual.precision, channels_last=same_layout, repeats=1,
             memory="unlimited",  # what a training step needs is not asked here
         )  # fmt: skip
     in_flight = 1 if window is None else 2 * devices // data
-    return last.model_copy(update={"micro_batches": in_flight, "recompute": "never"})
+    return usual.model_copy(update={"micro_batches": in_flight, "recompute": "never"})
 
 
 def _predict_worker(

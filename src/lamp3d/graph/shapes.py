@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,26 @@ def infer_specs(
     with torch.enable_grad(), arithmetic(device, precision):
         dry_run(Recorder(graph.root), inputs, device=device, channels_last=channels_last, wrap=wrap)
     return specs
+
+
+class SpecsOnDemand(Mapping[str, ValueSpec]):
+    """What `infer_specs` finds, once a value is asked for: its dry run takes as long as a small network's forward.
+
+    Args:
+        infer: finds it.
+    """
+
+    def __init__(self, infer: Callable[[], dict[str, ValueSpec]]):
+        self.work_out = functools.cache(infer)
+
+    def __getitem__(self, name: str) -> ValueSpec:
+        return self.work_out()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.work_out())
+
+    def __len__(self) -> int:
+        return len(self.work_out())
 
 
 def spec_of(tensor: Tensor) -> ValueSpec:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lamp3d.errors import LampError, PlanError
-from lamp3d.graph import CellGraph, infer_specs, lay_out_weights, refuse_tied_parameters, trace
+from lamp3d.graph import CellGraph, SpecsOnDemand, infer_specs, lay_out_weights, refuse_tied_parameters, trace
 from lamp3d.graph.allocator import (
     forget_peak_resident_bytes,
     limit_freed_memory,
@@ -326,7 +326,8 @@ class Engine:
     def _schedule(self, programs: Sequence[Program]) -> tuple[list[list[Action]], Routes]:
         """Every rank's actions for so many micro-batches, and their messages."""
         differentiable = [
-            frozenset(n for n, spec in program.specs.items() if spec.requires_grad) for program in programs
+            frozenset(edge.value for edge in self._rank.edges if program.specs[edge.value].requires_grad)
+            for program in programs
         ]
         key = tuple(differentiable)
         if key not in self._schedules:
@@ -355,7 +356,11 @@ class Engine:
             plan = self.plan
             graph, stages = self._graph_for(tuple(shape for shape, _ in spec))
             shared = None if self.space is None else (partial(shard_input, space=self.space), described)
-            specs = infer_specs(graph, spec, plan.precision, plan.channels_last, self.device, *(shared or ()))
+            specs = SpecsOnDemand(
+                partial(infer_specs, graph, spec, plan.precision, plan.channels_last, self.device, *(shared or ()))
+            )
+            if plan.pipe * plan.slabs > 1:
+                specs.work_out()  # what is refused is refused now, by all
             self._programs[key] = Program(graph, specs, stages)
         return self._programs[key]
 
