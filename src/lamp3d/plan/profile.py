@@ -251,7 +251,7 @@ def time_cells(
     """
     device = module_device(graph.root)
 
-    def run(stage: Stage, inputs: Values) -> tuple[list[CellSeconds], Values]:
+    def run(stage: Stage, inputs: Values) -> tuple[list[_Marks], Values]:
         return _time_cell(stage, inputs, precision, device, repeats, split)
 
     values = inputs_of(graph, input_shape, torch.randn, device, channels_last=channels_last)
@@ -260,10 +260,12 @@ def time_cells(
         parameter.grad = None  # or what is computed apart would be added to it
     try:
         with preserved_buffers(graph.root):
-            every = [seconds for seconds, _ in walk(graph, values, run)]
+            marked = [marks for marks, _ in walk(graph, values, run)]
+            _now(device)  # until a GPU has come to the last mark
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
+    every = [[marks.seconds(split) for marks in of_cell] for of_cell in marked]
     totals = [sum(cell.forward + cell.backward for cell in cells) for cells in zip(*every, strict=True)]
     uncertainty = (max(totals) - min(totals)) / 2 / statistics.median(totals)
     return Timing(tuple(_median(seconds) for seconds in every), uncertainty)
@@ -305,40 +307,74 @@ def time_loss(
     return LossCost(factor * statistics.median(seconds() for _ in range(repeats)), round(factor * extra))
 
 
+Mark = float | torch.cuda.Event
+"""A moment on a device's time line."""
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """Of one forward and backward of a cell: begin and end of each, and where weight gradients computed apart begin."""
+
+    forward: tuple[Mark, Mark]
+    backward: tuple[Mark, Mark]
+    apart: Mark
+
+    def seconds(self, split: bool) -> CellSeconds:
+        """Between the marks, once the device has passed them."""
+        end = self.backward[1]
+        return CellSeconds(_between(*self.forward), _between(*self.backward), _between(self.apart, end) * split)
+
+
 def _time_cell(
     stage: Stage, inputs: Values, precision: str, device: torch.device, repeats: int, split: bool
-) -> tuple[list[CellSeconds], Values]:
-    seconds: list[CellSeconds] = []
+) -> tuple[list[_Marks], Values]:
+    marks: list[_Marks] = []
     for _ in range(repeats + 1):
         leaves = [value.detach().requires_grad_(value.requires_grad) for value in inputs.values()]
         later = DeferredWeights()
-        begin = _now(device)
         with arithmetic(device, precision, later if split else None):
+            begin = _mark(device)
             outputs = stage(*leaves)
-        middle = _now(device)
+            middle = _mark(device)
         roots = [output for output in outputs if output.requires_grad]
         gradients = [torch.ones_like(root) for root in roots]
-        start = _now(device)
+        start = _mark(device)
         if roots:
             # Not `backward`, which copies the gradients of leaves where their layout is another one: within a stage,
             # values are no leaves.
             torch.autograd.grad(
                 roots, [t for t in (*leaves, *stage.parameters()) if t.requires_grad], gradients, allow_unused=True
             )
-        apart = _now(device)
+        apart = _mark(device)
         later.compute()
-        end = _now(device)
-        seconds.append(CellSeconds(middle - begin, end - start, end - apart if split else 0.0))
+        marks.append(_Marks((begin, middle), (start, _mark(device)), apart))
     values = {
         name: output.detach().requires_grad_(output.requires_grad)
         for name, output in zip(stage.outputs, outputs, strict=True)
     }
-    return seconds[1:], values
+    return marks[1:], values
 
 
 def _median(seconds: Sequence[CellSeconds]) -> CellSeconds:
     columns = zip(*((cell.forward, cell.backward, cell.weight) for cell in seconds), strict=True)
     return CellSeconds(*(statistics.median(column) for column in columns))
+
+
+def _mark(device: torch.device) -> Mark:
+    """Now; on a GPU when it gets here, without making the host wait for it, which in a step is ahead of it as well."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _between(first: Mark, second: Mark) -> float:
+    if isinstance(first, float) and isinstance(second, float):
+        return second - first
+    assert isinstance(first, torch.cuda.Event)
+    assert isinstance(second, torch.cuda.Event)
+    return float(first.elapsed_time(second)) / 1e3
 
 
 def _now(device: torch.device) -> float:
