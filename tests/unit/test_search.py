@@ -267,6 +267,43 @@ def test_more_devices_are_chosen_as_the_case_demands() -> None:
     assert max(device.peak_bytes for device in large.per_device) <= 2.2e9
 
 
+@pytest.mark.parametrize("net", [UNet, SEUNet])
+@pytest.mark.parametrize(("seconds", "gathers"), [(1e-6, False), (3e-3, True)])
+def test_levels_are_gathered_where_messages_take_longer_than_they(
+    net: type[UNet] | type[SEUNet], seconds: float, gathers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = load_link("nvlink4").model_copy(update={"seconds": seconds})
+    monkeypatch.setattr("lamp3d.plan.planner.load_link", lambda _: slow)
+    with torch.device("meta"):
+        network = net(1, 4, filters=16)
+
+    def plan(least: int | None) -> Plan:
+        return make_plan(network, (1, 1, 96, 96, 96), 2, space=2, hardware="v100-16g", least_planes=least)
+
+    best = plan(None)
+    assert (best.least_planes > 1) == gathers
+    # 3, 6 and 12 planes a slab at the three coarsest levels
+    assert best.step_seconds <= min(plan(least).step_seconds for least in (1, 4, 7, 13))
+    assert not any("encoder1.conv" in cell for cell in best.gathered)
+
+
+def test_what_a_gate_exchanges_counts() -> None:
+    """Squeeze and excitation: a mean over all slabs forward, its gradient back, for every one of nine gates."""
+    with torch.device("meta"):
+        network = SEUNet(1, 4, filters=8)
+
+    def seconds(link: str) -> float:
+        return make_plan(
+            network, (1, 1, 96, 96, 96), 2, space=2, hardware="v100-16g", least_planes=1, link=link
+        ).step_seconds
+
+    gates = sum(1 for name, _ in network.named_modules() if name.endswith("gate"))
+    norms = sum(1 for module in network.modules() if isinstance(module, nn.InstanceNorm3d))
+    latency = load_link("network400").seconds - load_link("nvlink4").seconds
+    assert gates > 0
+    assert seconds("network400") - seconds("nvlink4") > 2 * (gates + norms) * latency
+
+
 def test_the_table_says_why_the_others_lost() -> None:
     found = find_plans(UNet(1, 3, filters=4), (4, 1, 32, 32, 32), 4, hardware="v100-16g")
     console = Console(width=160, record=True)

@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -162,8 +163,9 @@ class Meter(ABC):
             precision, channels_last, split: as for :func:`lamp3d.plan.profile.time_cells`.
             cases: that are computed at once; the seconds are the smallest micro-batch's share.
         """
-        timing = self.timing(slabs, precision, channels_last, split, cases or self.micro_batch)
-        near, whole = self.work(self.near(slabs), precision, channels_last, split), self.whole(precision, channels_last)
+        alike = replace(slabs, least=1)  # what is gathered changes nothing of what is timed
+        timing = self.timing(alike, precision, channels_last, split, cases or self.micro_batch)
+        near, whole = self.work(self.near(alike), precision, channels_last, split), self.whole(precision, channels_last)
         profile = shared(profile_of(near, timing), near, whole, self.graph, slabs, self.link)
         part = sum(profile.value_bytes[name] for name in self.graph.outputs) / sum(
             whole.value_bytes[name] for name in self.graph.outputs

@@ -97,7 +97,7 @@ def find_plans(
     data: int | None = None,
     pipe: int | None = None,
     space: int | Sequence[int] | None = None,
-    least_planes: int = 1,
+    least_planes: int | None = None,
     loss: TimedLoss | None = None,
     any_loss: bool = False,
     hardware: str | Hardware | None = None,
@@ -127,7 +127,8 @@ def find_plans(
         pipe: K, the devices of one pipeline.
         space: slabs that a volume is cut into along its longest axis; or two numbers, such as (2, 2), along its two
             longest axes.
-        least_planes: a level of the network whose slabs have fewer planes is gathered and computed by every rank.
+        least_planes: a level of the network whose slabs have fewer planes is gathered and computed by every rank; None:
+            the levels for which this is faster.
         loss: from the network's output to a 0-dim tensor; it is timed, and counts in the last cell's backward. If it is
             declared to be a mean over cases, GPipe need not keep a mini-batch's outputs joined for it. None, or with
             ``hardware``: its seconds do not count.
@@ -290,7 +291,7 @@ def _plan(found: Found, meter: Meter, request: Request, network: str) -> Plan:
         data=option.data,
         space=option.slabs.mesh,
         space_dims=option.slabs.dims,
-        least_planes=request.least_planes,
+        least_planes=option.slabs.least,
         device_type=meter.kind,
         micro_batches=costs.micro_batches,
         schedule=cut.schedule,

@@ -18,7 +18,7 @@ from lamp3d.plan.hardware import Link
 from lamp3d.plan.meter import Meter
 from lamp3d.plan.plan import Recompute
 from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, splits_backward
-from lamp3d.plan.slabs import Slabs, longest_axes
+from lamp3d.plan.slabs import Slabs, gather_levels, longest_axes
 
 DOES_NOT_FIT = "does not fit"
 
@@ -118,7 +118,7 @@ class Request:
         limit: of each one's memory, in bytes; None: there is none.
         precision, channels_last: of the plan.
         data, space, pipe, micro_batches, schedule, recompute: what is fixed; None: what is best.
-        least_planes: a level whose slabs have fewer planes is gathered.
+        least_planes: a level whose slabs have fewer planes is gathered; None: what is best.
         any_loss: whether the plan must do for losses that are no mean over cases.
         by_case: whether the loss is known to be such a mean, and so computed a micro-batch at a time.
     """
@@ -134,7 +134,7 @@ class Request:
     micro_batches: int | None = None
     schedule: str | None = None
     recompute: Recompute | None = None
-    least_planes: int = 1
+    least_planes: int | None = 1
     any_loss: bool = False
     by_case: bool = False
 
@@ -152,7 +152,7 @@ def options(request: Request) -> Iterator[Option]:
             for extent, size in zip(sorted(request.volume[2:], reverse=True), sorted(mesh, reverse=True), strict=False)
         ):
             continue
-        slabs = longest_axes(request.volume, mesh, request.least_planes)
+        slabs = longest_axes(request.volume, mesh, request.least_planes or 1)
         share = request.batch // data
         for micro_batches in _divisors(share) if request.micro_batches is None else (request.micro_batches,):
             for schedule in _schedules(request, pipe):
@@ -218,9 +218,8 @@ class Search:
 
     def answer(self) -> Answer:
         """Try the options, the most promising first."""
-        open_ = sorted(
-            (Found(option, self.bound(option)) for option in options(self.request)), key=lambda found: found.bound
-        )
+        every = (replace(option, slabs=self.gathering(option.slabs)) for option in options(self.request))
+        open_ = sorted((Found(option, self.bound(option)) for option in every), key=lambda found: found.bound)
         done: list[Found] = []
         for found in open_:
             best = sorted(other.seconds for other in done if other.cut is not None)
@@ -233,6 +232,14 @@ class Search:
                 hopeless = 0.0  # it cannot win: it is shown beside the plan, and worth no effort
             done.append(self.try_out(found, hopeless))
         return Answer(tuple(sorted(done, key=lambda found: (found.seconds, found.bound))))
+
+    def gathering(self, slabs: Slabs) -> Slabs:
+        """The slabs, with those levels gathered that every rank has sooner computed than exchanged."""
+        if not slabs.mesh or self.request.least_planes is not None:
+            return slabs
+        how = self.request.precision, self.request.channels_last
+        ways = [replace(slabs, least=least) for least in gather_levels(self.meter.whole(*how), slabs)]
+        return min(ways, key=lambda way: self._profile(way, *how, False).seconds)
 
     def costs(self, option: Option, recompute: Recompute) -> StageCosts:
         """What a micro-batch of an option costs."""
@@ -292,6 +299,8 @@ class Search:
             costs = self.costs(option, recompute)
             if (cut := best_cut(costs, option.schedule, option.pipe, request.limit, link, hopeless)) is not None:
                 return replace(found, cut=cut, reduce_seconds=reduce_seconds)
+        if option.slabs != (even := replace(option.slabs, least=request.least_planes or 1)):
+            return self.try_out(replace(found, option=replace(option, slabs=even)), hopeless)
         return replace(found, why=DOES_NOT_FIT)
 
     def fits(self) -> bool:

@@ -13,6 +13,9 @@ from lamp3d.plan.hardware import Link
 from lamp3d.plan.profile import CellProfile, Profile
 from lamp3d.plan.work import CellWork, Work
 
+MOST_GATHERED = 3
+"""Levels of a network that are gathered unasked, at most."""
+
 
 @dataclass(frozen=True)
 class Slabs:
@@ -90,12 +93,45 @@ def shared(profile: Profile, near: Work, whole: Work, graph: CellGraph, slabs: S
         _share(cell, small, large, slabs, link)
         for cell, small, large in zip(profile.cells, near.cells, whole.cells, strict=True)
     ]
+    cells = _with_gathers(cells, whole, graph, slabs, link)
     names = {node: cell.index for cell in graph.cells for node in cell.nodes}
     value_bytes = {}
     for name, size in profile.value_bytes.items():
         index = names.get(name, 0)
         value_bytes[name] = round(size * part_of(near.cells[index], whole.cells[index], slabs))
     return replace(profile, cells=tuple(cells), value_bytes=value_bytes)
+
+
+def gather_levels(whole: Work, slabs: Slabs) -> list[int]:
+    """What ``least`` may be: as little as can be, or so that the coarsest level, or two or three, are gathered."""
+    levels = {
+        min(cell.extents[dim - 2] // size for size, dim in zip(slabs.mesh, slabs.dims, strict=True))
+        for cell in whole.cells
+        if cell.extents is not None
+    }
+    return [1, *(1 + planes for planes in sorted(levels - {0})[:MOST_GATHERED])]
+
+
+def _with_gathers(
+    cells: Sequence[CellProfile], whole: Work, graph: CellGraph, slabs: Slabs, link: Link
+) -> list[CellProfile]:
+    """Cells that wait for what others have of a level that all compute: values in forward, gradients in backward."""
+    cells, sizes = list(cells), whole.value_bytes
+    gathered = [is_gathered(cell, slabs) for cell in whole.cells]
+    made = {edge.maker: sizes[edge.value] for edge in graph.edges}
+    for edge in graph.edges:
+        inside = edge.maker >= 0 and gathered[edge.maker]
+        others = [user for user in edge.users if gathered[user] != inside]
+        if not others:
+            continue
+        # A pool's result is gathered, not what it reads; what one rank makes of a gathered level, it cuts itself.
+        size = sizes[edge.value] if inside else min(sizes[edge.value], made.get(others[0], sizes[edge.value]))
+        at, field = (edge.maker, "backward_seconds") if inside else (others[0], "forward_seconds")
+        cell, sent = cells[at], round(size * (slabs.count - 1) / slabs.count**2)
+        cells[at] = replace(
+            cell, exchanged_bytes=cell.exchanged_bytes + sent, **{field: getattr(cell, field) + link.of(size)}
+        )
+    return cells
 
 
 def part_of(near: CellWork, whole: CellWork, slabs: Slabs) -> float:
