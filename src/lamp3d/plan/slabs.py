@@ -10,7 +10,7 @@ from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph
 from lamp3d.graph.inputs import InputShape, Shape
 from lamp3d.plan.hardware import Link
-from lamp3d.plan.profile import CellProfile, Profile
+from lamp3d.plan.profile import CellProfile, Profile, Timing
 from lamp3d.plan.work import CellWork, Work
 
 MOST_GATHERED = 3
@@ -72,7 +72,9 @@ def slab_shape(shape: Shape | dict[str, Shape], slabs: Slabs, divisor: int) -> S
     return near if isinstance(shape, dict) else near[""]
 
 
-def shared(profile: Profile, near: Work, whole: Work, graph: CellGraph, slabs: Slabs, link: Link) -> Profile:
+def shared(
+    profile: Profile, near: Work, whole: Work, graph: CellGraph, slabs: Slabs, link: Link, entire: Timing | None = None
+) -> Profile:
     """A slab's profile.
 
     A rank has as many planes as the thickest slab. A border's planes travel behind the slab's own convolution, unless
@@ -86,6 +88,7 @@ def shared(profile: Profile, near: Work, whole: Work, graph: CellGraph, slabs: S
         graph: the cells.
         slabs: how the volume is cut.
         link: between the ranks that share it.
+        entire: the whole volume's cells; None: what is gathered takes in proportion, too much for small levels.
     """
     if not slabs.mesh:
         return profile
@@ -93,6 +96,13 @@ def shared(profile: Profile, near: Work, whole: Work, graph: CellGraph, slabs: S
         _share(cell, small, large, slabs, link)
         for cell, small, large in zip(profile.cells, near.cells, whole.cells, strict=True)
     ]
+    if entire is not None:
+        cells = [
+            replace(cell, forward_seconds=of.forward, backward_seconds=of.backward, weight_seconds=of.weight)
+            if is_gathered(work, slabs)
+            else cell
+            for cell, work, of in zip(cells, whole.cells, entire.cells, strict=True)
+        ]
     cells = _with_gathers(cells, whole, graph, slabs, link)
     names = {node: cell.index for cell in graph.cells for node in cell.nodes}
     value_bytes = {}
