@@ -166,7 +166,9 @@ class Meter(ABC):
         alike = replace(slabs, least=1)  # what is gathered changes nothing of what is timed
         timing = self.timing(alike, precision, channels_last, split, cases or self.micro_batch)
         near, whole = self.work(self.near(alike), precision, channels_last, split), self.whole(precision, channels_last)
-        entire = None if slabs == alike else self.timing(Slabs(), precision, channels_last, split, self.micro_batch)
+        entire = None
+        if slabs != alike and self.near(alike).mesh:  # else it is the whole volume that is timed
+            entire = self.timing(Slabs(), precision, channels_last, split, self.micro_batch)
         profile = shared(profile_of(near, timing), near, whole, self.graph, slabs, self.link, entire)
         part = sum(profile.value_bytes[name] for name in self.graph.outputs) / sum(
             whole.value_bytes[name] for name in self.graph.outputs

@@ -214,7 +214,7 @@ class Search:
     def __init__(self, meter: Meter, request: Request, kept: int = KEPT):
         self.meter, self.request, self.kept = meter, request, kept
         self._costs: dict[tuple[object, ...], StageCosts] = {}
-        self._profile = functools.cache(meter.profile)
+        self._profile, self.gathering = functools.cache(meter.profile), functools.cache(self._gathering)
 
     def answer(self) -> Answer:
         """Try the options, the most promising first."""
@@ -233,7 +233,7 @@ class Search:
             done.append(self.try_out(found, hopeless))
         return Answer(tuple(sorted(done, key=lambda found: (found.seconds, found.bound))))
 
-    def gathering(self, slabs: Slabs) -> Slabs:
+    def _gathering(self, slabs: Slabs) -> Slabs:
         """The slabs, with those levels gathered that every rank has sooner computed than exchanged."""
         if not slabs.mesh or self.request.least_planes is not None:
             return slabs
