@@ -14,7 +14,7 @@ from torch import nn
 from lamp3d.cli.common import Devices, app, console, say, sides, stop
 from lamp3d.errors import ConfigError
 from lamp3d.experiment import NetworkConfig, load_config, load_network, verify
-from lamp3d.nets import FromMonai, SEUNet, UNet
+from lamp3d.nets import Network
 from lamp3d.plan import SCHEDULES, Plan, Planning, find_plans, format_bytes, parse_bytes
 from lamp3d.plan.hardware import known_hardware
 from lamp3d.report import cells_picture, time_line_picture
@@ -80,7 +80,7 @@ def plan(
     loss = None
     if hardware is None:
         network = make()
-        if isinstance(network, UNet | SEUNet | FromMonai):  # its logits are what lamp3d's loss takes
+        if isinstance(network, Network):  # its logits are what lamp3d's loss takes
             organs = [str(label) for label in range(1, classes)]
             loss = with_drawn_targets(HybridLoss(LossConfig(), organs, network.heads))
     else:

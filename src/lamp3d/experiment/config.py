@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_
 
 from lamp3d.data import AugmentConfig, PreprocessConfig, SplitConfig
 from lamp3d.errors import ConfigError
-from lamp3d.nets import FromMonai, SEUNet, UNet
+from lamp3d.nets import FromMonai, Network, SEUNet, UNet
 from lamp3d.plan import parse_bytes
 from lamp3d.predict import PredictConfig
 from lamp3d.train import LossConfig, TrainConfig
@@ -65,7 +65,7 @@ class NetworkConfig(BaseModel):
             raise ValueError(f"kind: {self.kind} has no use for {', '.join(changed)}")
         return self
 
-    def build(self, n_classes: int, in_channels: int = 1) -> UNet | SEUNet | FromMonai:
+    def build(self, n_classes: int, in_channels: int = 1) -> Network:
         """The network with as many outputs as classes, with fresh weights from torch's random state."""
         if self.name is not None:
             return FromMonai(self.name, self.arguments, in_channels, n_classes, self.divisor)
@@ -80,7 +80,7 @@ class NetworkConfig(BaseModel):
             deep_supervision=self.deep_supervision,
         )
 
-    def outline(self, n_classes: int) -> UNet | SEUNet | FromMonai:
+    def outline(self, n_classes: int) -> Network:
         """The network without its weights, on the meta device: for its shapes and numbers."""
         with torch.device("meta"):
             return self.build(n_classes)

@@ -18,7 +18,7 @@ from lamp3d.data.preprocess import PreprocessConfig, largest_shape
 from lamp3d.errors import ConfigError, DatasetError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
 from lamp3d.experiment.run import Run
-from lamp3d.nets import FromMonai, SEUNet, UNet
+from lamp3d.nets import Network
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, make_plan
 from lamp3d.plan.hardware import device_memory, device_type, has_fast_bf16
@@ -28,7 +28,6 @@ from lamp3d.predict import Predictor, single_parts
 from lamp3d.train import Checkpoint, load_weights
 from lamp3d.volume import read_grid, read_volume, scan_name, write_nifti
 
-Network = UNet | SEUNet | FromMonai
 Window = tuple[int, int, int] | None
 
 

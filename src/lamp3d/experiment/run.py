@@ -12,7 +12,7 @@ from pathlib import Path
 from lamp3d.data import CaseStore, Dataset, read_dataset
 from lamp3d.errors import ConfigError
 from lamp3d.experiment.config import ExperimentConfig, load_config
-from lamp3d.nets import FromMonai, SEUNet, UNet
+from lamp3d.nets import Network
 from lamp3d.plan import Plan, TimeLine
 from lamp3d.train import time_line_path
 from lamp3d.volume import write_text
@@ -92,7 +92,7 @@ class Run:
         best = self.folder / "best.safetensors"
         return best if best.exists() else self.folder / "last.safetensors"
 
-    def network(self) -> UNet | SEUNet | FromMonai:
+    def network(self) -> Network:
         """The run's network with fresh weights."""
         return self.config.network.build(1 + len(self.organs))
 

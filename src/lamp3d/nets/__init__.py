@@ -5,4 +5,7 @@ from lamp3d.nets.seunet import SEUNet
 from lamp3d.nets.unet import UNet
 from lamp3d.nets.ushape import NormName, UShape
 
-__all__ = ["FromMonai", "NormName", "SEUNet", "UNet", "UShape"]
+Network = UNet | SEUNet | FromMonai
+"""What an experiment can train."""
+
+__all__ = ["FromMonai", "Network", "NormName", "SEUNet", "UNet", "UShape"]
