@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from filelock import FileLock
 
 from lamp3d.data import make_phantom
 from lamp3d.data.anatomy import ORGANS
+from lamp3d.train import Checkpoint
 from lamp3d.volume import write_nifti
 
 LIMIT_SECONDS = 300  # a guard against what hangs, not a claim: other tests share the cores
@@ -117,6 +119,23 @@ class CommandLine:
 def environment() -> dict[str, str]:
     """One thread a process, and messages that are not wrapped to a terminal."""
     return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERMINAL_WIDTH": "200"}
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Until something has happened; fails when the process ends before that, or two minutes are over."""
+    end = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < end, "the run does not get anywhere"
+        time.sleep(0.01)
+
+
+def first_epoch_is_saved(run: Path) -> bool:
+    """Whether a training has come so far that it could go on after it."""
+    history = run / "history.jsonl"
+    return (
+        history.exists() and bool(history.read_text()) and Checkpoint(run / "last.safetensors").progress["epochs"] > 0
+    )
 
 
 def write_dataset(root: Path) -> Path:

@@ -18,7 +18,15 @@ from safetensors.numpy import load_file
 
 from lamp3d.train import Checkpoint, read_history
 from lamp3d.volume import Volume, read_volume, write_nifti
-from tests.integration.conftest import CHANGED, LIMIT_SECONDS, TRAINING, CommandLine, environment
+from tests.integration.conftest import (
+    CHANGED,
+    LIMIT_SECONDS,
+    TRAINING,
+    CommandLine,
+    environment,
+    first_epoch_is_saved,
+    wait_until,
+)
 
 Refusal = Callable[..., str]
 
@@ -199,7 +207,7 @@ def test_a_killed_worker_costs_no_more_than_an_epoch(
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(program, stdout=out, stderr=err, env=environment())
     try:
-        _wait_until(lambda: _first_epoch_is_saved(run), process)
+        wait_until(lambda: first_epoch_is_saved(run), process)
         time.sleep(0.3)  # into the second
         workers = _workers(process.pid)
         assert len(workers) == 2
@@ -227,21 +235,6 @@ def test_a_killed_worker_costs_no_more_than_an_epoch(
     assert resumed.keys() == uninterrupted.keys()
     for name, values in uninterrupted.items():
         np.testing.assert_array_equal(resumed[name], values, err_msg=name)
-
-
-def _wait_until(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 120
-    while not happened():
-        assert process.poll() is None, "the run ended by itself"
-        assert time.monotonic() < end, "the run does not get anywhere"
-        time.sleep(0.01)
-
-
-def _first_epoch_is_saved(run: Path) -> bool:
-    history = run / "history.jsonl"
-    return (
-        history.exists() and bool(history.read_text()) and Checkpoint(run / "last.safetensors").progress["epochs"] > 0
-    )
 
 
 def _workers(parent: int) -> list[int]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from lamp3d.errors import ConfigError, LampError
 from lamp3d.study import (
@@ -20,6 +24,8 @@ from lamp3d.study import (
     write_study_report,
 )
 from lamp3d.study.result import read_timings
+from lamp3d.train import read_history
+from tests.integration.conftest import CommandLine, environment, first_epoch_is_saved, wait_until
 from tests.unit.tiny_dataset import write_tiny_dataset
 
 BASE = {
@@ -113,6 +119,41 @@ def test_a_study_runs_goes_on_and_reports(
     changed = write_study(tmp_path, **{"train.seed": 5})
     with pytest.raises(ConfigError, match="holds runs of peer with other settings"):
         run_study(changed, data, out, 1)
+
+
+def test_a_study_that_is_killed_has_the_same_scores_in_the_end(
+    lamp3d: CommandLine, dataset: Path, tmp_path: Path
+) -> None:
+    stages = [BASE["train"]["curriculum"][0] | {"epochs": epochs} for epochs in (2, 3)]
+    path = write_study(tmp_path, **{"train.curriculum": stages})
+    content = yaml.safe_load(path.read_text("utf-8"))
+    path.write_text(yaml.safe_dump(content | {"rows": content["rows"][1:]}), "utf-8")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    arguments = ["study", "run", str(path), str(dataset), "--out"]
+    assert lamp3d(*arguments, whole).code == 0
+
+    run = killed / "runs" / "peer-0"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lamp3d", *arguments, str(killed)], stdout=subprocess.DEVNULL, env=environment()
+    )
+    try:
+        wait_until(lambda: first_epoch_is_saved(run), process)
+    finally:
+        process.kill()
+        process.wait()
+    assert 0 < len(read_history(run)) < 5
+    assert not (killed / "results" / "peer-0.json").exists()
+
+    done = lamp3d(*arguments, killed)
+    assert done.code == 0, done.err
+    assert len(read_history(run)) == 5
+    scores = [
+        [[case.organs for case in result.cases] for result in read_results(out / "results")] for out in (killed, whole)
+    ]
+    assert scores[0] == scores[1]
+    weights, expected = (load_file(out / "runs" / "peer-0" / "last.safetensors") for out in (killed, whole))
+    assert set(weights) == set(expected)
+    assert all(np.array_equal(weights[name], expected[name]) for name in expected)
 
 
 def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
