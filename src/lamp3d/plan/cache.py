@@ -15,7 +15,7 @@ import torch
 from lamp3d.plan.profile import CellSeconds, Timing
 from lamp3d.volume import write_text
 
-FORMAT = 1
+FORMAT = 2
 
 
 def timings_folder() -> Path:

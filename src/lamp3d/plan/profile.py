@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,9 @@ from lamp3d.plan.work import CellWork, Operation, Work, account
 
 TimedLoss = Callable[[Any], Tensor]
 """From a network's output to a 0-dim tensor: with targets of its own, to be timed."""
+
+STEADY_SECONDS, MOST_REPEATS = 1.5, 3
+"""Passes of so many seconds are timed in any case, but at most so many times as many as were asked for."""
 
 LOSS_VOXELS = 1 << 20
 """At most so many are timed; losses of larger volumes take in proportion."""
@@ -246,13 +249,13 @@ def time_cells(
         input_shape: (b, C, D, H, W) of one micro-batch; of several inputs, by name.
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
         channels_last: whether the inputs are laid out channels-last.
-        repeats: timed repetitions, after one that warms up.
+        repeats: timed passes through all cells, after one that warms up; more where they take moments.
         split: whether the backward is done in two parts, weight gradients apart.
     """
     device = module_device(graph.root)
 
-    def run(stage: Stage, inputs: Values) -> tuple[list[_Marks], Values]:
-        return _time_cell(stage, inputs, precision, device, repeats, split)
+    def run(stage: Stage, inputs: Values) -> tuple[_Marks, Values]:
+        return _time_cell(stage, inputs, precision, device, split)
 
     values = inputs_of(graph, input_shape, torch.randn, device, channels_last=channels_last)
     gradients = [(p, p.grad) for p in graph.root.parameters()]
@@ -260,15 +263,30 @@ def time_cells(
         parameter.grad = None  # or what is computed apart would be added to it
     try:
         with preserved_buffers(graph.root):
-            marked = [marks for marks, _ in walk(graph, values, run)]
-            _now(device)  # until a GPU has come to the last mark
+            marked = list(_passes(lambda: [marks for marks, _ in walk(graph, values, run)], device, repeats))
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-    every = [[marks.seconds(split) for marks in of_cell] for of_cell in marked]
-    totals = [sum(cell.forward + cell.backward for cell in cells) for cells in zip(*every, strict=True)]
+    passes = [[marks.seconds(split) for marks in of_cells] for of_cells in marked]
+    totals = [sum(cell.forward + cell.backward for cell in cells) for cells in passes]
     uncertainty = (max(totals) - min(totals)) / 2 / statistics.median(totals)
-    return Timing(tuple(_median(seconds) for seconds in every), uncertainty)
+    return Timing(tuple(_median(of_cell) for of_cell in zip(*passes, strict=True)), uncertainty)
+
+
+def _passes(run: Callable[[], list[_Marks]], device: torch.device, repeats: int) -> Iterator[list[_Marks]]:
+    """What is marked in each pass through all cells, after one that warms up.
+
+    As in a step, a cell does not find its operands in the caches from having just run; and a moment in which the
+    machine is slow meets most cells in one pass only, so that the median leaves it out.
+    """
+    run()
+    begin = _now(device)
+    for index in range(MOST_REPEATS * repeats):
+        if index >= repeats and _now(device) - begin > STEADY_SECONDS:
+            return
+        marks = run()
+        _now(device)  # until a GPU has come to the last mark
+        yield marks
 
 
 def time_loss(
@@ -326,33 +344,31 @@ class _Marks:
 
 
 def _time_cell(
-    stage: Stage, inputs: Values, precision: str, device: torch.device, repeats: int, split: bool
-) -> tuple[list[_Marks], Values]:
-    marks: list[_Marks] = []
-    for _ in range(repeats + 1):
-        leaves = [value.detach().requires_grad_(value.requires_grad) for value in inputs.values()]
-        later = DeferredWeights()
-        with arithmetic(device, precision, later if split else None):
-            begin = _mark(device)
-            outputs = stage(*leaves)
-            middle = _mark(device)
-        roots = [output for output in outputs if output.requires_grad]
-        gradients = [torch.ones_like(root) for root in roots]
-        start = _mark(device)
-        if roots:
-            # Not `backward`, which copies the gradients of leaves where their layout is another one: within a stage,
-            # values are no leaves.
-            torch.autograd.grad(
-                roots, [t for t in (*leaves, *stage.parameters()) if t.requires_grad], gradients, allow_unused=True
-            )
-        apart = _mark(device)
-        later.compute()
-        marks.append(_Marks((begin, middle), (start, _mark(device)), apart))
+    stage: Stage, inputs: Values, precision: str, device: torch.device, split: bool
+) -> tuple[_Marks, Values]:
+    leaves = [value.detach().requires_grad_(value.requires_grad) for value in inputs.values()]
+    later = DeferredWeights()
+    with arithmetic(device, precision, later if split else None):
+        begin = _mark(device)
+        outputs = stage(*leaves)
+        middle = _mark(device)
+    roots = [output for output in outputs if output.requires_grad]
+    gradients = [torch.ones_like(root) for root in roots]
+    start = _mark(device)
+    if roots:
+        # Not `backward`, which copies the gradients of leaves where their layout is another one: within a stage,
+        # values are no leaves.
+        torch.autograd.grad(
+            roots, [t for t in (*leaves, *stage.parameters()) if t.requires_grad], gradients, allow_unused=True
+        )
+    apart = _mark(device)
+    later.compute()
+    marks = _Marks((begin, middle), (start, _mark(device)), apart)
     values = {
         name: output.detach().requires_grad_(output.requires_grad)
         for name, output in zip(stage.outputs, outputs, strict=True)
     }
-    return marks[1:], values
+    return marks, values
 
 
 def _median(seconds: Sequence[CellSeconds]) -> CellSeconds:
