@@ -108,7 +108,7 @@ def measure(rounds: int, console: Console) -> dict[str, Any]:
         # Profiled in the same minutes as it is measured: the machine's speed changes in the course of a day.
         plan = make_plan(
             network(case.net, case.filters), (case.batch, 1, case.side, case.side, case.side), case.devices,
-            repeats=2, fresh=True, loss=lamp3d.mean_over_cases(lambda logits: loss_fn(logits, None)), **case.settings,
+            fresh=True, loss=lamp3d.mean_over_cases(lambda logits: loss_fn(logits, None)), **case.settings,
         )  # fmt: skip
         by_rank = lamp3d.launch(_step, case.devices, (case, plan, rounds))
         predicted_bytes = max(device.peak_bytes for device in plan.per_device)
