@@ -243,7 +243,7 @@ class MeasuringMeter(Meter):
     Args:
         workers: that will be at work at once.
         loss: that the network is trained with; None: it is not counted.
-        repeats: timed repetitions of each cell.
+        repeats: timed passes through all cells.
         fresh: time them even if that was done before.
     """
 

@@ -136,7 +136,7 @@ def find_plans(
         hardware: the devices are not here: the name of a description, such as ``"a100-80g"``, or one's path. Seconds
             are then worked out from arithmetic and bytes, and nothing is allocated.
         link: between the devices: a name, such as ``"nvlink3"``, or what it carries in a second, ``"10GB"``.
-        repeats: timed repetitions of each cell.
+        repeats: timed passes through all cells.
         fresh: time the cells even if that was done before on this machine.
 
     Raises:

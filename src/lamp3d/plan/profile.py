@@ -44,7 +44,7 @@ class Timing:
 
     Attributes:
         cells: in order.
-        uncertainty: of their sum, relative: half of what lies between the fastest and the slowest repetition.
+        uncertainty: of their sum, relative: half of what lies between the fastest and the slowest pass.
     """
 
     cells: tuple[CellSeconds, ...]
