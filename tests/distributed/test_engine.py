@@ -15,6 +15,7 @@ from tests.distributed.workers import (
     SEUNet,
     UNet,
     measure_memory,
+    measure_sent_bytes,
     one_step,
     run_checks,
     seeded,
@@ -243,6 +244,23 @@ def test_memory_is_as_predicted() -> None:
             tolerance = 0.15 if schedule in ("gpipe", "1f1b") else 0.5
             assert peak == pytest.approx(plans[schedule].per_device[rank].saved_bytes, rel=tolerance), (schedule, rank)
         assert found["1f1b"] < 0.4 * found["gpipe"]
+
+
+def test_what_slabs_send_is_as_predicted() -> None:
+    """Borders, the statistics of norms, gates' means, and the levels that are gathered."""
+    shape, networks, plans = (1, 1, 64, 64, 64), {}, {}
+    for net in (UNet, SEUNet):
+        for least in (1, 5):
+            name = f"{net.__name__}, at least {least} planes"
+            networks[name] = net(1, 1, filters=4)
+            plans[name] = make_plan(
+                networks[name], shape, 2, space=2, least_planes=least, precision="fp32", channels_last=False,
+                recompute="never", repeats=1,
+            )  # fmt: skip
+            assert ("encoder4.conv1" in plans[name].gathered) == (least > 1)
+    for found in launch(measure_sent_bytes, 2, (plans, networks)):
+        for name, sent in found.items():
+            assert sent == pytest.approx(plans[name].exchanged_bytes, rel=0.02), name
 
 
 @on("replicas")

@@ -837,6 +837,19 @@ def measure_memory(plans: dict[str, Plan]) -> dict[str, int]:
     return peaks
 
 
+def measure_sent_bytes(plans: dict[str, Plan], networks: dict[str, nn.Module]) -> dict[str, int]:
+    """What this rank sends in a step, in bytes, by plan."""
+    torch.set_num_threads(1)
+    sent = {}
+    for name, plan in plans.items():
+        engine, images = Engine(networks[name], plan), torch.randn(plan.input_shape)
+        engine.step(images, images, by_case)  # what is agreed upon once, and where the gradients are made
+        before = engine.bytes_sent
+        engine.step(images, images, by_case)
+        sent[name] = engine.bytes_sent - before
+    return sent
+
+
 # Workers that fail.
 
 

@@ -54,7 +54,8 @@ def longest_axes(input_shape: InputShape, mesh: Sequence[int], least: int = 1) -
     for axis, size in enumerate(mesh):
         if volume[dims[axis]] < size:
             raise PlanError(f"{volume[dims[axis]]} planes cannot be cut into {size} slabs; take fewer.")
-    return Slabs(tuple(mesh), tuple(dims[axis] for axis in range(len(mesh))), least)
+    thinnest = min(volume[dims[axis]] // size for axis, size in enumerate(mesh))
+    return Slabs(tuple(mesh), tuple(dims[axis] for axis in range(len(mesh))), min(least, thinnest))
 
 
 def slab_shape(shape: Shape | dict[str, Shape], slabs: Slabs, divisor: int) -> Shape | dict[str, Shape]:
@@ -107,40 +108,42 @@ def shared(
     names = {node: cell.index for cell in graph.cells for node in cell.nodes}
     value_bytes = {}
     for name, size in profile.value_bytes.items():
-        index = names.get(name, 0)
-        value_bytes[name] = round(size * part_of(near.cells[index], whole.cells[index], slabs))
+        index, of_all = names.get(name, 0), whole.values[name]
+        part = part_of(near.cells[index], whole.cells[index], slabs)
+        value_bytes[name] = of_all.nbytes if _is_thin(of_all.shape, slabs) else round(size * part)
     return replace(profile, cells=tuple(cells), value_bytes=value_bytes)
 
 
 def gather_levels(whole: Work, slabs: Slabs) -> list[int]:
-    """What ``least`` may be: as little as can be, or so that the coarsest level, or two or three, are gathered."""
+    """What ``least`` may be: as little as can be, or so that the coarsest level, or two or three, are gathered.
+
+    The finest level is not: what a network reads is never gathered.
+    """
     levels = {
         min(cell.extents[dim - 2] // size for size, dim in zip(slabs.mesh, slabs.dims, strict=True))
         for cell in whole.cells
         if cell.extents is not None
     }
-    return [1, *(1 + planes for planes in sorted(levels - {0})[:MOST_GATHERED])]
+    return [1, *(1 + planes for planes in sorted(levels - {0})[:-1][:MOST_GATHERED])]
 
 
 def _with_gathers(
     cells: Sequence[CellProfile], whole: Work, graph: CellGraph, slabs: Slabs, link: Link
 ) -> list[CellProfile]:
-    """Cells that wait for what others have of a level that all compute: values in forward, gradients in backward."""
-    cells, sizes = list(cells), whole.value_bytes
-    gathered = [is_gathered(cell, slabs) for cell in whole.cells]
-    made = {edge.maker: sizes[edge.value] for edge in graph.edges}
+    """Cells that wait for what the others have made, as their result is gathered, and in backward for its gradient."""
+    cells = list(cells)
     for edge in graph.edges:
-        inside = edge.maker >= 0 and gathered[edge.maker]
-        others = [user for user in edge.users if gathered[user] != inside]
-        if not others:
+        maker, value = edge.maker, whole.values[edge.value]
+        if maker < 0 or whole.cells[maker].extents is None or is_gathered(whole.cells[maker], slabs):
             continue
-        # A pool's result is gathered, not what it reads; what one rank makes of a gathered level, it cuts itself.
-        size = sizes[edge.value] if inside else min(sizes[edge.value], made.get(others[0], sizes[edge.value]))
-        at, field = (edge.maker, "backward_seconds") if inside else (others[0], "forward_seconds")
-        cell, sent = cells[at], round(size * (slabs.count - 1) / slabs.count**2)
-        cells[at] = replace(
-            cell, exchanged_bytes=cell.exchanged_bytes + sent, **{field: getattr(cell, field) + link.of(size)}
-        )
+        if _is_thin(value.shape, slabs):
+            cell, seconds = cells[maker], link.of(value.nbytes)
+            cells[maker] = replace(
+                cell,
+                forward_seconds=cell.forward_seconds + seconds,
+                backward_seconds=cell.backward_seconds + seconds,
+                exchanged_bytes=cell.exchanged_bytes + round(2 * value.nbytes * (slabs.count - 1) / slabs.count),
+            )
     return cells
 
 
@@ -158,8 +161,13 @@ def part_of(near: CellWork, whole: CellWork, slabs: Slabs) -> float:
 
 def is_gathered(whole: CellWork, slabs: Slabs) -> bool:
     """Whether every rank computes all of it."""
-    return whole.extents is not None and any(
-        whole.extents[dim - 2] < size * max(1, slabs.least) for size, dim in zip(slabs.mesh, slabs.dims, strict=True)
+    return whole.extents is not None and _is_thin((1, 1, *whole.extents), slabs)
+
+
+def _is_thin(shape: Sequence[int], slabs: Slabs) -> bool:
+    """Whether every rank has all of such a value: what is no volume, or has too few planes to be cut."""
+    return len(shape) != 5 or any(
+        shape[dim] < size * max(1, slabs.least) for size, dim in zip(slabs.mesh, slabs.dims, strict=True)
     )
 
 

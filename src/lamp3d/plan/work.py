@@ -73,7 +73,7 @@ class CellWork:
         parameter_bytes: the cell's parameters.
         deferred_bytes, deferred_values: what is held between the two parts of the backward, counted alike.
         workspace_bytes: the most that is alive within its forward or backward beside what is saved, gradients included.
-        extents: of the smallest volume that it reads or makes; None where it has to do with none.
+        extents: of the largest volume that it reads or makes; None where it has to do with none.
         halos: of its convolutions.
         sums: how many numbers each of its norms adds up over the whole volume.
     """
@@ -197,7 +197,7 @@ def _account_cell(
         return sum(t.untyped_storage().nbytes() for a, t in tensors.items() if a not in names and a not in own)
 
     volumes = [tensor for tensor in (*leaves, *outputs) if tensor.dim() == 5]
-    smallest = min(volumes, key=lambda volume: math.prod(volume.shape[2:]), default=None)
+    largest = max(volumes, key=lambda volume: math.prod(volume.shape[2:]), default=None)
     work = CellWork(
         name=" + ".join(cell.name for cell in stage.cells),
         forward=tuple(forward.operations),
@@ -211,7 +211,7 @@ def _account_cell(
         workspace_bytes=max(
             making.highest - making.now, going_back.highest + sum(gradient.nbytes for gradient in gradients)
         ),
-        extents=None if smallest is None else (smallest.shape[2], smallest.shape[3], smallest.shape[4]),
+        extents=None if largest is None else (largest.shape[2], largest.shape[3], largest.shape[4]),
         halos=tuple(forward.halos),
         sums=tuple(forward.sums),
     )
