@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from lamp3d.data.augment import LEFT_RIGHT_AXIS
 from lamp3d.data.preprocess import PreprocessConfig, prepare_scan
 from lamp3d.errors import ConfigError, PlanError
+from lamp3d.nets import Network, UShape
 from lamp3d.parallel import Engine
 from lamp3d.parallel.sharded import whole
 from lamp3d.volume import Volume
@@ -56,17 +57,22 @@ def single_parts(config: PredictConfig, organs: Sequence[str]) -> tuple[int, ...
     return tuple(1 + organs.index(organ) for organ in config.largest_part)
 
 
-def check_window(window: tuple[int, int, int] | None, divisor: int) -> None:
+def check_window(window: tuple[int, int, int] | None, network: Network) -> None:
     """Whether a network can take such windows.
 
     Raises:
-        ConfigError: a side is no multiple of the divisor.
+        ConfigError: a side is no multiple of the network's divisor, or they are too small to normalise.
     """
-    if window is not None and any(side <= 0 or side % divisor for side in window):
+    if window is None:
+        return
+    divisor = network.divisor
+    if any(side <= 0 or side % divisor for side in window):
         raise ConfigError(
             f"the window's sides {window} must be multiples of {divisor}, by which this network halves its "
             f"volumes: take {tuple(max(1, round(side / divisor)) * divisor for side in window)}"
         )
+    if isinstance(network, UShape):
+        network.check_input((1, 1, *window))
 
 
 class Predictor:
@@ -76,15 +82,13 @@ class Predictor:
         engine: the network on its devices, in evaluation mode.
         preprocess: how the scans that the network was trained on were prepared.
         divisor: what every side of the network's input must be a multiple of (16 for the U-Net with four levels).
-        window: the sides of the sliding window in voxels (paper §3, "64³"); None predicts the whole volume at once.
+        window: the sides of the sliding window in voxels (paper §3, "64³"), of which `check_window` thinks well; None
+            predicts the whole volume at once.
         classes: how many channels of the output to predict with, the rest being deep supervision; None: all.
         mirror_axes: of (D, H, W), along which the scan is mirrored too: the output is the mean over all mirror images.
         twins: the channel that each channel becomes in a left-right mirror image; None: none has a side.
         single_parts: labels of which only the largest connected part is kept.
         most_voxels: of a volume that the devices have memory for; None: any number.
-
-    Raises:
-        ConfigError: if the window's sides are not multiples of the divisor.
     """
 
     def __init__(
@@ -99,7 +103,6 @@ class Predictor:
         single_parts: Sequence[int] = (),
         most_voxels: int | None = None,
     ) -> None:
-        check_window(window, divisor)
         self.engine = engine
         self.preprocess = preprocess
         self.divisor = divisor

@@ -11,7 +11,7 @@ from lamp3d.errors import ConfigError
 from lamp3d.nets import UNet
 from lamp3d.parallel import Engine
 from lamp3d.plan import make_plan
-from lamp3d.predict import PredictConfig, Predictor, single_parts, with_largest_parts
+from lamp3d.predict import PredictConfig, Predictor, check_window, single_parts, with_largest_parts
 from lamp3d.volume import Volume
 
 
@@ -129,9 +129,19 @@ def test_the_engine_on_one_device_gives_the_networks_own_logits():
     torch.testing.assert_close(windows[1], whole[1])
 
 
-def test_a_window_that_the_network_cannot_halve_is_refused():
-    with pytest.raises(ConfigError, match=r"multiples of 16.*take \(64, 64, 80\)"):
-        Predictor(OneRankEngine(Threshold()), PREPROCESS, divisor=16, window=(64, 70, 80))
+@pytest.mark.parametrize(
+    ("window", "stem_stride", "message"),
+    [
+        ((64, 70, 80), 1, r"multiples of 16.*take \(64, 64, 80\)"),
+        ((32, 0, 32), 1, "multiples of 16"),
+        ((32, 32, 32), 2, "a single voxel at the coarsest level"),
+    ],
+)
+def test_windows_that_the_network_cannot_take_are_refused(window, stem_stride, message):
+    network = UNet(1, 2, filters=2, stem_stride=stem_stride)
+    with pytest.raises(ConfigError, match=message):
+        check_window(window, network)
+    check_window((64, 64, 32), network)
 
 
 class Sided(nn.Module):

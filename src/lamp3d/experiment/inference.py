@@ -24,7 +24,7 @@ from lamp3d.plan import Plan, make_plan
 from lamp3d.plan.hardware import device_memory, device_type, has_fast_bf16
 from lamp3d.plan.inference import Sharing, numbers_at_once, share_out
 from lamp3d.plan.slabs import Slabs
-from lamp3d.predict import Predictor, single_parts
+from lamp3d.predict import Predictor, check_window, single_parts
 from lamp3d.train import Checkpoint, load_weights
 from lamp3d.volume import read_grid, read_volume, scan_name, write_nifti
 
@@ -71,8 +71,8 @@ def predict(
         overwrite: whether label maps that are there already may be replaced.
 
     Raises:
-        ConfigError: the run has no weights, it has not seen mirror images, two scans have one name, or a label map is
-            there already.
+        ConfigError: the run has no weights, it has not seen mirror images, its network cannot take such windows, two
+            scans have one name, or a label map is there already.
         ScanError: a scan cannot be read; those before it are done.
     """
     if not run.best.exists():
@@ -89,6 +89,7 @@ def predict(
             raise ConfigError(f"no scan at {scan}.")
     out.mkdir(parents=True, exist_ok=True)
     network, usual = run.network().eval(), _plan_to_predict_like(run)
+    check_window(window, network)
     sharing = None
     if window is None:
         sharing = _sharing(network, usual, run.config.preprocess, scans, devices)

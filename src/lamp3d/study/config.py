@@ -24,6 +24,7 @@ class Row(BaseModel):
         settings: keys of the experiment configuration, such as ``network.filters``, and what they are in this row.
         seeds: of the runs; None: the study's.
         window: sides of the sliding window that it is evaluated with; None: whole volumes.
+        windows: of sliding-window predictions that are timed; None: the study's.
         control_of: another row's name: the two have seen the same number of voxels, and are compared in pairs.
     """
 
@@ -35,6 +36,7 @@ class Row(BaseModel):
     settings: dict[str, Any] = {}
     seeds: tuple[NonNegativeInt, ...] | None = None
     window: Window = None
+    windows: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...] | None = None
     control_of: str | None = None
 
 
@@ -46,7 +48,7 @@ class StudyConfig(BaseModel):
         base: the experiment configuration that rows change, relative to the study's file.
         rows: what is compared.
         seeds: of every row that names none.
-        windows: of sliding-window predictions that are timed for every network, beside whole volumes.
+        windows: of sliding-window predictions that are timed beside whole volumes, for every row that names none.
         timed_devices: numbers of devices that predictions are timed on.
         timed_cases: of the validation split that are predicted for that, the first ones.
         tolerance_mm: of the surface Dice.
@@ -77,6 +79,10 @@ class StudyConfig(BaseModel):
         """Every row with every seed: first all rows with their first seed, so that there is something to see early."""
         pairs = [(position, row, seed) for row in self.rows for position, seed in enumerate(row.seeds or self.seeds)]
         return [(row, seed) for _, row, seed in sorted(pairs, key=lambda pair: pair[0])]
+
+    def windows_of(self, row: Row) -> tuple[tuple[int, int, int], ...]:
+        """The windows that a row's predictions are timed with."""
+        return self.windows if row.windows is None else row.windows
 
 
 def run_name(row: str, seed: int) -> str:

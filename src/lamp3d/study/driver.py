@@ -191,10 +191,10 @@ def _remember(study: StudyConfig, configs: dict[str, ExperimentConfig], out: Pat
 
 
 def _check_windows(row: Row, study: StudyConfig, config: ExperimentConfig) -> None:
-    divisor = config.network.outline(2).divisor
-    for window in (row.window, *study.windows):
+    network = config.network.outline(2)
+    for window in (row.window, *study.windows_of(row)):
         try:
-            check_window(window, divisor)
+            check_window(window, network)
         except ConfigError as error:
             raise ConfigError(f"row {row.name}: {error}") from None
 
@@ -236,7 +236,7 @@ def _timings(study: StudyConfig, row: Row, run: Run) -> RowTimings:
     dataset = run.read_dataset()
     scans = [case.image for case in dataset.split(VALIDATION)[: 1 + study.timed_cases]]
     timings = []
-    windows: list[Window] = [None, *study.windows]
+    windows: list[Window] = [None, *study.windows_of(row)]
     for devices in study.timed_devices:
         for window in windows:
             target = run.folder / "predictions" / "timed"
