@@ -236,7 +236,7 @@ def with_largest_parts(labels: npt.NDArray[np.generic], single: Iterable[int]) -
     """
     if not (values := list(single)):
         return labels
-    labels, boxes = labels.copy(), scipy.ndimage.find_objects(labels)
+    labels, boxes = labels.copy(order="K"), scipy.ndimage.find_objects(labels)
     for value in values:
         box = boxes[value - 1] if value <= len(boxes) else None
         if box is not None:

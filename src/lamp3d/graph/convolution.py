@@ -79,9 +79,11 @@ class Convolution:
                 torch.addmm(bias, rows, weight.flatten(1).T, out=products)
             return made
         if self.kernel is Kernel.ONEDNN and not isinstance(image, FakeTensor):
-            stride, padding, dilation, transposed, _, groups = self.settings
+            stride, padding, dilation, transposed, output_padding, groups = self.settings
             if transposed:
-                found = torch.ops.aten.convolution(_onednn(image), weight.contiguous(), bias, *self.settings).to_dense()
+                found = torch.ops.mkldnn._convolution_transpose_pointwise(
+                    image, weight, bias, padding, output_padding, stride, dilation, groups, "none", [], ""
+                )
             else:
                 found = torch.ops.aten.mkldnn_convolution(image, weight, bias, padding, stride, dilation, groups)
         else:
