@@ -50,6 +50,7 @@ LAYERS = [
     nn.Conv3d(8, 8, 1),
     nn.ConvTranspose3d(16, 8, 2, stride=2),
     nn.ConvTranspose3d(8, 16, 3, stride=2, padding=1, output_padding=1),
+    nn.ConvTranspose3d(8, 16, 2, dilation=2, padding=1, output_padding=1),
 ]
 SHAPES = [(2, 2, 2), (2, 4, 5), (1, 2, 3), (3, 1, 1), (6, 6, 6), (2, 8, 8)]
 

@@ -3,9 +3,9 @@
 torch chooses badly for three sorts of convolution on a CPU, and all are common in a 3D network; the figures are in
 docs/decisions/arithmetic.md.
 
-* In fp32 a small volume at batch 1 goes to an im2col kernel that is four to ten times slower than oneDNN's. Given
-  oneDNN's own kind of tensor, torch takes oneDNN for any size. A pointwise convolution of channels-last values, which
-  meets the same fate, is a matrix product.
+* In fp32 a small volume at batch 1 goes to an im2col kernel that is four to ten times slower than oneDNN's, which is
+  called by its own name instead; for gradients it has none, but torch takes it when given oneDNN's own kind of tensor.
+  A pointwise convolution of channels-last values, which meets the same fate, is a matrix product.
 * In bf16 oneDNN's gradient of the weight reads and writes memory that is not its own where the volume is hardly larger
   than the kernel. Such volumes, the deepest levels of a network on small patches, are computed in fp32.
 * For large ones it takes copies of the image and of the result's gradient. Where there is no room for them, the
@@ -233,7 +233,9 @@ def _kernel(
     chosen = torch._C._select_conv_backend(image.to(computed), weight, bias, *settings)
     if not chosen.name.startswith("Slow"):
         return Kernel.TORCHS_CHOICE
-    stride, padding, _, transposed, _, groups = settings
+    stride, padding, _, transposed, output_padding, groups = settings
+    if transposed and any(extra >= step for extra, step in zip(output_padding, stride, strict=True)):
+        return Kernel.TORCHS_CHOICE  # oneDNN has no such thing
     if all(width == 1 for width in weight.shape[2:]):
         plain = not transposed and groups == 1 and set(stride) == {1} and set(padding) == {0}
         return Kernel.MATRIX_PRODUCT if plain and _is_channels_last(image) else Kernel.TORCHS_CHOICE
