@@ -127,11 +127,9 @@ class CellGraph:
         """
         stage_of_cell = self._stage_of_cell(starts)
         last = len(starts) - 1
-        users: dict[str, set[int]] = {name: set() for name in (*self.inputs, *self._maker)}
-        for edge in self.edges:
-            users[edge.value] |= {stage_of_cell[cell] for cell in edge.users}
+        users = {edge.value: {stage_of_cell[cell] for cell in edge.users} for edge in self.edges}
         for name in self.outputs:
-            users[name].add(last)
+            users.setdefault(name, set()).add(last)
         crossing = []
         for name, stages in users.items():
             maker = stage_of_cell[self._maker[name]] if name in self._maker else 0

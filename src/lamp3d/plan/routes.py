@@ -54,6 +54,7 @@ class Routes:
         self.between: dict[tuple[int, int], list[Message]] = defaultdict(list)
         incoming = [[edge for edge in edges if stage in edge.users] for stage in range(len(ranks))]
         outgoing = [[edge for edge in edges if edge.maker == stage] for stage in range(len(ranks))]
+        used_by = {edge.value: user_ranks(edge, ranks) for edge in edges}
         for rank, of_rank in enumerate(actions):
             open_users: dict[tuple[str, int], int] = {}
             for action in of_rank:
@@ -68,7 +69,7 @@ class Routes:
                     sent = [
                         Message(edge.value, m, False, rank, to)
                         for edge in outgoing[action.stage]
-                        for to in user_ranks(edge, ranks)
+                        for to in used_by[edge.value]
                         if to != rank
                     ]
                 elif kind != "backward_weight":
@@ -76,7 +77,7 @@ class Routes:
                         Message(edge.value, m, True, origin, rank)
                         for edge in outgoing[action.stage]
                         if edge.value in differentiable[m]
-                        for origin in user_ranks(edge, ranks)
+                        for origin in used_by[edge.value]
                         if origin != rank
                     ]
                     for edge in incoming[action.stage]:
