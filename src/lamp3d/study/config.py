@@ -12,7 +12,7 @@ from lamp3d.errors import ConfigError
 from lamp3d.experiment import ExperimentConfig
 from lamp3d.experiment.config import parse_config
 
-Window = tuple[PositiveInt, PositiveInt, PositiveInt] | None
+Window = tuple[PositiveInt, PositiveInt, PositiveInt]
 
 
 class Row(BaseModel):
@@ -35,8 +35,8 @@ class Row(BaseModel):
     input: str
     settings: dict[str, Any] = {}
     seeds: tuple[NonNegativeInt, ...] | None = None
-    window: Window = None
-    windows: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...] | None = None
+    window: Window | None = None
+    windows: tuple[Window, ...] | None = None
     control_of: str | None = None
 
 
@@ -60,7 +60,7 @@ class StudyConfig(BaseModel):
     base: Path
     rows: tuple[Row, ...] = Field(min_length=1)
     seeds: tuple[NonNegativeInt, ...] = (0,)
-    windows: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...] = ()
+    windows: tuple[Window, ...] = ()
     timed_devices: tuple[PositiveInt, ...] = (1,)
     timed_cases: PositiveInt = 5
     tolerance_mm: float = Field(default=2.0, gt=0)
@@ -80,7 +80,7 @@ class StudyConfig(BaseModel):
         pairs = [(position, row, seed) for row in self.rows for position, seed in enumerate(row.seeds or self.seeds)]
         return [(row, seed) for _, row, seed in sorted(pairs, key=lambda pair: pair[0])]
 
-    def windows_of(self, row: Row) -> tuple[tuple[int, int, int], ...]:
+    def windows_of(self, row: Row) -> tuple[Window, ...]:
         """The windows that a row's predictions are timed with."""
         return self.windows if row.windows is None else row.windows
 

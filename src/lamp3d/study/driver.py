@@ -236,7 +236,7 @@ def _timings(study: StudyConfig, row: Row, run: Run) -> RowTimings:
     dataset = run.read_dataset()
     scans = [case.image for case in dataset.split(VALIDATION)[: 1 + study.timed_cases]]
     timings = []
-    windows: list[Window] = [None, *study.windows_of(row)]
+    windows: list[Window | None] = [None, *study.windows_of(row)]
     for devices in study.timed_devices:
         for window in windows:
             target = run.folder / "predictions" / "timed"
