@@ -23,9 +23,11 @@ from torch.nn import functional as F
 from lamp3d.data.augment import LEFT_RIGHT_AXIS
 from lamp3d.data.preprocess import PreprocessConfig, prepare_scan
 from lamp3d.errors import ConfigError, PlanError
+from lamp3d.graph import trace
 from lamp3d.nets import Network, UShape
 from lamp3d.parallel import Engine
 from lamp3d.parallel.sharded import whole
+from lamp3d.sides import check_sides, padded_sides
 from lamp3d.volume import Volume
 
 WINDOW_OVERLAP = 0.5
@@ -65,14 +67,11 @@ def check_window(window: tuple[int, int, int] | None, network: Network) -> None:
     """
     if window is None:
         return
-    divisor = network.divisor
-    if any(side <= 0 or side % divisor for side in window):
-        raise ConfigError(
-            f"the window's sides {window} must be multiples of {divisor}, by which this network halves its "
-            f"volumes: take {tuple(max(1, round(side / divisor)) * divisor for side in window)}"
-        )
+    check_sides("a window", window, network.divisor)
     if isinstance(network, UShape):
         network.check_input((1, 1, *window))
+    else:
+        trace(network, (1, 1, *window))
 
 
 class Predictor:
@@ -190,11 +189,11 @@ class Predictor:
             yield logits[0, : self.classes, :depth, :height, :width] if self.holds_result else None
 
     def _pad(self, image: Tensor) -> Tensor:
-        """Pads each axis at its end to a multiple of the divisor, with the image's minimum, as training does."""
-        missing = [-side % self.divisor for side in image.shape[1:]]
-        if not any(missing):
+        """Pads each axis at its end to what the network can take, with the image's minimum, as training does."""
+        sides = image.shape[1:]
+        depth, height, width = (to - side for side, to in zip(sides, padded_sides(sides, self.divisor), strict=True))
+        if not depth + height + width:
             return image
-        depth, height, width = missing
         return F.pad(image, (0, width, 0, height, 0, depth), value=image.min().item())
 
     def _by_window(self, image: Tensor, window: tuple[int, int, int]) -> Tensor | None:

@@ -113,7 +113,7 @@ def test_an_unknown_key_in_the_configuration(refusal: Refusal, dataset: Path, co
         ("train.curriculum.9.epochs=3", "'train.curriculum.9.epochs=3' leads nowhere"),
         ("train.sede=3", "unknown key 'train.sede'; did you mean 'seed'?"),
         ("train.seed=many", "train.seed: Input should be a valid integer"),
-        ("train.curriculum.0.patch=20", "patch 20x20x20 is not a multiple of 16, as the network needs"),
+        ("train.curriculum.0.patch=20", "a patch of 20x20x20: each side must be a multiple of 16"),
     ],
 )
 def test_an_override_that_cannot_be(refusal: Refusal, dataset: Path, override: str, words: str) -> None:
@@ -139,11 +139,11 @@ def test_a_plan_that_cannot_fit(lamp3d: CommandLine, refusal: Refusal, dataset: 
         (["train", "DATASET", "--config", "nowhere.yaml"], ["no configuration at nowhere.yaml"]),
         (["train"], ["Missing argument", "dataset"]),
         (["tarin"], ["No such command", "tarin"]),
-        (["plan", "--volume", "17"], ["multiples of 16", "32x32x32"]),
+        (["plan", "--volume", "17"], ["multiple of 16", "16x16x16 or 32x32x32"]),
         (["plan", "--memory", "some"], ["'some' is not an amount of memory"]),
         (["predict", "DATASET", "SCAN", "--out", "OUT"], ["is not a run folder (no run.json)"]),
         (["predict", "RUN", "DATASET/dataset.json", "--out", "OUT"], ["dataset.json: neither .nii"]),
-        (["predict", "RUN", "SCAN", "--out", "OUT", "--window", "20"], ["(20, 20, 20)", "multiples of 16"]),
+        (["predict", "RUN", "SCAN", "--out", "OUT", "--window", "20"], ["20x20x20", "multiple of 16"]),
         (["predict", "RUN", "DATASET/none.nii.gz", "--out", "OUT"], ["no scan at", "none.nii.gz"]),
         (["evaluate", "RUN", "DATASET", "--split", "tset"], ["no split 'tset'", "train, validation"]),
         (["report", "DATASET"], ["give the folder of a run"]),

@@ -274,7 +274,7 @@ def test_rotation_is_done_in_mm(store: CaseStore, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"patch": (8, 6, 8)}, r"patch 8x6x8 is not a multiple of 4, as the network needs; try 8x8x8"),
+        ({"patch": (8, 6, 8)}, "patch of 8x6x8: each side must be a multiple of 4, .* take 8x4x8 or 8x8x8"),
         ({"cases": slice(0, 0)}, "no cases"),
         ({"batch": 0}, "must be at least 1"),
         ({"augment": AugmentConfig(flip_axes=(0,))}, "no twin in paired_labels"),

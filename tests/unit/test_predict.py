@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lamp3d.data.preprocess import PreprocessConfig
 from lamp3d.errors import ConfigError
-from lamp3d.nets import UNet
+from lamp3d.nets import FromMonai, UNet
 from lamp3d.parallel import Engine
 from lamp3d.plan import make_plan
 from lamp3d.predict import PredictConfig, Predictor, check_window, single_parts, with_largest_parts
@@ -129,16 +129,23 @@ def test_the_engine_on_one_device_gives_the_networks_own_logits():
     torch.testing.assert_close(windows[1], whole[1])
 
 
+HALVES_FIVE_TIMES = FromMonai("UNet", {"channels": [2] * 6, "strides": [2] * 5}, 1, 2, divisor=32)
+
+
 @pytest.mark.parametrize(
-    ("window", "stem_stride", "message"),
+    ("window", "network", "message"),
     [
-        ((64, 70, 80), 1, r"multiples of 16.*take \(64, 64, 80\)"),
-        ((32, 0, 32), 1, "multiples of 16"),
-        ((32, 32, 32), 2, "a single voxel at the coarsest level"),
+        ((64, 70, 80), UNet(1, 2, filters=2), "window of 64x70x80.*multiple of 16.*take 64x64x80 or 64x80x80"),
+        ((32, 0, 32), UNet(1, 2, filters=2), "take 32x16x32"),
+        ((32, 32, 32), UNet(1, 2, filters=2, stem_stride=2), "a single voxel at the coarsest level"),
+        (
+            (32, 32, 32),
+            FromMonai("UNet", {"channels": [2] * 6, "strides": [2] * 5}, 1, 2, 32),
+            "FromMonai does not accept an input of 1×1×32×32×32",
+        ),
     ],
 )
-def test_windows_that_the_network_cannot_take_are_refused(window, stem_stride, message):
-    network = UNet(1, 2, filters=2, stem_stride=stem_stride)
+def test_windows_that_the_network_cannot_take_are_refused(window, network, message):
     with pytest.raises(ConfigError, match=message):
         check_window(window, network)
     check_window((64, 64, 32), network)

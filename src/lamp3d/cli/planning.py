@@ -18,6 +18,7 @@ from lamp3d.nets import Network
 from lamp3d.plan import SCHEDULES, Plan, Planning, find_plans, format_bytes, parse_bytes
 from lamp3d.plan.hardware import known_hardware
 from lamp3d.report import cells_picture, time_line_picture
+from lamp3d.sides import check_sides
 from lamp3d.train import HybridLoss, LossConfig, with_drawn_targets
 from lamp3d.volume import write_text
 
@@ -169,9 +170,7 @@ def _network(
     else:
         settings = NetworkConfig.model_validate({"kind": net, "filters": filters, "stem_stride": stem_stride})
     network = settings.build(classes)
-    if any(side % network.divisor for side in shape):
-        near = "x".join(str(-(-side // network.divisor) * network.divisor) for side in shape)
-        raise ConfigError(f"the sides of {volume} must be multiples of {network.divisor}; take {near}.")
+    check_sides("a volume", shape, network.divisor)
     return partial(settings.build, classes), shape
 
 

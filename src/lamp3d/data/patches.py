@@ -17,8 +17,8 @@ from lamp3d.data.intensity import recoloured, widened
 from lamp3d.data.sampling import elastic_shifts, sampling_grid, source_box, turned, unturned
 from lamp3d.data.store import CaseStore
 from lamp3d.errors import ConfigError
+from lamp3d.sides import Shape3, check_sides, padded_sides
 
-Shape3 = tuple[int, int, int]
 Shape5 = tuple[int, int, int, int, int]
 
 
@@ -96,11 +96,8 @@ class Batches:
             raise ConfigError(f"cases without a label map cannot be trained on: {', '.join(bare)}; leave them out")
         if batch < 1 or patches_per_case < 1:
             raise ConfigError(f"batch ({batch}) and patches_per_case ({patches_per_case}) must be at least 1")
-        if patch is not None and any(n < 1 or n % divisor for n in patch):
-            nearest = "x".join(str(max(1, round(n / divisor)) * divisor) for n in patch)
-            raise ConfigError(
-                f"patch {'x'.join(map(str, patch))} is not a multiple of {divisor}, as the network needs; try {nearest}"
-            )
+        if patch is not None:
+            check_sides("a patch", patch, divisor)
         self._store, self._patch, self._batch, self._divisor = store, patch, batch, divisor
         self._augment, self._seed = augment, [int(part) for part in seed]
         self._positive_fraction = positive_fraction
@@ -137,7 +134,7 @@ class Batches:
         """The shapes of the i-th mini-batch's images, without reading a voxel: one, or one a whole volume."""
         if self._patch is not None:
             return [(self._batch, 1, *self._patch)]
-        return [(1, 1, *self._padded(self._store.shape(case))) for case in self._cases(i)]
+        return [(1, 1, *padded_sides(self._store.shape(case), self._divisor)) for case in self._cases(i)]
 
     @property
     def voxels_per_step(self) -> float:
@@ -154,15 +151,11 @@ class Batches:
         # The place goes into spawn_key: as a part of the entropy, (1,) and (1, 0) would be the same seed.
         return np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=place))
 
-    def _padded(self, shape: Shape3) -> Shape3:
-        depth, height, width = (-(-n // self._divisor) * self._divisor for n in shape)
-        return depth, height, width
-
     def _sample(self, i: int, j: int, case: Case) -> _Sample:
         place, change, noise = self._rng(i, j).spawn(3)
         shape = self._store.shape(case)
         if self._patch is None:
-            start, size, padded = (0, 0, 0), shape, self._padded(shape)
+            start, size, padded = (0, 0, 0), shape, padded_sides(shape, self._divisor)
         else:
             start, size, padded = self._positive_start(case, shape, self._patch, place), self._patch, self._patch
         return _Sample(case, start, size, padded, draw_change(self._augment, change), noise)

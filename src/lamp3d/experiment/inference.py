@@ -25,6 +25,7 @@ from lamp3d.plan.hardware import device_memory, device_type, has_fast_bf16
 from lamp3d.plan.inference import Sharing, numbers_at_once, share_out
 from lamp3d.plan.slabs import Slabs
 from lamp3d.predict import Predictor, check_window, single_parts
+from lamp3d.sides import padded_sides
 from lamp3d.train import Checkpoint, load_weights
 from lamp3d.volume import read_grid, read_volume, scan_name, write_nifti
 
@@ -208,7 +209,7 @@ def _sharing(
     """How whole scans are best shared out, by their headers; where those say nothing, by the volumes of training."""
     grids = [grid for scan in scans if (grid := read_grid(scan)) is not None]
     shapes: list[tuple[int, ...]] = [largest_shape(grid, preprocess) for grid in grids] or [usual.image_shape[2:]]
-    sides = [-(-side // network.divisor) * network.divisor for side in max(shapes, key=math.prod)]
+    sides = padded_sides(max(shapes, key=math.prod), network.divisor)
     ways = share_out(
         network, (1, usual.image_shape[1], *sides), len(scans), devices,
         precision=usual.precision, channels_last=usual.channels_last, limit=device_memory(device_type(), devices),

@@ -14,6 +14,7 @@ from lamp3d.experiment.config import ExperimentConfig
 from lamp3d.experiment.run import Run, cache_folder
 from lamp3d.plan import Plan, make_plan
 from lamp3d.plan.hardware import cpu_cores
+from lamp3d.sides import Shape3, padded_sides
 from lamp3d.train import CurriculumStage, HybridLoss, with_drawn_targets
 
 Show = Callable[[int, CurriculumStage, Plan], object]
@@ -174,11 +175,8 @@ def stage_plan(
     )
 
 
-def _largest_input(
-    stage: CurriculumStage, store: CaseStore, cases: tuple[Case, ...], divisor: int
-) -> tuple[int, int, int]:
+def _largest_input(stage: CurriculumStage, store: CaseStore, cases: tuple[Case, ...], divisor: int) -> Shape3:
     if stage.patch_shape is not None:
         return stage.patch_shape
     largest = max((store.shape(case) for case in cases), key=math.prod)
-    depth, height, width = (-(-side // divisor) * divisor for side in largest)
-    return depth, height, width
+    return padded_sides(largest, divisor)

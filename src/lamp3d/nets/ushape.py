@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lamp3d.errors import ConfigError
+from lamp3d.sides import check_sides
 
 LEVELS = 5
 NEGATIVE_SLOPE = 0.01
@@ -183,15 +184,10 @@ class UShape(nn.Module, ABC):
         shape = tuple(shape)
         if len(shape) != 5:
             raise ConfigError(f"images of shape {shape} are not (batch, channels, depth, height, width)")
-        coarsest = tuple(max(1, math.ceil(size / self.divisor)) for size in shape[2:])
-        padded = tuple(size * self.divisor for size in coarsest)
-        if shape[2:] != padded:
+        check_sides("images", shape[2:], self.divisor)
+        if math.prod(shape[2:]) < self._smallest * self.divisor**3:
             raise ConfigError(
-                f"images of size {shape[2:]}: each size must be a multiple of {self.divisor}; pad them to {padded}"
-            )
-        if math.prod(coarsest) < self._smallest:
-            raise ConfigError(
-                f"images of size {padded} leave a single voxel at the coarsest level, which instance norm cannot "
+                f"images of size {shape[2:]} leave a single voxel at the coarsest level, which instance norm cannot "
                 f"normalise; make one size {2 * self.divisor}, or choose norm='group'"
             )
 

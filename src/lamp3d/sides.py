@@ -1,0 +1,44 @@
+"""The sides of volumes that a network can take: it halves them, so that they must be multiples of its divisor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lamp3d.errors import ConfigError
+
+Shape3 = tuple[int, int, int]
+
+
+def padded_sides(sides: Sequence[int], divisor: int) -> Shape3:
+    """The least sides of a volume that a network can take, and that a scan fits into.
+
+    Of 16³ a network of divisor 16 keeps a single voxel at its coarsest level, and instance norm nothing to normalise:
+    one side is doubled.
+
+    Args:
+        sides: (D, H, W) of the scan, in voxels.
+        divisor: of the network.
+    """
+    depth, height, width = (-(-side // divisor) * divisor for side in sides)
+    return (2 * depth if depth == height == width == divisor else depth), height, width
+
+
+def check_sides(what: str, sides: Sequence[int], divisor: int) -> None:
+    """Refuse sides that are no multiples of a network's divisor.
+
+    Args:
+        what: has these sides, for the message.
+        sides: (D, H, W) in voxels.
+        divisor: of the network.
+
+    Raises:
+        ConfigError: it names sides that would do.
+    """
+    smaller = [max(1, side // divisor) * divisor for side in sides]
+    larger = [max(1, -(-side // divisor)) * divisor for side in sides]
+    if list(sides) != smaller:
+        fitting = dict.fromkeys("x".join(map(str, near)) for near in (smaller, larger))  # once, where they are the same
+        raise ConfigError(
+            f"{what} of {'x'.join(map(str, sides))}: each side must be a multiple of {divisor}, as this network halves "
+            f"its volumes; take {' or '.join(fitting)}."
+        )
