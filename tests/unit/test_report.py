@@ -128,7 +128,7 @@ def test_the_page_is_complete_and_self_contained(run: Path):
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page
     assert "src=" not in page.replace('src="data:', "")
-    for text in ("heads-unet16", "mean Dice", "p1", "p5", "UNet", "2.13.0", "filters: 16", "ParotidLeft"):
+    for text in ("heads-unet16", "mean Dice", "p1", "p5", "UNet", "2.13.0", "filters: 16", "ParotidLeft", "resident"):
         assert text in page
     ranked = sorted(Results.load(run / "results.json").cases, key=lambda case: case.mean_dice, reverse=True)
     for rank, place in (("best", 0), ("median", 2), ("worst", 4)):

@@ -72,7 +72,8 @@ class Run:
             content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(
-                f"{folder} is not a run folder (no run.json); give the folder that `lamp3d train` left."
+                f"{folder} is not a run folder (no run.json); give the folder that `lamp3d train` left, or to predict "
+                "with a model that comes with lamp3d, its name with --model."
             ) from None
         except json.JSONDecodeError as error:
             raise ConfigError(f"{folder / 'run.json'} is damaged: {error}") from error
