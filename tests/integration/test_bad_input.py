@@ -141,7 +141,7 @@ def test_a_plan_that_cannot_fit(lamp3d: CommandLine, refusal: Refusal, dataset: 
         (["tarin"], ["No such command", "tarin"]),
         (["plan", "--volume", "17"], ["multiple of 16", "16x16x16 or 32x32x32"]),
         (["plan", "--memory", "some"], ["'some' is not an amount of memory"]),
-        (["predict", "DATASET", "SCAN", "--out", "OUT"], ["is not a run folder (no run.json)", "its name with --model"]),
+        (["predict", "DATASET", "SCAN", "--out", "OUT"], ["is not a run folder (no run.json)", "with --model"]),
         (["predict", "RUN", "DATASET/dataset.json", "--out", "OUT"], ["dataset.json: neither .nii"]),
         (["predict", "RUN", "SCAN", "--out", "OUT", "--window", "20"], ["20x20x20", "multiple of 16"]),
         (["predict", "RUN", "DATASET/none.nii.gz", "--out", "OUT"], ["no scan at", "none.nii.gz"]),
