@@ -127,7 +127,12 @@ class CellGraph:
         """
         stage_of_cell = self._stage_of_cell(starts)
         last = len(starts) - 1
-        users = {edge.value: {stage_of_cell[cell] for cell in edge.users} for edge in self.edges}
+        users = {
+            edge.value: {stage_of_cell[cell] for cell in edge.users}
+            for edge in self.edges
+            # Most values are used where they are made, and planning asks for the others of hundreds of cuts.
+            if stage_of_cell[edge.users[-1]] != stage_of_cell[max(edge.maker, 0)]
+        }
         for name in self.outputs:
             users.setdefault(name, set()).add(last)
         crossing = []
