@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import scipy.ndimage
 import torch
-from monai.inferers import sliding_window_inference
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
@@ -197,6 +196,8 @@ class Predictor:
         return F.pad(image, (0, width, 0, height, 0, depth), value=image.min().item())
 
     def _by_window(self, image: Tensor, window: tuple[int, int, int]) -> Tensor | None:
+        from monai.inferers import sliding_window_inference  # a second, for those who predict whole volumes
+
         engine = self.engine
         if engine.reads_input:
             volume, padding = image[None].to(engine.device), image.min().item()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from monai.networks.layers import gaussian_1d, separable_filtering
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,6 +37,8 @@ def recoloured(image: Tensor, change: Change, rng: np.random.Generator, region: 
     What lies outside the region is not known here: see `widened`.
     """
     if change.sigma:
+        from monai.networks.layers import gaussian_1d, separable_filtering  # a second, that the others need not wait
+
         kernel = gaussian_1d(torch.tensor(change.sigma), truncated=BLUR_REACH, approx="sampled", normalize=True)
         image = separable_filtering(image[None], [kernel] * 3, mode="replicate")[0]
     if change.coarse:

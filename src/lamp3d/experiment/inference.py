@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from collections.abc import Sequence
@@ -253,6 +254,7 @@ def _predict_worker(
     load_weights(network, run.best)
     engine = Engine(network.eval(), plan)
     predictor = Predictor(engine, run.config.preprocess, network.divisor, classes=1 + len(run.organs), **settings)
+    importlib.import_module("monai.transforms")  # now, so that the first scan takes no longer than the others
     parts = {}
     own = range(engine.replica, len(pairs), plan.data)  # replicas share the scans
     shown = predictor.holds_result and engine.replica == 0
