@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import zlib
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from lamp3d.volume import Volume, corners_mm, read_volume, write_atomically
 Region = tuple[slice, slice, slice]
 
 # Raised whenever the meaning of a cache file changes, so that old ones are not read.
-_FORMAT = 1
+_FORMAT = 2
 _VOXELS_PER_ORGAN = 2000
 # Labelled voxels that a foreground crop may cut off: contours reach a voxel beyond the skin here and there.
 _MAX_CUT_FRACTION = 0.01
@@ -148,6 +149,12 @@ class CaseStore:
                 if organ in case.annotated and (key := f"voxels/{value}") in there
             }
 
+    def organ_ml(self, case: Case) -> dict[str, float]:
+        """The size of each annotated organ that the scan shows."""
+        voxel_ml = math.prod(self.spacing_mm(case)) / 1000
+        counts = self._info(case)["organ_voxels"]
+        return {organ: n * voxel_ml for organ, n in zip(self.dataset.organs, counts, strict=True) if n}
+
     def _info(self, case: Case) -> dict[str, Any]:
         return _read_info(self._prepared(case))
 
@@ -187,15 +194,17 @@ def _prepare_case(case: Case, organs: tuple[str, ...], config: PreprocessConfig,
         scan = prepare_scan(volume, config, truth)
     except ScanError as error:
         raise ScanError(f"{case.image}: {error}") from error
-    tensors = {"image": scan.image}
+    tensors, counts = {"image": scan.image}, torch.zeros(1 + len(organs), dtype=torch.int64)
     if truth is not None and scan.label is not None:
         if not scan.resampled:  # else the counts differ anyway
             _check_cut(case, int(np.count_nonzero(truth.data)), int(torch.count_nonzero(scan.label)))
         tensors |= {"label": scan.label, **_sample_voxels(case, scan.label, len(organs))}
+        counts = torch.bincount(scan.label.flatten(), minlength=1 + len(organs))
     info = {
         "shape": scan.image.shape[1:],
         "spacing_mm": Volume(scan.image[0].numpy(), scan.affine).spacing_mm,
         "minimum": float(scan.image.min()),
+        "organ_voxels": counts[1:].tolist(),
     }
     write_atomically(path, lambda temporary: save_file(tensors, temporary, {"info": json.dumps(info)}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from lamp3d.data import Batches, Case, CaseStore, Dataset, read_dataset
+from lamp3d.data import Batches, Case, CaseStore, Dataset, UnusualContour, read_dataset, unusual_contours
 from lamp3d.errors import ConfigError, DeviceMemoryError, LampError, PlanError, WorkerKilledError
 from lamp3d.evaluate import dice_per_organ
 from lamp3d.experiment.config import ExperimentConfig
@@ -21,6 +22,9 @@ from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, format_bytes
 from lamp3d.predict import Predictor, single_parts
 from lamp3d.train import Checkpoint, CurriculumStage, HybridLoss, Trainer, copy_tensors, network_tensors
+
+MOST_NAMED = 8
+"""Of the contours that a training points out before it begins."""
 
 SAFER = 0.8
 """Of the memory that was not enough: what the next plan may need."""
@@ -74,6 +78,8 @@ def train(
         run, store, train_cases, (*train_cases, *validation_cases), devices,
         kept=_kept_plans(run, devices) if resume else {}, show=show,
     )  # fmt: skip
+    if not resume:
+        _point_out(unusual_contours(store, (*train_cases, *validation_cases)), console)
     run = Run.create(out, config, dataset, devices)
     (out / "plans").mkdir(exist_ok=True)
     for index, plan in plans.items():
@@ -95,6 +101,16 @@ def train(
             plan.save(run.plan_path(index))
             console.print(f"[bold]Stage {index + 1}[/] ran out of memory; it goes on with a safer plan, {_cost(plan)}:")
             console.print(plan.table())
+
+
+def _point_out(contours: Sequence[UnusualContour], console: Console) -> None:
+    if contours:
+        more = f"; and {len(contours) - MOST_NAMED} more" if len(contours) > MOST_NAMED else ""
+        console.print(
+            f"Look at these contours: {'; '.join(map(str, contours[:MOST_NAMED]))}{more}. Where one is wrong, leave "
+            "its organ out of the case's `annotated`.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _safer_plan(
