@@ -7,12 +7,19 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from lamp3d.cli import data, planning, runs, study  # noqa: F401 (they declare the commands)
 from lamp3d.cli.common import app, stop
 from lamp3d.errors import LampError
+from lamp3d.parallel.lead import lead, under_torchrun
 
 
 def main() -> None:
-    """Run a command; an error that the user can put right is one message and exit status 2."""
+    """Run a command; an error that the user can put right is one message and exit status 2.
+
+    Under ``torchrun`` the first rank runs it, and the others do their part.
+    """
     try:
-        app()
+        if under_torchrun():
+            lead(app)
+        else:
+            app()
     except LampError as error:
         stop(str(error))
     except OSError as error:

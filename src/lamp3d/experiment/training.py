@@ -78,7 +78,7 @@ def train(
         run, store, train_cases, (*train_cases, *validation_cases), devices,
         kept=_kept_plans(run, devices) if resume else {}, show=show,
     )  # fmt: skip
-    if not resume:
+    if not (out / "last.safetensors").exists():
         _point_out(unusual_contours(store, (*train_cases, *validation_cases)), console)
     run = Run.create(out, config, dataset, devices)
     (out / "plans").mkdir(exist_ok=True)
