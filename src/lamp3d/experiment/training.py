@@ -55,7 +55,8 @@ def train(
     """
     console = Console()
     dataset = read_dataset(dataset_root, config.split)
-    if (out / "last.safetensors").exists() and not resume:
+    begun = (out / "last.safetensors").exists()
+    if begun and not resume:
         raise ConfigError(f"{out} already holds a run; add --resume to go on with it, or choose another --out.")
     if resume and (out / "run.json").exists() and (splits := Run.open(out).splits) is not None:
         dataset = dataset.with_splits(splits)
@@ -65,7 +66,7 @@ def train(
     single_parts(config.predict, dataset.organs)  # or it says which organ is not there
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
     run = Run(out, config, dataset.root.resolve(), dataset.organs)
-    if config.initial_weights is not None and not (out / "last.safetensors").exists():
+    if config.initial_weights is not None and not begun:
         taken, every = initial_weights(run), network_tensors(config.network.outline(dataset.n_classes))
         fresh = ", ".join(name for name in every if name not in taken) or "none"
         console.print(f"{len(taken)} tensors begin as in {config.initial_weights}; afresh: {fresh}.")
@@ -78,7 +79,7 @@ def train(
         run, store, train_cases, (*train_cases, *validation_cases), devices,
         kept=_kept_plans(run, devices) if resume else {}, show=show,
     )  # fmt: skip
-    if not (out / "last.safetensors").exists():
+    if not begun:
         _point_out(unusual_contours(store, (*train_cases, *validation_cases)), console)
     run = Run.create(out, config, dataset, devices)
     (out / "plans").mkdir(exist_ok=True)

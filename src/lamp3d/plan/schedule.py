@@ -12,7 +12,6 @@ The backward of a stage may be split in two: ``backward_input`` gives the gradie
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -363,8 +362,7 @@ def most_in_flight(actions: Actions) -> list[int]:
     return most
 
 
-@functools.lru_cache(1 << 16)  # asked again for every cut that a search plays through
-def needs(action: Action, last: int) -> tuple[Action, ...]:
+def needs(action: Action, last: int) -> list[Action]:
     """What must be done before an action can run, beside the actions before it on its own rank.
 
     Args:
@@ -373,8 +371,8 @@ def needs(action: Action, last: int) -> tuple[Action, ...]:
     """
     stage, micro_batch = action.stage, action.micro_batch
     if action.kind == "forward":
-        return (Action("forward", stage - 1, micro_batch),) if stage else ()
+        return [Action("forward", stage - 1, micro_batch)] if stage else []
     if action.kind == "backward_weight":
-        return (Action("backward_input", stage, micro_batch),)
-    behind = () if stage == last else (Action(action.kind, stage + 1, micro_batch),)
-    return (Action("forward", stage, micro_batch), *behind)
+        return [Action("backward_input", stage, micro_batch)]
+    behind = [] if stage == last else [Action(action.kind, stage + 1, micro_batch)]
+    return [Action("forward", stage, micro_batch), *behind]
