@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from torch import Tensor
 
 from lamp3d.errors import DatasetError, ScanError
-from lamp3d.volume import Volume, corners_mm, write_text
+from lamp3d.volume import Volume, apart_mm, write_text
 
 DEFAULT_TOLERANCE_MM = 2.0
 # Two files of one grid may differ by the rounding of their headers; by this fraction of a voxel they are one grid.
@@ -153,10 +153,9 @@ def evaluate_case(
             f"the prediction's shape is {prediction.data.shape} and the contours' is {truth.data.shape}: "
             "predict on the scan that the contours were drawn on"
         )
-    apart_mm = float(np.abs(corners_mm(prediction) - corners_mm(truth)).max())
-    if apart_mm > GRID_TOLERANCE * min(truth.spacing_mm):
+    if (far_mm := apart_mm(prediction, truth)) > GRID_TOLERANCE * min(truth.spacing_mm):
         raise ScanError(
-            f"the grids of prediction and contours lie {apart_mm:.2f} mm apart: "
+            f"the grids of prediction and contours lie {far_mm:.2f} mm apart: "
             "predict on the scan that the contours were drawn on"
         )
     predicted, expected = _label_tensor(prediction), _label_tensor(truth)

@@ -26,6 +26,7 @@ from lamp3d.graph import trace
 from lamp3d.nets import Network, UShape
 from lamp3d.parallel import Engine
 from lamp3d.parallel.sharded import whole
+from lamp3d.scan import Scan
 from lamp3d.sides import check_sides, padded_sides
 from lamp3d.volume import Volume
 
@@ -68,9 +69,9 @@ def check_window(window: tuple[int, int, int] | None, network: Network) -> None:
         return
     check_sides("a window", window, network.divisor)
     if isinstance(network, UShape):
-        network.check_input((1, 1, *window))
+        network.check_input((1, network.in_channels, *window))
     else:
-        trace(network, (1, 1, *window))
+        trace(network, (1, network.in_channels, *window))
 
 
 class Predictor:
@@ -113,11 +114,11 @@ class Predictor:
         # Ranks that share a volume all learn the result; one of them is enough to hand it on.
         self.holds_result = engine.holds_output and engine.is_first_slab
 
-    def predict(self, scan: Volume) -> Volume | None:
+    def predict(self, scan: Volume | Scan) -> Volume | None:
         """The label map of one scan, on the scan's own grid.
 
         Args:
-            scan: the raw scan, the same on every rank.
+            scan: the raw scan or its channels, the same on every rank.
 
         Returns:
             uint8 labels with the scan's shape and affine; None on all ranks but one that holds the network's output.
@@ -127,7 +128,7 @@ class Predictor:
             PlanError: it is larger than the devices have memory for.
         """
         prepared = prepare_scan(scan, self.preprocess)
-        if self.most_voxels is not None and prepared.image.numel() > self.most_voxels:
+        if self.most_voxels is not None and prepared.image[0].numel() > self.most_voxels:
             shape = "×".join(map(str, prepared.image.shape[1:]))
             raise PlanError(
                 f"a whole volume of {shape} voxels does not fit: the memory of {self.engine.plan.slabs} device(s) is "
@@ -144,7 +145,7 @@ class Predictor:
         """The logits of prepared volumes, in order; whole volumes follow each other through the pipeline.
 
         Args:
-            images: (1, D, H, W) tensors of any shapes. A rank that does not read the network's input only looks at
+            images: (C, D, H, W) tensors of any shapes. A rank that does not read the network's input only looks at
                 the shapes, so that it may give tensors on the meta device.
 
         Yields:
@@ -188,12 +189,13 @@ class Predictor:
             yield logits[0, : self.classes, :depth, :height, :width] if self.holds_result else None
 
     def _pad(self, image: Tensor) -> Tensor:
-        """Pads each axis at its end to what the network can take, with the image's minimum, as training does."""
+        """Pads each axis at its end to what the network can take, with each channel's minimum, as training does."""
         sides = image.shape[1:]
         depth, height, width = (to - side for side, to in zip(sides, padded_sides(sides, self.divisor), strict=True))
         if not depth + height + width:
             return image
-        return F.pad(image, (0, width, 0, height, 0, depth), value=image.min().item())
+        missing = (0, width, 0, height, 0, depth)
+        return torch.stack([F.pad(channel, missing, value=channel.min().item()) for channel in image])
 
     def _by_window(self, image: Tensor, window: tuple[int, int, int]) -> Tensor | None:
         from monai.inferers import sliding_window_inference  # a second, for those who predict whole volumes

@@ -62,16 +62,18 @@ def read_volume(path: Path) -> Volume:
     Raises:
         ScanError: the file is absent, truncated or corrupt, not 3D, holds NaN or infinity, or has no usable affine.
     """
-    path = Path(path)
-    if path.is_dir():
-        data, affine = _read_dicom(path)
-    elif not path.is_file():
-        raise ScanError(f"{path}: no such file; check the path")
-    elif path.name.endswith((".nii", ".nii.gz")):
-        data, affine = _read_nifti(path)
-    else:
-        raise ScanError(f"{path}: neither .nii, .nii.gz nor a DICOM folder; convert it to NIfTI first")
-    return _checked(path, data, affine)
+    return _checked(path, *_read(path))
+
+
+def read_volumes(path: Path) -> tuple[Volume, ...]:
+    """Read all volumes of a file: that of `read_volume`, or those along the fourth axis of a 4D one.
+
+    Raises:
+        ScanError: as from `read_volume`.
+    """
+    data, affine = _read(path)
+    volumes = [data[..., i] for i in range(data.shape[3])] if data.ndim == 4 else [data]
+    return tuple(_checked(path, volume, affine) for volume in volumes)
 
 
 def read_grid(path: Path) -> Grid | None:
@@ -143,9 +145,15 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def scan_name(path: Path) -> str:
-    """The name of a scan's file or folder without ``.nii`` or ``.nii.gz``."""
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+def _read(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
+    path = Path(path)
+    if path.is_dir():
+        return _read_dicom(path)
+    if not path.is_file():
+        raise ScanError(f"{path}: no such file; check the path")
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise ScanError(f"{path}: neither .nii, .nii.gz nor a DICOM folder; convert it to NIfTI first")
+    return _read_nifti(path)
 
 
 def _read_nifti(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
@@ -161,6 +169,8 @@ def _read_nifti(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.flo
         raise ScanError(f"{path}: truncated or corrupt ({why}); fetch or export the file again") from error
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
+    if data.ndim == 5 and data.shape[3] == 1:  # ITK's channels: x, y, z, no time, channel
+        data = data[:, :, :, 0]
     if data.dtype.kind == "f":  # float64 is what a scale factor in the header makes of integers; CT has 12 bits
         with np.errstate(over="ignore"):  # what overflows is infinite, and refused as such
             data = data.astype(np.float32)
@@ -227,8 +237,8 @@ def _checked(path: Path, data: npt.NDArray[np.generic], affine: npt.NDArray[np.f
     return Volume(data, affine)
 
 
-def corners_mm(volume: Volume) -> npt.NDArray[np.float64]:
-    """The places (8, 3) in mm of a volume's corner voxels, to compare two grids with."""
-    ends = [(0, n - 1) for n in volume.data.shape]
+def apart_mm(one: Volume, other: Volume) -> float:
+    """How far two grids of one shape lie apart, at most: at one of their corners."""
+    ends = [(0, n - 1) for n in one.data.shape]
     corners = np.array([(*corner, 1) for corner in itertools.product(*ends)], dtype=np.float64)
-    return np.asarray((corners @ volume.affine.T)[:, :3])
+    return float(np.abs(corners @ (one.affine - other.affine).T).max())

@@ -56,7 +56,8 @@ class FakeBatches:
     def __len__(self) -> int:
         return 3
 
-    voxels_per_step = 256.0
+    def share_of(self, planned: Sequence[int]) -> float:
+        return 256 / math.prod(planned)
 
     def read(self, i: int, *, images: bool = True, labels: bool = True, part: Any = None) -> Batch:
         if self.error and (*self.place, i) == (1, 1, 1) and (labels or isinstance(self.error, KeyboardInterrupt)):

@@ -116,6 +116,14 @@ def test_a_study_runs_goes_on_and_reports(
     with pytest.raises(ConfigError, match="looked at once"):
         score_test_split(out, data, 1)
 
+    # Written down by a lamp3d that did not have a setting yet.
+    kept = yaml.safe_load((out / "study.yaml").read_text("utf-8"))
+    for config in kept["configs"].values():
+        del config["preprocess"]["window_percentiles"]
+    (out / "study.yaml").write_text(yaml.safe_dump(kept), "utf-8")
+    run_study(path, data, out, 1)
+    assert trained == ["unet-0", "peer-0", "peer-0"]
+
     changed = write_study(tmp_path, **{"train.seed": 5})
     with pytest.raises(ConfigError, match="holds runs of peer with other settings"):
         run_study(changed, data, out, 1)

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,8 @@ class FakeBatches:
     def __len__(self) -> int:
         return STEPS
 
-    @property
-    def voxels_per_step(self) -> float:
-        return 4 * 6 * 4 + 4 * 4 * 8 if self.whole else 2 * 4**3
+    def share_of(self, planned: Sequence[int]) -> float:
+        return (4 * 6 * 4 + 4 * 4 * 8 if self.whole else 2 * 4**3) / math.prod(planned)
 
     def read(self, i: int, *, images: bool = True, labels: bool = True, part: Any = None) -> Batch:
         stage, epoch = self.place

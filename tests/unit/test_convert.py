@@ -67,7 +67,7 @@ def test_openkbp_becomes_a_dataset(published: Path, tmp_path: Path) -> None:
     cases = {case.name: case for case in dataset.cases}
     assert cases["pt_2"].annotated == ("Mandible",)
     assert cases["pt_10"].annotated == ("RightParotid", "LeftParotid", "Esophagus", "Larynx")
-    image, label = read_volume(cases["pt_10"].image), read_volume(cases["pt_10"].label or Path())
+    image, label = read_volume(cases["pt_10"].images[0]), read_volume(cases["pt_10"].label or Path())
     assert image.data[41, 60, 30] == 1100  # columns, rows, slices
     assert image.data[40, 60, 30] == np.iinfo(np.int16).max
     assert image.data.sum() == 1100 * (4 * 40 * 2 - 1) + np.iinfo(np.int16).max
@@ -84,7 +84,7 @@ def test_openkbp_becomes_a_dataset(published: Path, tmp_path: Path) -> None:
 def test_openkbp_comes_out_as_it_is_here(openkbp: Path, tmp_path: Path) -> None:
     dataset = read_dataset(openkbp)
     case = next(case for case in dataset.cases if len(case.annotated) > 5)
-    image, label = read_volume(case.image), read_volume(case.label or Path())
+    image, label = read_volume(case.images[0]), read_volume(case.label or Path())
     masks = {organ: (label.data == 1 + k).swapaxes(0, 1) for k, organ in enumerate(dataset.organs)}
     spacing = "\n".join(str(s) for s in (image.spacing_mm[1], image.spacing_mm[0], image.spacing_mm[2]))
     write_openkbp_patient(
@@ -96,7 +96,7 @@ def test_openkbp_comes_out_as_it_is_here(openkbp: Path, tmp_path: Path) -> None:
     write_decathlon(OpenKbpSource(tmp_path), tmp_path / "out")
     [again] = read_dataset(tmp_path / "out").cases
     assert again.annotated == case.annotated
-    for before, after in ((case.image, again.image), (case.label, again.label)):
+    for before, after in ((case.images[0], again.images[0]), (case.label, again.label)):
         expected, found = read_volume(before or Path()), read_volume(after or Path())
         np.testing.assert_array_equal(found.data, expected.data)
         np.testing.assert_allclose(found.affine, expected.affine, atol=1e-5)
@@ -202,7 +202,7 @@ def test_anatomynets_arrays_become_a_dataset(han: Path, tmp_path: Path) -> None:
     assert set(dataset.splits["train"]) == {"0522c0001", "HN-CHUM-001"}
     case = next(case for case in dataset.cases if case.name == "HN-CHUM-001")
     assert case.annotated == ("Mandible", "Parotid_L")
-    image, label = read_volume(case.image), read_volume(case.label or Path())
+    image, label = read_volume(case.images[0]), read_volume(case.label or Path())
     scan = np.load(han / "HNPETCT" / "HN-CHUM-001" / "img_crp_v2.npy")
     np.testing.assert_array_equal(image.data, scan.transpose())
     assert image.data.dtype == np.float32

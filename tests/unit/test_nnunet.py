@@ -79,10 +79,14 @@ def test_files_that_nnunet_has_listed_may_lie_anywhere(tmp_path: Path) -> None:
     assert [case.name for case in dataset.cases] == ["one", "two"]
     case = dataset.cases[1]
     assert case.label is not None
-    assert case.image.resolve() == tmp_path / "Dataset001_Elsewhere" / "imagesTr" / "CT_001_0000.nii.gz"
+    assert case.images[0].resolve() == tmp_path / "Dataset001_Elsewhere" / "imagesTr" / "CT_001_0000.nii.gz"
     assert case.label.exists()
-    for wrong, message in (({"one": {"images": ["a", "b"], "label": "c"}}, "dataset, one"), ({}, "should map cases")):
-        write_nnunet(root, cases=0, tests=0, dataset=wrong)
+    for wrong, message in (
+        ({"one": {"images": ["a", "b"], "label": "c"}}, r"2 files of \S+a, \S+b, but 1 channels \(CT\)"),
+        ({"one": {"images": "a"}}, "dataset, one"),
+        ({}, "should map cases"),
+    ):
+        write_nnunet(root, cases=0, tests=0, numTraining=1, dataset=wrong)
         with pytest.raises(DatasetError, match=message):
             read_dataset(root)
 
@@ -107,7 +111,9 @@ def _nothing(root: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "damage", "message"),
     [
-        ({"channel_names": {"0": "CT", "1": "PET"}}, _nothing, "2 channels"),
+        ({"channel_names": {"0": "CT", "1": "PET"}}, _nothing, "CT_000_0001.nii.gz, which is absent"),
+        ({"channel_names": {"1": "CT"}}, _nothing, r"channels \[1\] must be 0, 1, 2"),
+        ({"channel_names": {}}, _nothing, "must be 0, 1, 2"),
         ({"labels": ["background", "liver"]}, _nothing, "should be mappings"),
         ({"labels": {"background": 0, "a": 1, "b": 1}}, _nothing, "have one value"),
         ({"labels": None}, _nothing, "should be mappings"),

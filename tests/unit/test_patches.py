@@ -91,7 +91,7 @@ def test_batches_have_the_promised_form(
         assert (batch.annotated.shape, batch.annotated.dtype) == ((2, 4), torch.bool)
         assert len(batch.names) == 2
     voxels = [math.prod(extents) for i in range(len(epoch)) for extents in epoch.read(i).extents]
-    assert epoch.voxels_per_step == sum(voxels) / len(epoch)
+    assert epoch.share_of((1, 1, 10, 10, 10)) == sum(voxels) / len(epoch) / 1000
 
 
 @pytest.mark.parametrize("patch", [(8, 8, 8), None])

@@ -89,7 +89,7 @@ def test_only_scans_beyond_the_limits_are_resampled() -> None:
 
 def test_scans_in_hounsfield_units_are_brought_to_the_datasets_own() -> None:
     image, _ = tiny_scan(0)
-    config = CONFIG.model_copy(update={"window": (824, 1424), "foreground_above": 524, "hu_offset": 1024})
+    config = CONFIG.model_copy(update={"window": ((824, 1424),), "foreground_above": 524, "hu_offset": 1024})
     lifted = Volume(image.data + 1024, image.affine)
     expected = prepare_scan(image, CONFIG).image
     assert image.data.min() < -512 < lifted.data.min()
@@ -149,7 +149,7 @@ def test_store_reads_what_was_prepared(store: CaseStore) -> None:
     assert torch.equal(truth, scan.label)
     assert store.shape(case) == scan.image.shape[1:]
     assert store.spacing_mm(case) == pytest.approx((2, 2.5, 3))
-    assert store.minimum(case) == 0
+    assert store.minima(case).tolist() == [[[[0]]]]
     region = (slice(2, 9), slice(0, 5), slice(3, 16))
     part, nothing = store.read(case, region, label=False)
     assert nothing is None
@@ -184,9 +184,9 @@ def test_prepared_once_and_again_when_something_changes(store: CaseStore) -> Non
     first = files()
     prepare(CONFIG)
     assert files() == first
-    prepare(CONFIG.model_copy(update={"window": (-100, 300)}))
+    prepare(CONFIG.model_copy(update={"window": ((-100, 300),)}))
     assert len(files()) == 6
-    source = store.dataset.cases[0].image
+    source = store.dataset.cases[0].images[0]
     later = time.time_ns() + 10**9
     os.utime(source, ns=(later, later))
     prepare(CONFIG)
@@ -226,21 +226,21 @@ def spoil(store: CaseStore, kind: str) -> None:
     elif kind == "place":
         write_nifti(Volume(label.data, np.diag([-1.0, -1, 1, 1]) @ label.affine), case.label, overwrite=True)
     elif kind == "nan":
-        write_nifti(Volume(np.full(SHAPE, np.nan, np.float32), image.affine), case.image, overwrite=True)
+        write_nifti(Volume(np.full(SHAPE, np.nan, np.float32), image.affine), case.images[0], overwrite=True)
     elif kind == "truncated":
-        case.image.write_bytes(case.image.read_bytes()[:900])
+        case.images[0].write_bytes(case.images[0].read_bytes()[:900])
     elif kind == "dark":
-        write_nifti(Volume(np.full(SHAPE, -1000, np.int16), image.affine), case.image, overwrite=True)
+        write_nifti(Volume(np.full(SHAPE, -1000, np.int16), image.affine), case.images[0], overwrite=True)
     elif kind == "cut":
         label.data[0, :, :] = 3
         write_nifti(label, case.label, overwrite=True)
 
 
 BAD = [
-    ("shape", DatasetError, r"labelsTr/case_1.nii.gz: label map of shape \(19, 18, 16\) does not fit its image"),
+    ("shape", ScanError, r"labelsTr/case_1.nii.gz: label map of shape \(19, 18, 16\) does not fit its image"),
     ("value", DatasetError, r"labelsTr/case_1.nii.gz: holds label values \[4.0\], but dataset.json names 0 to 3"),
     ("fraction", DatasetError, r"holds label values \[0.5, 1.5\]"),
-    ("place", DatasetError, r"lies up to 80.0 mm away from its image"),
+    ("place", ScanError, r"lies up to 80.0 mm away from its image"),
     ("nan", ScanError, r"imagesTr/case_1.nii.gz: 5760 of 5760 voxels are NaN"),
     ("truncated", ScanError, r"imagesTr/case_1.nii.gz: truncated or corrupt"),
     ("dark", ScanError, r"imagesTr/case_1.nii.gz: no voxel is above"),
@@ -278,7 +278,7 @@ def test_openkbp_is_prepared_and_restored(openkbp: Path, tmp_path: Path) -> None
     for case in cases:
         assert case.label is not None
         truth = read_volume(case.label)
-        scan = prepare_scan(read_volume(case.image), config, truth)
+        scan = prepare_scan(read_volume(case.images[0]), config, truth)
         assert scan.label is not None
         logits = functional.one_hot(scan.label[0].long(), dataset.n_classes).movedim(-1, 0).float()
         np.testing.assert_array_equal(scan.restore_labels(logits).data, truth.data)

@@ -32,6 +32,7 @@ Net = Annotated[
 ]
 Filters = Annotated[int, typer.Option(min=1, help="Channels of the first block.")]
 Classes = Annotated[int, typer.Option(min=2, help="Organs and background.")]
+Channels = Annotated[int, typer.Option(min=1, help="Of the images: 1 for CT.")]
 StemStride = Annotated[int, typer.Option(min=1, max=2, help="1: full resolution; 2: half.")]
 VolumeOption = Annotated[str, typer.Option(help="Voxels, such as 64 or 352x256x288.")]
 Batch = Annotated[int, typer.Option(min=1, help="Cases a step.")]
@@ -54,6 +55,7 @@ def plan(
     net: Net = "unet",
     filters: Filters = 32,
     classes: Classes = 10,
+    channels: Channels = 1,
     stem_stride: StemStride = 1,
     volume: VolumeOption = "64",
     batch: Batch = 1,
@@ -77,7 +79,7 @@ def plan(
     Seconds are those of a training step without the optimizer's; of lamp3d's networks on this machine with the loss.
     """
     limit = None if memory is None else parse_bytes(memory)  # before the profiling, which takes a while
-    make, shape = _network(net, filters, classes, stem_stride, volume)
+    make, shape = _network(net, filters, classes, channels, stem_stride, volume)
     loss = None
     if hardware is None:
         network = make()
@@ -88,9 +90,9 @@ def plan(
         with torch.device("meta"):
             network = make()
     found = _find_plans(
-        network, (batch, 1, *shape), devices, recompute, micro_batches=micro_batches, schedule=schedule, data=data,
-        pipe=pipe, space=_slabs(space), precision=precision, memory=limit, hardware=hardware, link=link, fresh=fresh,
-        loss=loss,
+        network, (batch, channels, *shape), devices, recompute, micro_batches=micro_batches, schedule=schedule,
+        data=data, pipe=pipe, space=_slabs(space), precision=precision, memory=limit, hardware=hardware, link=link,
+        fresh=fresh, loss=loss,
     )  # fmt: skip
     console.print(found.plan.table())
     console.print(found.alternatives())
@@ -107,6 +109,7 @@ def verify_command(
     net: Net = "unet",
     filters: Filters = 4,
     classes: Classes = 10,
+    channels: Channels = 1,
     stem_stride: StemStride = 1,
     volume: VolumeOption = "32",
     batch: Batch = 4,
@@ -122,11 +125,11 @@ def verify_command(
     timeline: Annotated[Optional[Path], typer.Option(help="Draw predicted and measured time lines here.")] = None,  # noqa: UP045
 ) -> None:
     """One step on one device and on the plan's: prints how far output, loss and gradients are apart."""
-    make, shape = _network(net, filters, classes, stem_stride, volume)
+    make, shape = _network(net, filters, classes, channels, stem_stride, volume)
     if plan_path is None:
         found = _find_plans(
-            make(), (batch, 1, *shape), devices, recompute, micro_batches=micro_batches, schedule=schedule, data=data,
-            pipe=pipe, space=_slabs(space), precision="fp32",
+            make(), (batch, channels, *shape), devices, recompute, micro_batches=micro_batches, schedule=schedule,
+            data=data, pipe=pipe, space=_slabs(space), precision="fp32",
         ).plan  # fmt: skip
     else:
         found = Plan.load(plan_path)
@@ -158,7 +161,7 @@ def verify_command(
 
 
 def _network(
-    net: str, filters: int, classes: int, stem_stride: int, volume: str
+    net: str, filters: int, classes: int, channels: int, stem_stride: int, volume: str
 ) -> tuple[Callable[[], nn.Module], tuple[int, int, int]]:
     """A function that makes the network, with its weights seeded, and the volume's sides."""
     torch.manual_seed(0)
@@ -169,9 +172,9 @@ def _network(
         return partial(load_network, net), shape
     else:
         settings = NetworkConfig.model_validate({"kind": net, "filters": filters, "stem_stride": stem_stride})
-    network = settings.build(classes)
+    network = settings.build(classes, channels)
     check_sides("a volume", shape, network.divisor)
-    return partial(settings.build, classes), shape
+    return partial(settings.build, classes, channels), shape
 
 
 def _slabs(text: str | None) -> tuple[int, ...] | None:

@@ -16,6 +16,7 @@ from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
 from lamp3d.experiment import ExperimentConfig, Run, evaluate, export, find_model, forecast, load_config, predict, train
 from lamp3d.report import time_line_picture, write_report
+from lamp3d.scan import scan_files
 
 WindowOption = Annotated[str, typer.Option(help="'whole', or the side of a sliding window, such as 64 or 64x64x32.")]
 MirrorOption = Annotated[
@@ -106,7 +107,8 @@ def predict_command(
     if not scans:
         raise ConfigError("no scans: give a run folder and at least one scan, or --model NAME and scans.")
     opened = Run.open(run)
-    done = predict(opened, scans, out, window=_window(window), devices=devices, mirror=mirror, overwrite=overwrite)
+    files = [scan_files(scan, len(opened.channels)) for scan in scans]
+    done = predict(opened, files, out, window=_window(window), devices=devices, mirror=mirror, overwrite=overwrite)
     for prediction in done:
         say(f"{prediction.path}  {prediction.seconds:.2f} s")
     names = ", ".join(f"{label} {organ}" for label, organ in enumerate(opened.organs, start=1))

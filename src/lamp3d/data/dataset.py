@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from lamp3d.data.nnunet import as_decathlon, is_nnunet
 from lamp3d.errors import DatasetError
-from lamp3d.volume import scan_name, write_text
+from lamp3d.scan import UNNAMED, scan_name
+from lamp3d.volume import write_text
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -48,13 +49,13 @@ class Case:
 
     Args:
         name: the image file's name without ``.nii`` or ``.nii.gz`` (and nnU-Net's channel); unique in its dataset.
-        image: the scan.
+        images: the scan: one file with all its channels, or a file a channel.
         label: the label map on the same grid, or None for a scan without one.
         annotated: names of the organs that the label map has contours for.
     """
 
     name: str
-    image: Path
+    images: tuple[Path, ...]
     label: Path | None
     annotated: tuple[str, ...]
 
@@ -69,6 +70,7 @@ class Dataset:
         organs: names; voxels of ``organs[k]`` have label k + 1, the background is 0.
         cases: all cases, in the file's order.
         splits: names of the cases of each split.
+        channels: names of the scans' channels, such as CT, or T1 and T2.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Dataset:
     organs: tuple[str, ...]
     cases: tuple[Case, ...]
     splits: dict[str, tuple[str, ...]]
+    channels: tuple[str, ...] = (UNNAMED,)
 
     @property
     def n_classes(self) -> int:
@@ -107,7 +110,7 @@ class Dataset:
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="ignore")
     name: str | None = None
-    image: str
+    image: str | tuple[str, ...]
     label: str | None = None
     annotated: tuple[str, ...] | None = None
 
@@ -117,6 +120,7 @@ class _DatasetJson(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     name: str = ""
+    modality: dict[int, str] | str = UNNAMED
     labels: dict[int, str]
     training: tuple[_Entry, ...]
     test: tuple[str | _Entry, ...] = ()
@@ -154,7 +158,8 @@ def read_dataset(root: Path, split: SplitConfig | None = None) -> Dataset:
 
     organs = _organs(path, content.labels)
     tests = tuple(_Entry(image=entry) if isinstance(entry, str) else entry for entry in content.test)
-    cases = tuple(_case(path, entry, organs) for entry in (*content.training, *tests))
+    channels = _channels(path, content.modality)
+    cases = tuple(_case(path, entry, organs, channels) for entry in (*content.training, *tests))
     if twice := _twice(case.name for case in cases):
         raise DatasetError(f"{path}: cases listed twice: {', '.join(twice)}; list each image once")
     if content.splits is None:
@@ -164,7 +169,7 @@ def read_dataset(root: Path, split: SplitConfig | None = None) -> Dataset:
     else:
         splits = content.splits
     _check_splits(path, splits, cases)
-    return Dataset(content.name or root.resolve().name, root, organs, cases, splits)
+    return Dataset(content.name or root.resolve().name, root, organs, cases, splits, channels)
 
 
 def write_dataset_json(
@@ -215,13 +220,26 @@ def _organs(path: Path, labels: dict[int, str]) -> tuple[str, ...]:
     return organs
 
 
-def _case(path: Path, entry: _Entry, organs: tuple[str, ...]) -> Case:
-    image = path.parent / entry.image
+def _channels(path: Path, modality: dict[int, str] | str) -> tuple[str, ...]:
+    if isinstance(modality, str):
+        return (modality,)
+    if sorted(modality) != list(range(len(modality))) or not modality:
+        raise DatasetError(f"{path}: channels {sorted(modality)} must be 0, 1, 2, … without gaps; renumber them")
+    return tuple(modality[channel] for channel in range(len(modality)))
+
+
+def _case(path: Path, entry: _Entry, organs: tuple[str, ...], channels: tuple[str, ...]) -> Case:
+    images = tuple(path.parent / image for image in ([entry.image] if isinstance(entry.image, str) else entry.image))
+    if len(images) not in (1, len(channels)):
+        raise DatasetError(
+            f"{path}: {len(images)} files of {', '.join(map(str, images)) or 'a case'}, but {len(channels)} channels "
+            f"({', '.join(channels)}); list one file with all of them, or a file each"
+        )
     label = None if entry.label is None else path.parent / entry.label
-    for file in (image, label):
+    for file in (*images, label):
         if file is not None and not file.exists():
             raise DatasetError(f"{path}: lists {file}, which is absent; add the file or take the case off the list")
-    name = entry.name or scan_name(image)
+    name = entry.name or scan_name(*images)
     annotated = organs if entry.annotated is None else entry.annotated
     if unknown := [organ for organ in annotated if organ not in organs]:
         raise DatasetError(
@@ -229,7 +247,7 @@ def _case(path: Path, entry: _Entry, organs: tuple[str, ...]) -> Case:
             "spell them as the labels do"
         )
     # In the labels' order, so that a different spelling of the same list is the same case.
-    return Case(name, image, label, tuple(organ for organ in organs if organ in annotated))
+    return Case(name, images, label, tuple(organ for organ in organs if organ in annotated))
 
 
 def _drawn_splits(path: Path, names: Sequence[str], config: SplitConfig) -> dict[str, tuple[str, ...]]:

@@ -32,7 +32,7 @@ def widened(region: Region, size: Sequence[int], change: Change) -> Region:
 
 
 def recoloured(image: Tensor, change: Change, rng: np.random.Generator, region: Region, size: Sequence[int]) -> Tensor:
-    """Change the intensities of a region (1, d, h, w) of an image (1, D, H, W), and add its part of the noise.
+    """Change the intensities of a region (C, d, h, w) of an image (C, D, H, W), and add its part of the noise.
 
     What lies outside the region is not known here: see `widened`.
     """
@@ -48,7 +48,7 @@ def recoloured(image: Tensor, change: Change, rng: np.random.Generator, region: 
     if change.gain != 1.0 or change.shift != 0.0:
         image = image * change.gain + change.shift
     if change.noise:
-        everywhere = (1, *size)
+        everywhere = (len(image), *size)
         if change.noise_kind == "uniform":
             noise = 2 * rng.random(everywhere, dtype=np.float32) - 1
         else:

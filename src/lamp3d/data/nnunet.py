@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lamp3d.errors import DatasetError
+from lamp3d.scan import FIRST_CHANNEL, scan_files
 
-CHANNEL = "_0000"
 SPLITS = "splits_final.json"
 ENDINGS = (".nii.gz", ".nii")
 
@@ -33,21 +33,21 @@ def as_decathlon(root: Path, content: dict[str, Any]) -> dict[str, Any]:
         content: of its ``dataset.json``.
 
     Raises:
-        DatasetError: there are several channels, labels of regions or to be ignored, or other files than NIfTI; files
-            are missing; or there are not as many cases as ``numTraining`` says.
+        DatasetError: there are labels of regions or to be ignored, or other files than NIfTI; files are missing; or
+            there are not as many cases as ``numTraining`` says.
     """
     path = root / "dataset.json"
     channels, ending = content["channel_names"], content.get("file_ending")
     labels = content.get("labels", {})
     if not isinstance(channels, dict) or not isinstance(labels, dict):
         raise DatasetError(f'{path}: channel_names and labels should be mappings, such as {{"background": 0}}.')
-    if len(channels) != 1:
-        raise DatasetError(f"{path}: {len(channels)} channels ({channels}); lamp3d reads scans with one.")
     if ending not in ENDINGS:
         raise DatasetError(f"{path}: file_ending {ending!r}; lamp3d reads {' and '.join(ENDINGS)}: convert the files.")
-    training = _listed(path, content["dataset"]) if "dataset" in content else _entries(root, "Tr", ending)
+    training = (
+        _listed(path, content["dataset"]) if "dataset" in content else _entries(root, "Tr", len(channels), ending)
+    )
     if not training:
-        raise DatasetError(f"{root / 'imagesTr'}: no files CASE{CHANNEL}{ending}.")
+        raise DatasetError(f"{root / 'imagesTr'}: no files CASE{FIRST_CHANNEL}{ending}.")
     if (bare := [entry["name"] for entry in training if "label" not in entry]) != []:
         raise DatasetError(f"{root / 'labelsTr'}: no label map of {', '.join(bare)}; add {bare[0]}{ending}.")
     if content.get("numTraining", len(training)) != len(training):
@@ -55,36 +55,37 @@ def as_decathlon(root: Path, content: dict[str, Any]) -> dict[str, Any]:
             f"{path}: numTraining is {content['numTraining']}, but imagesTr has {len(training)} cases; "
             "is the dataset complete?"
         )
-    tests = _entries(root, "Ts", ending)
-    found = {"name": content.get("name") or root.resolve().name, "labels": _labels(path, labels)}
+    tests = _entries(root, "Ts", len(channels), ending)
+    found = {"name": content.get("name") or root.resolve().name, "labels": _labels(path, labels), "modality": channels}
     found |= {"training": training, "test": tests}
     if (splits := _first_fold(root)) is not None:
         found["splits"] = splits | ({"test": [entry["name"] for entry in tests]} if tests else {})
     return found
 
 
-def _listed(path: Path, cases: Any) -> list[dict[str, str]]:
+def _listed(path: Path, cases: Any) -> list[dict[str, Any]]:
     entries = []
     for name, files in cases.items() if isinstance(cases, dict) else ():
         try:
-            [image], label = files["images"], files["label"]
-        except (KeyError, TypeError, ValueError):
+            images, label = [str(image) for image in files["images"]], files["label"]
+        except (KeyError, TypeError):
             raise DatasetError(
-                f'{path}: dataset, {name}: {files!r}; it should be {{"images": [one path], "label": a path}}.'
+                f'{path}: dataset, {name}: {files!r}; it should be {{"images": [a path a channel], "label": a path}}.'
             ) from None
-        entries.append({"name": str(name), "image": str(image), "label": str(label)})
+        entries.append({"name": str(name), "image": images, "label": str(label)})
     if not entries:
         raise DatasetError(f"{path}: dataset should map cases to their images and label.")
     return entries
 
 
-def _entries(root: Path, of: str, ending: str) -> list[dict[str, str]]:
+def _entries(root: Path, of: str, channels: int, ending: str) -> list[dict[str, Any]]:
     entries = []
-    for image in sorted((root / f"images{of}").glob(f"*{CHANNEL}{ending}")):
-        name = image.name.removesuffix(f"{CHANNEL}{ending}")
+    for first in sorted((root / f"images{of}").glob(f"*{FIRST_CHANNEL}{ending}")):
+        name = first.name.removesuffix(f"{FIRST_CHANNEL}{ending}")
         if name.startswith("."):
             continue  # what macOS leaves
-        entry = {"name": name, "image": f"images{of}/{image.name}"}
+        images = [f"images{of}/{image.name}" for image in scan_files(first, channels)]
+        entry: dict[str, Any] = {"name": name, "image": images}
         if (root / f"labels{of}" / f"{name}{ending}").exists():
             entry["label"] = f"labels{of}/{name}{ending}"
         entries.append(entry)

@@ -27,8 +27,8 @@ class Batch:
     """One mini-batch; what was not asked for is None.
 
     Args:
-        images: (B, 1, D, H, W) float32, or a list of (1, 1, D, H, W) for whole volumes, whose shapes differ.
-        labels: the same shapes, int64.
+        images: (B, C, D, H, W) float32, or a list of (1, C, D, H, W) for whole volumes, whose shapes differ.
+        labels: the same shapes with one channel, int64.
         annotated: (B, n_classes) bool, which classes each sample's labels tell the truth about.
         names: the cases.
         extents: (D, H, W) of each whole sample, of which a part may have been read.
@@ -133,13 +133,15 @@ class Batches:
     def shapes(self, i: int) -> list[Shape5]:
         """The shapes of the i-th mini-batch's images, without reading a voxel: one, or one a whole volume."""
         if self._patch is not None:
-            return [(self._batch, 1, *self._patch)]
-        return [(1, 1, *padded_sides(self._store.shape(case), self._divisor)) for case in self._cases(i)]
+            return [(self._batch, self._store.channels, *self._patch)]
+        return [
+            (1, self._store.channels, *padded_sides(self._store.shape(case), self._divisor)) for case in self._cases(i)
+        ]
 
-    @property
-    def voxels_per_step(self) -> float:
-        """Of a mini-batch, on average, with what whole volumes are padded with."""
-        return sum(math.prod(shape) for i in range(len(self)) for shape in self.shapes(i)) / len(self)
+    def share_of(self, planned: Sequence[int]) -> float:
+        """How large mini-batches are on average, over the shape (B, C, D, H, W) that a plan is made for."""
+        every = sum(math.prod(shape) for i in range(len(self)) for shape in self.shapes(i))
+        return every / len(self) / math.prod(planned)
 
     def _cases(self, i: int) -> list[Case]:
         if not 0 <= i < len(self):
@@ -182,7 +184,7 @@ class Batches:
     def _read(
         self, sample: _Sample, image: bool, label: bool, part: Callable[[Shape3], Region] | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Image (1, D, H, W) float32 and label (1, D, H, W) int64 of a sample, or the wanted part of them."""
+        """Image (C, D, H, W) float32 and label (1, D, H, W) int64 of a sample, or the wanted part of them."""
         case, change = sample.case, sample.change
         wanted = (slice(0, sample.padded[0]), slice(0, sample.padded[1]), slice(0, sample.padded[2]))
         if part is not None:
@@ -198,12 +200,12 @@ class Batches:
             grid, box = self._grid(sample, origin)
         pixels, truth = self._store.read(case, box, image=image and not empty, label=label and not empty)
         if empty:  # all padding
-            pixels = torch.zeros(1, *size) if image else None
+            pixels = torch.zeros(self._store.channels, *size) if image else None
             truth = torch.zeros(1, *size, dtype=torch.uint8) if label else None
         extents = [r.stop - r.start for r in region]
         if pixels is not None:
-            minimum = self._store.minimum(case)
-            pixels = _placed(pixels - minimum, grid, "bilinear", size, sample, extents) + minimum
+            minima = self._store.minima(case)
+            pixels = _placed(pixels - minima, grid, "bilinear", size, sample, extents) + minima
             pixels = recoloured(pixels, change, sample.noise, region, sample.padded)
         if truth is not None:
             truth = _placed(truth, grid, "nearest", size, sample, extents).long()

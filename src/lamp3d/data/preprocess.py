@@ -5,19 +5,21 @@ MONAI is imported where it is used: that takes a second and 0.1 GB, and most pro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import torch
 from nibabel.affines import voxel_sizes
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 from torch import Tensor
 
-from lamp3d.errors import ScanError
+from lamp3d.errors import ConfigError, ScanError
+from lamp3d.scan import UNNAMED, Scan
 from lamp3d.volume import Grid, Volume
 
 if TYPE_CHECKING:
@@ -26,9 +28,16 @@ if TYPE_CHECKING:
 
 _AXIS_ENDS = (("L", "R"), ("P", "A"), ("I", "S"))
 _KEYS = ("image", "label")
+_CT_WINDOW, _CT_AIR = (-200.0, 400.0), -500.0
+_MOST_RANKED = 1 << 22
 
 Spacing = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 """Of voxels along x, y, z, in mm."""
+
+Window = tuple[float, float]
+"""Intensities that become 0 and 1."""
+
+Percentile = Annotated[float, Field(ge=0, le=100)]
 
 
 class PreprocessConfig(BaseModel):
@@ -42,9 +51,13 @@ class PreprocessConfig(BaseModel):
             that limit. For models that are used on others' scans.
         hu_offset: what the dataset's intensities are above Hounsfield units, such as 1024. A scan with values below
             minus half of it is in Hounsfield units, and gets it added.
-        window: intensities that become 0 and 1; what lies outside is clipped.
+        window: intensities that become 0 and 1, what lies outside is clipped; one window for all channels or a list of
+            them, one a channel, where None stands for ``window_percentiles``. By default -200 and 400 HU for channels
+            that are called CT or have no name, and ``window_percentiles`` for all others.
+        window_percentiles: of a channel's intensities within the patient, what becomes 0 and 1.
         crop_foreground: cut away the air around the patient.
-        foreground_above: raw intensity above which a voxel belongs to the patient.
+        foreground_above: raw intensity of the first channel above which a voxel belongs to the patient; by default
+            -500 HU for CT, and 0 for others.
         margin_voxels: voxels of the scan kept around the foreground.
     """
 
@@ -54,15 +67,23 @@ class PreprocessConfig(BaseModel):
     spacing_mm: Spacing | None = None
     spacing_limits_mm: tuple[Spacing, Spacing] | None = None
     hu_offset: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    window: tuple[float, float] = (-200.0, 400.0)
+    window: tuple[Window | None, ...] | None = None
+    window_percentiles: tuple[Percentile, Percentile] = (0.5, 99.5)
     crop_foreground: bool = True
-    foreground_above: float = -500.0
+    foreground_above: float | None = None
     margin_voxels: int = Field(default=2, ge=0)
+
+    @field_validator("window", mode="before")
+    @classmethod
+    def _is_a_list(cls, window: Any) -> Any:
+        pair = isinstance(window, list | tuple) and window and all(isinstance(end, int | float) for end in window)
+        return [window] if pair else window
 
     @model_validator(mode="after")
     def _is_possible(self) -> PreprocessConfig:
-        if not self.window[0] < self.window[1]:
-            raise ValueError(f"window {self.window} must rise: (intensity that becomes 0, intensity that becomes 1)")
+        for window in (self.window_percentiles, *(self.window or ())):
+            if window is not None and not window[0] < window[1]:
+                raise ValueError(f"window {window} must rise: (intensity that becomes 0, intensity that becomes 1)")
         if self.spacing_limits_mm is not None:
             smallest, largest = self.spacing_limits_mm
             if self.spacing_mm is not None:
@@ -70,6 +91,26 @@ class PreprocessConfig(BaseModel):
             if any(low > high for low, high in zip(smallest, largest, strict=True)):
                 raise ValueError(f"spacing_limits_mm {self.spacing_limits_mm} must be (smallest, largest)")
         return self
+
+    def resolved_for(self, channels: Sequence[str]) -> PreprocessConfig:
+        """With a window for every channel, and nothing left to their names.
+
+        Raises:
+            ConfigError: there are not as many windows as channels.
+        """
+        ct = [name == UNNAMED or name.casefold().startswith("ct") for name in channels]
+        window = tuple(_CT_WINDOW if is_ct else None for is_ct in ct) if self.window is None else self.window
+        if len(window) == 1:
+            window *= len(channels)
+        if len(window) != len(channels):
+            raise ConfigError(
+                f"preprocess.window has {len(window)} windows for {len(channels)} channel(s) ({', '.join(channels)}); "
+                "give one for all of them, or as many."
+            )
+        above = self.foreground_above
+        if above is None:
+            above = _CT_AIR if ct[0] else 0.0
+        return self.model_copy(update={"window": window, "foreground_above": above})
 
     def spacing_for(self, spacing_mm: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The voxel size (3,) of a prepared scan whose own is ``spacing_mm``, axes as configured."""
@@ -83,7 +124,7 @@ class PreparedScan:
     """A scan as the network wants it, made by `prepare_scan`.
 
     Args:
-        image: (1, D, H, W) float32 in [0, 1], axes as configured.
+        image: (C, D, H, W) float32 in [0, 1], axes as configured.
         label: (1, D, H, W) uint8 on the same grid, when there was a label map.
         affine: (4, 4) float64, voxel index of ``image`` -> mm in RAS+.
         source_affine: (4, 4) float64 of the scan that was prepared.
@@ -99,7 +140,7 @@ class PreparedScan:
     @property
     def resampled(self) -> bool:
         """Whether it has other voxels than the scan that it was made from."""
-        return tuple(self.image.shape) != tuple(self._crop.shape)
+        return tuple(self.image.shape[1:]) != tuple(self._crop.shape[1:])
 
     def restore_labels(self, logits: Tensor) -> Volume:
         """The likeliest class of every voxel of the source scan, on that scan's own grid and affine.
@@ -133,32 +174,32 @@ class PreparedScan:
         return Volume(_in_file_order(restored.as_tensor()[0]).numpy(), self.source_affine)
 
 
-def prepare_scan(volume: Volume, config: PreprocessConfig, label: Volume | None = None) -> PreparedScan:
+def prepare_scan(source: Volume | Scan, config: PreprocessConfig, label: Volume | None = None) -> PreparedScan:
     """Orient, crop to the patient, window and resample a scan.
 
     Args:
-        volume: raw intensities.
+        source: raw intensities, or those of every channel.
         config: the form to bring it to.
         label: its label map, on the same grid.
 
     Raises:
-        ScanError: nothing in the scan is brighter than ``foreground_above``.
+        ScanError: nothing in the scan is brighter than ``foreground_above``, or a channel is the same everywhere.
     """
     from monai.data import MetaTensor
-    from monai.transforms import Resized, ScaleIntensityRanged
+    from monai.transforms import Resized
 
-    if volume.data.min() < -config.hu_offset / 2 < 0:
-        volume = replace(volume, data=volume.data.astype(np.float32) + config.hu_offset)
-    scan: dict[str, Any] = {"image": _meta(volume.data.astype(np.float32), volume.affine)}
+    channels = (source,) if isinstance(source, Volume) else source
+    config = config.resolved_for([UNNAMED] * len(channels))
+    affine = channels[0].affine
+    scan: dict[str, Any] = {"image": _meta(_intensities(channels, config), affine)}
     if label is not None:
         # On the image's affine: the two were found equal up to rounding, and must be turned alike.
-        scan["label"] = _meta(label.data.astype(np.uint8), volume.affine)
-    to_crop = _to_crop(volume, config)
+        scan["label"] = _meta(label.data.astype(np.uint8)[None], affine)
+    to_crop = _to_crop(scan["image"][0], config)
     scan = to_crop(scan)
     crop = scan["image"]
     # Windowed before it is resampled, so that metal of +20,000 does not bleed into its neighbours.
-    low, high = config.window
-    scan = ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True)(scan)
+    _window(crop.as_tensor(), config)
     spacing = np.linalg.norm(np.asarray(crop.affine, dtype=np.float64)[:3, :3], axis=0)
     wanted = config.spacing_for(spacing)
     size = [max(1, round(n * old / new)) for n, old, new in zip(crop.shape[1:], spacing, wanted, strict=True)]
@@ -176,11 +217,13 @@ def prepare_scan(volume: Volume, config: PreprocessConfig, label: Volume | None 
         image=_plain(scan["image"]),
         label=_plain(scan["label"]).to(torch.uint8) if "label" in scan else None,
         affine=np.asarray(scan["image"].affine, dtype=np.float64),
-        source_affine=volume.affine,
+        source_affine=affine,
         _to_crop=to_crop,
         # Only its shape and its record of transforms are needed; an expanded scalar takes no memory.
         _crop=MetaTensor(
-            torch.zeros(()).expand(crop.shape), affine=crop.affine, applied_operations=deepcopy(crop.applied_operations)
+            torch.zeros(()).expand(1, *crop.shape[1:]),
+            affine=crop.affine,
+            applied_operations=deepcopy(crop.applied_operations),
         ),
     )
 
@@ -196,13 +239,46 @@ def largest_shape(grid: Grid, config: PreprocessConfig) -> tuple[int, int, int]:
     return depth, height, width
 
 
-def _to_crop(volume: Volume, config: PreprocessConfig) -> Compose:
+def _intensities(channels: Scan, config: PreprocessConfig) -> npt.NDArray[np.float32]:
+    """All channels (C, X, Y, Z) in the units that the windows are in; the first axis the fastest, as in files."""
+    backwards = tuple(reversed(channels[0].data.shape))
+    every = np.empty((len(channels), *backwards), np.float32).transpose(0, 3, 2, 1)
+    for into, channel in zip(every, channels, strict=True):
+        into[...] = channel.data
+        if channel.data.min() < -config.hu_offset / 2 < 0:
+            into += config.hu_offset
+    return every
+
+
+def _window(image: Tensor, config: PreprocessConfig) -> None:
+    """Bring every channel (C, X, Y, Z) to [0, 1], in place."""
+    from monai.transforms import ScaleIntensityRange
+
+    assert config.window is not None
+    assert config.foreground_above is not None
+    patient = image[0] > config.foreground_above if None in config.window else None
+    for channel, (values, window) in enumerate(zip(image, config.window, strict=True)):
+        if window is None:
+            within = values[patient][:: 1 + values.numel() // _MOST_RANKED].numpy()
+            low, high = np.percentile(within, config.window_percentiles) if within.size else (0.0, 0.0)
+            if not low < high:
+                raise ScanError(
+                    f"channel {channel} is {low:g} nearly everywhere in the patient, whose voxels are those above "
+                    f"{config.foreground_above:g} in channel 0: give another scan, its `window`, or `foreground_above`"
+                )
+        else:
+            low, high = window
+        image[channel] = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(values)
+
+
+def _to_crop(first: Tensor, config: PreprocessConfig) -> Compose:
     from monai.transforms import Compose, CropForegroundd, Orientationd
 
     steps = [Orientationd(_KEYS, axcodes=config.orientation, labels=_AXIS_ENDS, allow_missing_keys=True)]
     if config.crop_foreground:
         above = config.foreground_above
-        darkest, brightest = float(np.min(volume.data)), float(np.max(volume.data))
+        assert above is not None
+        darkest, brightest = float(first.min()), float(first.max())
         if brightest <= above:
             raise ScanError(
                 f"no voxel is above foreground_above={above}: the scan's values run from {darkest} to {brightest}; "
@@ -212,6 +288,7 @@ def _to_crop(volume: Volume, config: PreprocessConfig) -> Compose:
             CropForegroundd(
                 _KEYS,
                 source_key="image",
+                channel_indices=0,
                 select_fn=lambda image: np.asarray(image) > above,  # numpy finds the ends sooner than torch
                 margin=config.margin_voxels,
                 allow_smaller=True,
@@ -224,7 +301,7 @@ def _to_crop(volume: Volume, config: PreprocessConfig) -> Compose:
 def _meta(data: npt.NDArray[np.generic], affine: npt.NDArray[np.float64]) -> MetaTensor:
     from monai.data import MetaTensor
 
-    return MetaTensor(torch.from_numpy(data)[None], affine=torch.from_numpy(affine.copy()))
+    return MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(affine.copy()))
 
 
 def _in_file_order(volume: Tensor) -> Tensor:

@@ -25,12 +25,13 @@ from torch import Tensor
 from lamp3d.data.dataset import Case, Dataset
 from lamp3d.data.preprocess import PreprocessConfig, prepare_scan
 from lamp3d.errors import DatasetError, ScanError, WorkerError
-from lamp3d.volume import Volume, corners_mm, read_volume, write_atomically
+from lamp3d.scan import check_grid, read_scan
+from lamp3d.volume import Volume, read_volume, write_atomically
 
 Region = tuple[slice, slice, slice]
 
 # Raised whenever the meaning of a cache file changes, so that old ones are not read.
-_FORMAT = 2
+_FORMAT = 3
 _VOXELS_PER_ORGAN = 2000
 # Labelled voxels that a foreground crop may cut off: contours reach a voxel beyond the skin here and there.
 _MAX_CUT_FRACTION = 0.01
@@ -48,9 +49,15 @@ class CaseStore:
 
     def __init__(self, dataset: Dataset, config: PreprocessConfig, folder: Path) -> None:
         self.dataset = dataset
-        self.config = config
+        self.config = config.resolved_for(dataset.channels)
         self.folder = Path(folder)
+        self._settings = (dataset.organs, dataset.channels, self.config)
         self._paths: dict[str, Path] = {}
+
+    @property
+    def channels(self) -> int:
+        """Of every scan."""
+        return len(self.dataset.channels)
 
     def prepare(self, cases: Sequence[Case], workers: int = 1, progress: bool = True) -> None:
         """Prepare the cases that are not yet in the folder.
@@ -61,8 +68,9 @@ class CaseStore:
             progress: show a progress bar.
 
         Raises:
-            ScanError: a file is corrupt, not 3D, holds NaN, or has no foreground.
-            DatasetError: image and label differ in shape or place, or a label value has no organ.
+            ScanError: a file is corrupt, has other channels than the dataset, holds NaN, or shows no foreground; image
+                and label differ in shape or place.
+            DatasetError: a label value has no organ.
             WorkerError: a process was killed, most likely for want of memory.
         """
         missing = [case for case in cases if not self._path(case).exists()]
@@ -76,7 +84,7 @@ class CaseStore:
 
     def _prepare_here(self, cases: Sequence[Case]) -> Iterator[None]:
         for case in cases:
-            _prepare_case(case, self.dataset.organs, self.config, self._path(case))
+            _prepare_case(case, *self._settings, self._path(case))
             yield
 
     def _prepare_apart(self, cases: Sequence[Case], workers: int) -> Iterator[None]:
@@ -85,8 +93,7 @@ class CaseStore:
             min(workers, len(cases)), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
         )
         try:
-            organs, config = self.dataset.organs, self.config
-            tasks = [pool.submit(_prepare_case, case, organs, config, self._path(case)) for case in cases]
+            tasks = [pool.submit(_prepare_case, case, *self._settings, self._path(case)) for case in cases]
             for task in as_completed(tasks):
                 yield task.result()
         except BrokenProcessPool as error:
@@ -106,9 +113,9 @@ class CaseStore:
         x, y, z = self._info(case)["spacing_mm"]
         return x, y, z
 
-    def minimum(self, case: Case) -> float:
-        """The smallest value of the prepared image: what is around it when it is padded."""
-        return float(self._info(case)["minimum"])
+    def minima(self, case: Case) -> Tensor:
+        """The smallest value (C, 1, 1, 1) of each channel of the prepared scan: what is around it when it is padded."""
+        return torch.tensor(self._info(case)["minima"])[:, None, None, None]
 
     def read(
         self, case: Case, region: Region | None = None, *, image: bool = True, label: bool = True
@@ -122,7 +129,7 @@ class CaseStore:
             label: whether the label map is wanted.
 
         Returns:
-            image (1, D, H, W) float32 and label (1, D, H, W) uint8; None for what is not wanted or not there.
+            image (C, D, H, W) float32 and label (1, D, H, W) uint8; None for what is not wanted or not there.
         """
         where = (slice(None), *(region or (slice(None),) * 3))
         with safe_open(self._prepared(case), framework="pt") as file:
@@ -166,9 +173,10 @@ class CaseStore:
 
     def _path(self, case: Case) -> Path:
         if case.name not in self._paths:
-            sources = [file for file in (case.image, case.label) if file is not None]
+            sources = [file for file in (*case.images, case.label) if file is not None]
             state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
-            depends = [_FORMAT, self.config.model_dump(mode="json"), self.dataset.organs, case.annotated, state]
+            settings = [self.config.model_dump(mode="json"), self.dataset.organs, self.dataset.channels, case.annotated]
+            depends = [_FORMAT, *settings, state]
             key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
             self._paths[case.name] = self.folder / f"{case.name}-{key}.safetensors"
         return self._paths[case.name]
@@ -181,19 +189,21 @@ def _read_info(path: Path) -> dict[str, Any]:
     return info
 
 
-def _prepare_case(case: Case, organs: tuple[str, ...], config: PreprocessConfig, path: Path) -> None:
-    volume = read_volume(case.image)
+def _prepare_case(
+    case: Case, organs: tuple[str, ...], channels: tuple[str, ...], config: PreprocessConfig, path: Path
+) -> None:
+    volumes = read_scan(case.images, channels)
     truth = None if case.label is None else read_volume(case.label)
     if truth is not None:
-        _check_label(case, volume, truth, organs)
+        _check_label(case, volumes[0], truth, organs)
         # Of an organ that the case does not claim to have contours of, whatever is drawn is not to be relied on.
         unclaimed = [value for value, organ in enumerate(organs, start=1) if organ not in case.annotated]
         if unclaimed:
             truth = Volume(np.where(np.isin(truth.data, unclaimed), 0, truth.data), truth.affine)
     try:
-        scan = prepare_scan(volume, config, truth)
+        scan = prepare_scan(volumes, config, truth)
     except ScanError as error:
-        raise ScanError(f"{case.image}: {error}") from error
+        raise ScanError(f"{case.images[0]}: {error}") from error
     tensors, counts = {"image": scan.image}, torch.zeros(1 + len(organs), dtype=torch.int64)
     if truth is not None and scan.label is not None:
         if not scan.resampled:  # else the counts differ anyway
@@ -203,30 +213,19 @@ def _prepare_case(case: Case, organs: tuple[str, ...], config: PreprocessConfig,
     info = {
         "shape": scan.image.shape[1:],
         "spacing_mm": Volume(scan.image[0].numpy(), scan.affine).spacing_mm,
-        "minimum": float(scan.image.min()),
+        "minima": scan.image.amin((1, 2, 3)).tolist(),
         "organ_voxels": counts[1:].tolist(),
     }
     write_atomically(path, lambda temporary: save_file(tensors, temporary, {"info": json.dumps(info)}))
 
 
 def _check_label(case: Case, image: Volume, label: Volume, organs: tuple[str, ...]) -> None:
-    what = f"{case.label}: "
-    if label.data.shape != image.data.shape:
-        raise DatasetError(
-            f"{what}label map of shape {label.data.shape} does not fit its image {case.image} of shape "
-            f"{image.data.shape}; resample the label map onto the image's grid"
-        )
-    apart_mm = float(np.abs(corners_mm(image) - corners_mm(label)).max())
-    if apart_mm > 0.5 * min(image.spacing_mm):
-        raise DatasetError(
-            f"{what}label map lies up to {apart_mm:.1f} mm away from its image {case.image} by their affines; "
-            "one of the two headers is wrong: repair it"
-        )
+    check_grid(f"{case.label}: label map", label, f"its image {case.images[0]}", image)
     values = np.unique(label.data)
     wrong = [float(value) for value in values if not (0 <= value <= len(organs) and value == int(value))]
     if wrong:
         raise DatasetError(
-            f"{what}holds label values {wrong[:5]}, but dataset.json names 0 to {len(organs)} "
+            f"{case.label}: holds label values {wrong[:5]}, but dataset.json names 0 to {len(organs)} "
             f"({', '.join(organs)}); name the missing labels there, or correct the label map"
         )
 

@@ -80,10 +80,10 @@ class NetworkConfig(BaseModel):
             deep_supervision=self.deep_supervision,
         )
 
-    def outline(self, n_classes: int) -> Network:
+    def outline(self, n_classes: int, in_channels: int = 1) -> Network:
         """The network without its weights, on the meta device: for its shapes and numbers."""
         with torch.device("meta"):
-            return self.build(n_classes)
+            return self.build(n_classes, in_channels)
 
 
 class ExperimentConfig(BaseModel):

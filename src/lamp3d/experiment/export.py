@@ -119,7 +119,7 @@ def _difference(run: Run, weights: Path) -> float:
     for path in (run.best, weights):
         network = run.network().eval()
         load_weights(network, path)
-        image = torch.rand(1, 1, *[2 * network.divisor] * 3, generator=torch.Generator().manual_seed(0))
+        image = torch.rand(1, len(run.channels), *[2 * network.divisor] * 3, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             logits.append(network(image))
     return float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())

@@ -26,11 +26,15 @@ from lamp3d.plan.hardware import device_memory, device_type, has_fast_bf16
 from lamp3d.plan.inference import Sharing, numbers_at_once, share_out
 from lamp3d.plan.slabs import Slabs
 from lamp3d.predict import Predictor, check_window, single_parts
+from lamp3d.scan import read_scan, scan_name
 from lamp3d.sides import padded_sides
 from lamp3d.train import Checkpoint, load_weights
-from lamp3d.volume import read_grid, read_volume, scan_name, write_nifti
+from lamp3d.volume import read_grid, read_volume, write_nifti
 
 Window = tuple[int, int, int] | None
+
+Files = tuple[Path, ...]
+"""Of one scan, as `lamp3d.scan.read_scan` takes them."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class _Part:
 
 def predict(
     run: Run,
-    scans: Sequence[Path],
+    scans: Sequence[Files],
     out: Path,
     *,
     window: Window = None,
@@ -65,7 +69,7 @@ def predict(
 
     Args:
         run: whose best weights predict.
-        scans: NIfTI files or DICOM folders.
+        scans: NIfTI files or DICOM folders, one with all channels or one a channel.
         out: the folder; label maps are named after the scans.
         window: sides of a sliding window; None: whole volumes.
         devices: worker processes.
@@ -81,14 +85,14 @@ def predict(
         raise ConfigError(f"{run.folder} has no checkpoint yet; train first.")
     mirror = run.config.predict.mirror if mirror is None else mirror
     settings = _predictor_settings(run, mirror)
-    targets = [out / f"{scan_name(scan)}.nii.gz" for scan in scans]
+    targets = [out / f"{scan_name(*scan)}.nii.gz" for scan in scans]
     if len(set(targets)) < len(targets):
         raise ConfigError("several scans have the same name; predict them into different folders.")
     if not overwrite and (there := [str(target) for target in targets if target.exists()]):
         raise ConfigError(f"{', '.join(there[:3])} exists already; add --overwrite, or choose another --out.")
-    for scan in scans:
-        if not scan.exists():
-            raise ConfigError(f"no scan at {scan}.")
+    for file in (file for scan in scans for file in scan):
+        if not file.exists():
+            raise ConfigError(f"no scan at {file}.")
     out.mkdir(parents=True, exist_ok=True)
     network, usual = run.network().eval(), _plan_to_predict_like(run)
     check_window(window, network)
@@ -137,7 +141,7 @@ def evaluate(
     folder = run.folder / "predictions" / split
     mirror = run.config.predict.mirror if mirror is None else mirror
     predictions = predict(
-        run, [case.image for case in cases], folder, window=window, devices=devices, mirror=mirror, overwrite=True
+        run, [case.images for case in cases], folder, window=window, devices=devices, mirror=mirror, overwrite=True
     )
     results = []
     with _progress() as progress:
@@ -175,6 +179,11 @@ def evaluate(
 
 
 def _labelled(dataset: Dataset, split: str, run: Run) -> tuple[Case, ...]:
+    if len(dataset.channels) != len(run.channels):
+        raise DatasetError(
+            f"{dataset.root} has scans of {', '.join(dataset.channels)}, but the run was trained on "
+            f"{', '.join(run.channels)}; evaluate it on a dataset with the same channels."
+        )
     if dataset.organs != run.organs:
         raise DatasetError(
             f"{dataset.root} has the organs {', '.join(dataset.organs)}, but the run was trained on "
@@ -205,10 +214,10 @@ def _plan_to_predict_like(run: Run) -> Plan:
 
 
 def _sharing(
-    network: Network, usual: Plan, preprocess: PreprocessConfig, scans: Sequence[Path], devices: int
+    network: Network, usual: Plan, preprocess: PreprocessConfig, scans: Sequence[Files], devices: int
 ) -> Sharing:
     """How whole scans are best shared out, by their headers; where those say nothing, by the volumes of training."""
-    grids = [grid for scan in scans if (grid := read_grid(scan)) is not None]
+    grids = [grid for scan in scans if (grid := read_grid(scan[0])) is not None]
     shapes: list[tuple[int, ...]] = [largest_shape(grid, preprocess) for grid in grids] or [usual.image_shape[2:]]
     sides = padded_sides(max(shapes, key=math.prod), network.divisor)
     ways = share_out(
@@ -247,7 +256,7 @@ def _inference_plan(
 
 
 def _predict_worker(
-    folder: Path, plan: Plan, pairs: list[tuple[Path, Path]], settings: dict[str, Any]
+    folder: Path, plan: Plan, pairs: list[tuple[Files, Path]], settings: dict[str, Any]
 ) -> dict[int, _Part]:
     run = Run.open(folder)
     network = run.network()
@@ -262,7 +271,7 @@ def _predict_worker(
         for index in progress.track(own, description="Predicting"):
             scan, target = pairs[index]
             begin = time.perf_counter()
-            labels = predictor.predict(read_volume(scan))
+            labels = predictor.predict(read_scan(scan, run.channels))
             if labels is not None:
                 write_nifti(labels, target, overwrite=True)
             seconds = time.perf_counter() - begin

@@ -20,14 +20,12 @@ def initial_weights(run: Run) -> dict[str, Tensor]:
     source = Run.open(find_model(run.config.initial_weights))
     checkpoint = Checkpoint(source.best)
     fresh = set() if source.organs == run.organs else _output_layers(run)
-    classes = 1 + len(run.organs)
-    network = run.config.network.outline(classes)
+    network = run.outline()
     checkpoint.check_network(network, apart_from=fresh)
     return checkpoint.read("model", [name for name in network_tensors(network) if name not in fresh])
 
 
 def _output_layers(run: Run) -> set[str]:
     """What of the network would be larger with one organ more."""
-    classes = 1 + len(run.organs)
-    own, larger = (network_tensors(run.config.network.outline(n)) for n in (classes, classes + 1))
+    own, larger = network_tensors(run.outline()), network_tensors(run.outline(1))
     return {name for name, tensor in own.items() if tensor.shape != larger[name].shape}

@@ -57,13 +57,13 @@ def forecast(dataset_root: Path, config: ExperimentConfig, devices: int) -> list
     dataset = read_dataset(dataset_root, config.split)
     cases = dataset.split("train")
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
-    run = Run(Path(), config, dataset.root.resolve(), dataset.organs)
+    run = Run(Path(), config, dataset.root.resolve(), dataset.organs, dataset.channels)
     plans = plan_stages(run, store, cases, cases, devices, kept={})
     divisor = config.network.outline(dataset.n_classes).divisor
     found = []
     for index, stage in enumerate(config.train.curriculum):
         batches = stage_batches(config, index, store, cases, divisor)
-        share = batches.voxels_per_step / math.prod(plans[index].image_shape)
+        share = batches.share_of(plans[index].image_shape)
         found.append(Forecast(plans[index], stage.epochs * len(batches), share, voxels_seen(stage, store, cases)))
     return found
 
@@ -161,7 +161,7 @@ def stage_plan(
     loss = run.config.loss.model_copy(update={"class_weights": {}})  # they change no seconds
     return make_plan(
         network,
-        (stage.batch, 1, *_largest_input(stage, store, cases, network.divisor)),
+        (stage.batch, store.channels, *_largest_input(stage, store, cases, network.divisor)),
         devices,
         data=stage.data,
         space=stage.space,

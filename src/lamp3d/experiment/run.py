@@ -14,6 +14,7 @@ from lamp3d.errors import ConfigError
 from lamp3d.experiment.config import ExperimentConfig, load_config
 from lamp3d.nets import Network
 from lamp3d.plan import Plan, TimeLine
+from lamp3d.scan import UNNAMED
 from lamp3d.train import time_line_path
 from lamp3d.volume import write_text
 
@@ -29,6 +30,7 @@ class Run:
         config: as resolved when the run began.
         dataset: the folder that it was trained on.
         organs: names of the labels 1, 2, …
+        channels: names of the scans' channels.
         splits: the cases' names by split; None: a run that did not write them down.
     """
 
@@ -36,6 +38,7 @@ class Run:
     config: ExperimentConfig
     dataset: Path
     organs: tuple[str, ...]
+    channels: tuple[str, ...] = (UNNAMED,)
     splits: dict[str, tuple[str, ...]] | None = None
 
     @classmethod
@@ -44,7 +47,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / "config.yaml")
         root = dataset.root.resolve()
-        run = cls(folder, config, root, dataset.organs, dataset.splits)
+        run = cls(folder, config, root, dataset.organs, dataset.channels, dataset.splits)
         run.save_about(str(root), devices)
         versions = {name: version(name) for name in _VERSIONS_OF}
         versions |= {"python": platform.python_version(), "machine": platform.machine(), "seed": str(config.train.seed)}
@@ -58,8 +61,8 @@ class Run:
             dataset: the folder's path.
             devices: that it was trained on.
         """
-        about = {"dataset": dataset, "organs": self.organs, "devices": devices, "splits": self.splits}
-        _write_json(self.folder / "run.json", about)
+        about = {"dataset": dataset, "organs": self.organs, "channels": self.channels}
+        _write_json(self.folder / "run.json", about | {"devices": devices, "splits": self.splits})
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -84,6 +87,7 @@ class Run:
             config,
             Path(content["dataset"]),
             tuple(content["organs"]),
+            tuple(content.get("channels", [UNNAMED])),
             None if splits is None else {split: tuple(names) for split, names in splits.items()},
         )
 
@@ -95,12 +99,20 @@ class Run:
 
     def network(self) -> Network:
         """The run's network with fresh weights."""
-        return self.config.network.build(1 + len(self.organs))
+        return self.config.network.build(1 + len(self.organs), len(self.channels))
+
+    def outline(self, more_classes: int = 0) -> Network:
+        """The network without its weights: for its shapes and numbers.
+
+        Args:
+            more_classes: beside those of the run.
+        """
+        return self.config.network.outline(1 + len(self.organs) + more_classes, len(self.channels))
 
     @property
     def parameters(self) -> int:
         """How many the network has."""
-        return sum(parameter.numel() for parameter in self.config.network.outline(1 + len(self.organs)).parameters())
+        return sum(parameter.numel() for parameter in self.outline().parameters())
 
     def plan_path(self, stage: int) -> Path:
         """Where the plan of a curriculum stage is kept."""

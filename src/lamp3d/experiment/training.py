@@ -65,9 +65,10 @@ def train(
     config = config.model_copy(update={"loss": loss})
     single_parts(config.predict, dataset.organs)  # or it says which organ is not there
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
-    run = Run(out, config, dataset.root.resolve(), dataset.organs)
+    config = config.model_copy(update={"preprocess": store.config})
+    run = Run(out, config, dataset.root.resolve(), dataset.organs, dataset.channels)
     if config.initial_weights is not None and not begun:
-        taken, every = initial_weights(run), network_tensors(config.network.outline(dataset.n_classes))
+        taken, every = initial_weights(run), network_tensors(run.outline())
         fresh = ", ".join(name for name in every if name not in taken) or "none"
         console.print(f"{len(taken)} tensors begin as in {config.initial_weights}; afresh: {fresh}.")
 

@@ -39,7 +39,7 @@ class FromMonai(nn.Module):
         import monai.networks.nets  # takes seconds, for those who want none of them
 
         super().__init__()
-        self.divisor = divisor
+        self.in_channels, self.divisor = in_channels, divisor
         known = {n for n, c in vars(monai.networks.nets).items() if inspect.isclass(c) and issubclass(c, nn.Module)}
         if name not in known:
             close = difflib.get_close_matches(name, known, 3)

@@ -114,6 +114,7 @@ class UShape(nn.Module, ABC):
         if deep_supervision not in range(LEVELS - 1):
             raise ConfigError(f"deep_supervision={deep_supervision} must be between 0 and {LEVELS - 2}")
 
+        self.in_channels = in_channels
         self.heads = 1 + deep_supervision
         self.divisor = stem_stride * 2 ** (LEVELS - 1)
         widths = [filters * 2**level for level in range(LEVELS)] if isinstance(filters, int) else filters

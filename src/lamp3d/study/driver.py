@@ -15,6 +15,7 @@ import yaml
 
 from lamp3d.errors import ConfigError, LampError
 from lamp3d.experiment import ExperimentConfig, Run, evaluate, forecast, predict, train
+from lamp3d.experiment.config import parse_config
 from lamp3d.experiment.planning import voxels_seen
 from lamp3d.plan.hardware import device_name, device_type
 from lamp3d.predict import check_window
@@ -179,9 +180,11 @@ def _remember(study: StudyConfig, configs: dict[str, ExperimentConfig], out: Pat
     path = out / "study.yaml"
     now = {name: config.model_dump(mode="json") for name, config in configs.items()}
     if path.exists():
-        before = yaml.safe_load(path.read_text("utf-8"))["configs"]
+        written = yaml.safe_load(path.read_text("utf-8"))["configs"]
+        # As read, so that a setting that has come to lamp3d since then counts as left at its default.
+        before = {name: parse_config(yaml.safe_dump(config), str(path)) for name, config in written.items()}
         begun = {run.name.rpartition("-")[0] for folder in ("runs", "results") for run in (out / folder).glob("*")}
-        if changed := sorted(name for name in begun & set(before) & set(now) if before[name] != now[name]):
+        if changed := sorted(name for name in begun & set(before) & set(configs) if before[name] != configs[name]):
             raise ConfigError(
                 f"{out} holds runs of {', '.join(changed)} with other settings; choose another --out, or give the rows "
                 "new names."
@@ -234,7 +237,7 @@ def _run(
 def _timings(study: StudyConfig, row: Row, run: Run) -> RowTimings:
     """Predictions of the first validation cases; the first of all, which warms up, is not counted."""
     dataset = run.read_dataset()
-    scans = [case.image for case in dataset.split(VALIDATION)[: 1 + study.timed_cases]]
+    scans = [case.images for case in dataset.split(VALIDATION)[: 1 + study.timed_cases]]
     timings = []
     windows: list[Window | None] = [None, *study.windows_of(row)]
     for devices in study.timed_devices:

@@ -213,7 +213,7 @@ class Trainer:
             loss=sum(losses) / len(losses) if losses else None,
             lr=lr,
             seconds_per_step=seconds / len(batches),
-            volume_share=batches.voxels_per_step / math.prod(self.plans[state.stage].image_shape),
+            volume_share=batches.share_of(self.plans[state.stage].image_shape),
             peak_bytes=peaks,
             bad_steps=state.bad_steps - bad_before,
             bad_cases=dict(bad_cases),
