@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from monai.transforms import Resize
 from pydantic import ValidationError
 from tiny_dataset import AFFINE, ORGANS, SHAPE, tiny_scan, write_tiny_dataset
 from torch.nn import functional
@@ -73,6 +74,24 @@ def test_resampling_keeps_the_extent_and_comes_back(spacing: tuple[float, float,
     both = np.count_nonzero((restored.data == label.data) & (label.data > 0))
     dice = 2 * both / (np.count_nonzero(restored.data) + np.count_nonzero(label.data))
     assert dice > (0.999 if spacing[0] < 2 else 0.8)
+
+
+def test_shrinking_is_monais_but_darkens_no_end() -> None:
+    rng = np.random.default_rng(0)
+    config = PreprocessConfig(crop_foreground=False, spacing_mm=(2.5, 1, 4), window=((0, 1),))
+    shape, affine = (40, 32, 36), np.eye(4)
+    noise = rng.random(shape).astype(np.float32)
+    found = prepare_scan(Volume(noise, affine), config).image
+    assert found.shape == (1, 16, 32, 9)
+    monais = Resize((16, 32, 9), mode="trilinear", align_corners=False, anti_aliasing=True)(
+        torch.from_numpy(noise)[None]
+    )
+    inner = (slice(None), slice(2, -2), slice(None), slice(2, -2))
+    torch.testing.assert_close(
+        found[inner], monais.as_tensor()[inner], rtol=0, atol=3e-5
+    )  # its weights add up to 0.9999
+    flat = prepare_scan(Volume(np.full(shape, 0.5, np.float32), affine), config).image
+    torch.testing.assert_close(flat, torch.full((1, 16, 32, 9), 0.5))
 
 
 def test_only_scans_beyond_the_limits_are_resampled() -> None:

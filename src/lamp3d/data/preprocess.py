@@ -186,16 +186,18 @@ def prepare_scan(source: Volume | Scan, config: PreprocessConfig, label: Volume 
         ScanError: nothing in the scan is brighter than ``foreground_above``, or a channel is the same everywhere.
     """
     from monai.data import MetaTensor
-    from monai.transforms import Resized
+    from monai.transforms import Resize
+    from monai.transforms.utils import scale_affine
 
     channels = (source,) if isinstance(source, Volume) else source
     config = config.resolved_for([UNNAMED] * len(channels))
     affine = channels[0].affine
-    scan: dict[str, Any] = {"image": _meta(_intensities(channels, config), affine)}
+    intensities = _intensities(channels, config)
+    scan: dict[str, Any] = {"image": _meta(intensities, affine)}
     if label is not None:
         # On the image's affine: the two were found equal up to rounding, and must be turned alike.
         scan["label"] = _meta(label.data.astype(np.uint8)[None], affine)
-    to_crop = _to_crop(scan["image"][0], config)
+    to_crop = _to_crop(intensities[0], config)
     scan = to_crop(scan)
     crop = scan["image"]
     # Windowed before it is resampled, so that metal of +20,000 does not bleed into its neighbours.
@@ -203,20 +205,11 @@ def prepare_scan(source: Volume | Scan, config: PreprocessConfig, label: Volume 
     spacing = np.linalg.norm(np.asarray(crop.affine, dtype=np.float64)[:3, :3], axis=0)
     wanted = config.spacing_for(spacing)
     size = [max(1, round(n * old / new)) for n, old, new in zip(crop.shape[1:], spacing, wanted, strict=True)]
-    if size != list(crop.shape[1:]):
-        resize = Resized(
-            _KEYS,
-            size,
-            mode=("trilinear", "nearest-exact"),
-            align_corners=(False, None),
-            anti_aliasing=(True, False),
-            allow_missing_keys=True,
-        )
-        scan = resize(scan)
+    scaling = scale_affine(crop.shape[1:], size, align_corners=False)
     return PreparedScan(
-        image=_plain(scan["image"]),
-        label=_plain(scan["label"]).to(torch.uint8) if "label" in scan else None,
-        affine=np.asarray(scan["image"].affine, dtype=np.float64),
+        image=_resampled(crop.as_tensor(), size).contiguous(),
+        label=_plain(Resize(size, mode="nearest-exact")(scan["label"])).to(torch.uint8) if "label" in scan else None,
+        affine=np.asarray(crop.affine, dtype=np.float64) @ scaling,
         source_affine=affine,
         _to_crop=to_crop,
         # Only its shape and its record of transforms are needed; an expanded scalar takes no memory.
@@ -271,7 +264,24 @@ def _window(image: Tensor, config: PreprocessConfig) -> None:
         image[channel] = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(values)
 
 
-def _to_crop(first: Tensor, config: PreprocessConfig) -> Compose:
+def _resampled(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Interpolated between the voxels; where an axis shrinks, blurred along it first, so that no detail is missed.
+
+    Both are linear, and go axis by axis, so that a matrix an axis does as well: what MONAI makes of unit vectors. It
+    takes a tenth of the time and the memory. Weights add up to 1, so that ends are as bright as they were: MONAI blurs
+    them with zeros around.
+    """
+    from monai.transforms import Resize
+
+    for dim, extent in enumerate(size, start=1):
+        if extent < image.shape[dim]:
+            shrink = Resize((extent,), mode="linear", align_corners=False, anti_aliasing=True)
+            weights = shrink(torch.eye(image.shape[dim])).as_tensor()  # (before, after)
+            image = (image.movedim(dim, -1) @ (weights / weights.sum(0))).movedim(-1, dim)
+    return Resize(size, mode="trilinear", align_corners=False)(image).as_tensor()  # type: ignore[no-any-return]
+
+
+def _to_crop(first: npt.NDArray[np.float32], config: PreprocessConfig) -> Compose:
     from monai.transforms import Compose, CropForegroundd, Orientationd
 
     steps = [Orientationd(_KEYS, axcodes=config.orientation, labels=_AXIS_ENDS, allow_missing_keys=True)]
