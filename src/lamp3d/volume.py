@@ -7,22 +7,21 @@ import itertools
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
+from lamp3d.dicom import read_series, series_grid
 from lamp3d.errors import ScanError
 
-# A stack whose slice steps differ by more than this fraction has lost slices (or holds two scans).
-SLICE_STEP_TOLERANCE = 0.1
+_UNREADABLE = (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, zlib.error, ValueError)
 
 
 @dataclass(frozen=True)
@@ -79,22 +78,14 @@ def read_volumes(path: Path) -> tuple[Volume, ...]:
 def read_grid(path: Path) -> Grid | None:
     """A scan's shape and place from its header, without its voxels; None where that cannot be read."""
     try:
-        if not path.is_dir():
+        if path.is_dir():
+            grid = Grid(*series_grid(path))
+        else:
             image = nib.load(path)  # the voxels stay on the disk
-            return Grid(image.shape[:3], np.asarray(image.affine, dtype=np.float64))
-        (name,) = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
-        files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), name)
-        readers = [sitk.ImageFileReader() for _ in files[:2]]
-        for reader, file in zip(readers, files, strict=False):
-            reader.SetFileName(file)
-            reader.ReadImageInformation()
-    except (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, zlib.error, ValueError, RuntimeError):
+            grid = Grid(image.shape[:3], np.asarray(image.affine, dtype=np.float64))
+    except (*_UNREADABLE, ScanError, RuntimeError):
         return None
-    first, last = readers[0], readers[-1]
-    step = float(np.linalg.norm(np.subtract(last.GetOrigin(), first.GetOrigin()))) or first.GetSpacing()[2]
-    columns, rows = first.GetSize()[:2]
-    spacing = (*first.GetSpacing()[:2], step)
-    return Grid((columns, rows, len(files)), _dicom_affine(first.GetDirection(), spacing, first.GetOrigin()))
+    return grid if len(grid.shape) == 3 and 0 not in grid.shape and _is_usable(grid.affine) else None
 
 
 def write_nifti(volume: Volume, path: Path, *, overwrite: bool = False) -> None:
@@ -148,7 +139,7 @@ def write_text(path: Path, text: str) -> None:
 def _read(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
     path = Path(path)
     if path.is_dir():
-        return _read_dicom(path)
+        return read_series(path)
     if not path.is_file():
         raise ScanError(f"{path}: no such file; check the path")
     if not path.name.endswith((".nii", ".nii.gz")):
@@ -164,7 +155,7 @@ def _read_nifti(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.flo
         nifti2 = content[:4] in ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))  # its header's size
         image = (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)
         data = np.asanyarray(image.dataobj)
-    except (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, zlib.error, ValueError) as error:
+    except (*_UNREADABLE, MemoryError) as error:  # the latter where a damaged header claims too many voxels
         why = " ".join(str(error).split())
         raise ScanError(f"{path}: truncated or corrupt ({why}); fetch or export the file again") from error
     while data.ndim > 3 and data.shape[-1] == 1:
@@ -179,51 +170,6 @@ def _read_nifti(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.flo
     return data, np.asarray(image.affine, dtype=np.float64)
 
 
-def _read_dicom(folder: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
-    names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if len(names) != 1:
-        raise ScanError(f"{folder}: holds {len(names)} DICOM series, wanted one; give a folder with one series in it")
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), names[0]))
-    reader.MetaDataDictionaryArrayUpdateOn()
-    sitk_warnings = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # uneven slices are told below, as an error
-    try:
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise ScanError(f"{folder}: truncated or corrupt DICOM ({error}); export the series again") from error
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(sitk_warnings)
-    _check_slice_steps(folder, reader, len(reader.GetFileNames()))
-    affine = _dicom_affine(image.GetDirection(), image.GetSpacing(), image.GetOrigin())
-    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), affine
-
-
-def _dicom_affine(
-    direction: Sequence[float], spacing: Sequence[float], origin: Sequence[float]
-) -> npt.NDArray[np.float64]:
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(direction).reshape(3, 3) * spacing
-    affine[:3, 3] = origin
-    lps_to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
-    return lps_to_ras @ affine
-
-
-def _check_slice_steps(folder: Path, reader: sitk.ImageSeriesReader, n_slices: int) -> None:
-    position = "0020|0032"  # Image Position (Patient)
-    if n_slices < 3 or not all(reader.HasMetaDataKey(i, position) for i in range(n_slices)):
-        return
-    places = np.array([[float(x) for x in reader.GetMetaData(i, position).split("\\")] for i in range(n_slices)])
-    steps_mm = np.linalg.norm(np.diff(places, axis=0), axis=1)
-    usual = float(np.median(steps_mm))
-    worst = int(np.argmax(np.abs(steps_mm - usual)))
-    if abs(steps_mm[worst] - usual) > SLICE_STEP_TOLERANCE * usual:
-        raise ScanError(
-            f"{folder}: slices {worst + 1} and {worst + 2} lie {steps_mm[worst]:.2f} mm apart, the others "
-            f"{usual:.2f} mm; a slice is missing or doubled: export the series again"
-        )
-
-
 def _checked(path: Path, data: npt.NDArray[np.generic], affine: npt.NDArray[np.float64]) -> Volume:
     if data.dtype.names is not None or data.dtype.kind not in "buif":
         raise ScanError(f"{path}: voxels of type {data.dtype} are not real numbers; give a plain intensity image")
@@ -232,9 +178,13 @@ def _checked(path: Path, data: npt.NDArray[np.generic], affine: npt.NDArray[np.f
     bad = 0 if data.dtype.kind != "f" else data.size - int(np.count_nonzero(np.isfinite(data)))
     if bad:
         raise ScanError(f"{path}: {bad} of {data.size} voxels are NaN or infinite; replace them (for CT, by air)")
-    if not np.all(np.isfinite(affine)) or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if not _is_usable(affine):
         raise ScanError(f"{path}: affine {affine[:3].tolist()} has no inverse; repair the header's geometry")
     return Volume(data, affine)
+
+
+def _is_usable(affine: npt.NDArray[np.float64]) -> bool:
+    return bool(np.all(np.isfinite(affine)) and abs(np.linalg.det(affine[:3, :3])) >= 1e-9)
 
 
 def apart_mm(one: Volume, other: Volume) -> float:

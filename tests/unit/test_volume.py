@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -124,7 +125,13 @@ def test_affine_without_inverse_is_refused(tmp_path: Path) -> None:
         read_volume(tmp_path / "scan.nii")
 
 
-def write_dicom(folder: Path, data: np.ndarray, leave_out: tuple[int, ...] = (), series: str = "1.2.3") -> None:
+def write_dicom(
+    folder: Path,
+    data: np.ndarray,
+    leave_out: tuple[int, ...] = (),
+    series: str = "1.2.3",
+    more: Callable[[int], dict[str, str]] = lambda i: {},
+) -> None:
     """An axial series, one file a slice, 1.5 x 2 x 3 mm, first voxel at (-10, 20, 30) mm in DICOM's LPS."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
@@ -142,6 +149,7 @@ def write_dicom(folder: Path, data: np.ndarray, leave_out: tuple[int, ...] = (),
             "0020|0013": str(i),
             "0020|0032": f"-10\\20\\{30 + 3 * i}",
             "0020|0037": "1\\0\\0\\0\\1\\0",
+            **more(i),
         }
         for tag, value in tags.items():
             image.SetMetaData(tag, value)
@@ -165,6 +173,72 @@ def test_the_grid_of_a_dicom_series_is_that_of_its_volume(tmp_path: Path) -> Non
     assert isinstance(grid, Grid)
     assert grid.shape == volume.data.shape
     np.testing.assert_allclose(grid.affine, volume.affine, atol=1e-9)
+
+
+def test_slices_of_a_tilted_gantry_lie_where_they_say(tmp_path: Path) -> None:
+    data = np.arange(5 * 6 * 9, dtype=np.int16).reshape(5, 6, 9)
+    write_dicom(tmp_path, data, more=lambda i: {"0020|0037": "1\\0\\0\\0\\0.8\\0.6"})
+    volume, grid = read_volume(tmp_path), read_grid(tmp_path)
+    np.testing.assert_array_equal(volume.data, data)
+    # The table moves along z, whatever the slices' tilt: rows by (0, -1.6, 1.2), slices by (0, 0, 3), in RAS.
+    np.testing.assert_allclose(volume.affine @ [0, 0, 8, 1], [10, -20, 30 + 24, 1], atol=1e-9)
+    np.testing.assert_allclose(volume.affine @ [2, 5, 4, 1], [7, -28, 30 + 6 + 12, 1], atol=1e-9)
+    assert grid is not None
+    np.testing.assert_allclose(grid.affine, volume.affine, atol=1e-9)
+    labels = Volume(np.zeros(data.shape, np.uint8), volume.affine)
+    write_nifti(labels, tmp_path / "labels.nii.gz")
+    np.testing.assert_allclose(read_volume(tmp_path / "labels.nii.gz").affine, volume.affine, atol=1e-5)
+
+
+def test_every_slice_has_its_own_intercept(tmp_path: Path) -> None:
+    data = np.full((5, 6, 3), -998, np.int16)
+    data[..., 0] = 8
+    write_dicom(tmp_path, data, more=lambda i: {"0028|1053": "1", "0028|1052": str([0, -1024, 3][i])})
+    np.testing.assert_array_equal(read_volume(tmp_path).data, data)
+
+
+def test_a_dicom_file_with_all_slices_is_read(tmp_path: Path) -> None:
+    image = sitk.GetImageFromArray(np.arange(7 * 6 * 5, dtype=np.uint16).reshape(7, 6, 5))
+    image.SetSpacing((1.5, 2.0, 3.0))
+    (tmp_path / "one").mkdir()
+    sitk.WriteImage(image, str(tmp_path / "one" / "all.dcm"))
+    volume, grid = read_volume(tmp_path / "one"), read_grid(tmp_path / "one")
+    np.testing.assert_array_equal(volume.data, sitk.GetArrayFromImage(image).transpose(2, 1, 0))
+    assert grid is not None
+    assert grid.shape == (5, 6, 7)
+    np.testing.assert_allclose(grid.affine, volume.affine)
+
+
+def test_dicom_that_is_no_volume_is_refused(tmp_path: Path) -> None:
+    data = np.zeros((5, 6, 6), np.int16)
+    write_dicom(tmp_path / "scout", data, more=lambda i: {"0020|0037": "1\\0\\0\\0\\0\\-1"} if i == 5 else {})
+    with pytest.raises(ScanError, match="slices of different directions"):
+        read_volume(tmp_path / "scout")
+    write_dicom(tmp_path / "nowhere", data)
+    for file in (tmp_path / "nowhere").iterdir():  # its position under a number that nobody knows
+        file.write_bytes(file.read_bytes().replace(b"\x20\x00\x32\x00", b"\x20\x00\x33\x00"))
+    with pytest.raises(ScanError, match="do not say where they lie"):
+        read_volume(tmp_path / "nowhere")
+    (tmp_path / "colour").mkdir()
+    picture = sitk.GetImageFromArray(np.zeros((1, 5, 6, 3), np.uint8), isVector=True)
+    sitk.WriteImage(picture, str(tmp_path / "colour" / "a.dcm"))
+    with pytest.raises(ScanError, match="in colour"):
+        read_volume(tmp_path / "colour")
+
+
+@pytest.mark.parametrize("kind", ["flat", "singular", "nan", "huge"])
+def test_a_header_without_a_grid_says_nothing(tmp_path: Path, kind: str) -> None:
+    affine = {"singular": np.diag([1, 1, 0, 1.0]), "nan": np.full((4, 4), np.nan)}.get(kind, np.eye(4))
+    image = nib.Nifti1Image(np.zeros((8, 9) if kind == "flat" else SHAPE, np.int16), None)
+    image.header.set_sform(affine, code=1)
+    content = bytearray(image.to_bytes())
+    if kind == "huge":
+        content[42:48] = np.array([32767] * 3, "<i2").tobytes()
+    path = tmp_path / "scan.nii"
+    path.write_bytes(content)
+    assert kind == "huge" or read_grid(path) is None
+    with pytest.raises(ScanError, match=r"not a 3D volume|no inverse|truncated or corrupt"):
+        read_volume(path)
 
 
 def test_dicom_with_a_missing_slice_or_two_series_is_refused(tmp_path: Path) -> None:
