@@ -33,12 +33,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from torch import Tensor
 
-from lamp3d.errors import DatasetError, ScanError
-from lamp3d.volume import Volume, apart_mm, write_text
+from lamp3d.errors import DatasetError
+from lamp3d.scan import check_grid
+from lamp3d.volume import Volume, write_text
 
 DEFAULT_TOLERANCE_MM = 2.0
-# Two files of one grid may differ by the rounding of their headers; by this fraction of a voxel they are one grid.
-GRID_TOLERANCE = 0.1
 
 
 class OrganScore(BaseModel):
@@ -148,16 +147,7 @@ def evaluate_case(
     Raises:
         ScanError: if the two do not lie on one grid.
     """
-    if prediction.data.shape != truth.data.shape:
-        raise ScanError(
-            f"the prediction's shape is {prediction.data.shape} and the contours' is {truth.data.shape}: "
-            "predict on the scan that the contours were drawn on"
-        )
-    if (far_mm := apart_mm(prediction, truth)) > GRID_TOLERANCE * min(truth.spacing_mm):
-        raise ScanError(
-            f"the grids of prediction and contours lie {far_mm:.2f} mm apart: "
-            "predict on the scan that the contours were drawn on"
-        )
+    check_grid("the prediction", prediction.grid, "the contours", truth.grid)
     predicted, expected = _label_tensor(prediction), _label_tensor(truth)
     dice = _dice_of_labels(predicted, expected, 1 + len(organs))
     # One pass finds every organ's bounding box, in both maps.

@@ -181,31 +181,25 @@ class Predictor:
         def padded() -> Iterator[Tensor | None]:
             for image in images:
                 shapes.append(image.shape)
-                yield self._pad(image)[None].to(self.engine.device) if self.engine.reads_input else None
+                sides = padded_sides(image.shape[1:], self.divisor)
+                yield _padded(image, sides)[None].to(self.engine.device) if self.engine.reads_input else None
 
         for logits in self.engine.stream(padded()):
             _, depth, height, width = shapes.popleft()
             logits = whole(logits)
             yield logits[0, : self.classes, :depth, :height, :width] if self.holds_result else None
 
-    def _pad(self, image: Tensor) -> Tensor:
-        """Pads each axis at its end to what the network can take, with each channel's minimum, as training does."""
-        sides = image.shape[1:]
-        depth, height, width = (to - side for side, to in zip(sides, padded_sides(sides, self.divisor), strict=True))
-        if not depth + height + width:
-            return image
-        missing = (0, width, 0, height, 0, depth)
-        return torch.stack([F.pad(channel, missing, value=channel.min().item()) for channel in image])
-
     def _by_window(self, image: Tensor, window: tuple[int, int, int]) -> Tensor | None:
         from monai.inferers import sliding_window_inference  # a second, for those who predict whole volumes
 
         engine = self.engine
+        depth, height, width = image.shape[1:]
+        larger = [max(sides) for sides in zip(image.shape[1:], window, strict=True)]  # or no window fits in
         if engine.reads_input:
-            volume, padding = image[None].to(engine.device), image.min().item()
+            volume = _padded(image, larger)[None].to(engine.device)
         else:
             # MONAI lays the windows out by the shape alone; one voxel, expanded, has it without the memory.
-            volume, padding = torch.zeros((), device=engine.device).expand(1, *image.shape), 0.0
+            volume = torch.zeros((), device=engine.device).expand(1, len(image), *larger)
         logits = sliding_window_inference(
             volume,
             roi_size=window,
@@ -213,12 +207,11 @@ class Predictor:
             predictor=self._forward,
             overlap=WINDOW_OVERLAP,
             mode="gaussian",
-            cval=padding,
             # All ranks must call the engine for the same windows, but only one has results to stitch together.
             device=engine.device if self.holds_result else torch.device("meta"),
         )
         assert isinstance(logits, Tensor)
-        return logits[0] if self.holds_result else None
+        return logits[0, :, :depth, :height, :width] if self.holds_result else None
 
     def _forward(self, windows: Tensor) -> Tensor:
         logits = whole(self.engine.forward(windows if self.engine.reads_input else None))
@@ -227,6 +220,15 @@ class Predictor:
             if self.holds_result
             else windows.new_zeros(len(windows), 1, *windows.shape[2:])
         )
+
+
+def _padded(image: Tensor, sides: Sequence[int]) -> Tensor:
+    """Each axis at its end, with each channel's minimum, as training does."""
+    depth, height, width = (to - side for side, to in zip(image.shape[1:], sides, strict=True))
+    if not depth + height + width:
+        return image
+    missing = (0, width, 0, height, 0, depth)
+    return torch.stack([F.pad(channel, missing, value=channel.min().item()) for channel in image])
 
 
 def with_largest_parts(labels: npt.NDArray[np.generic], single: Iterable[int]) -> npt.NDArray[np.generic]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from lamp3d.errors import ScanError
-from lamp3d.volume import Volume, apart_mm, read_volumes
+from lamp3d.volume import Grid, Volume, read_volumes
 
 Scan = tuple[Volume, ...]
 """A volume a channel, all on one grid."""
@@ -39,26 +40,25 @@ def read_scan(files: Sequence[Path], channels: Sequence[str]) -> Scan:
             f"{files[0]}: {len(scan)} channel(s), wanted {len(channels)} ({', '.join(channels)}); give {how}"
         )
     for file, volume in zip(files[1:], scan[1:], strict=False):
-        check_grid(f"{file}: channel", volume, f"the first one {files[0]}", scan[0])
+        check_grid(f"{file}: channel", volume.grid, f"the first one {files[0]}", scan[0].grid)
     return scan
 
 
-def check_grid(what: str, volume: Volume, of: str, reference: Volume) -> None:
+def check_grid(what: str, grid: Grid, of: str, reference: Grid) -> None:
     """Whether a volume lies where another one does.
 
     Args:
-        what, volume: its file and what it is, and the volume.
-        of, reference: what the other one is, and the other one.
+        what, grid: its file and what it is, and where it lies.
+        of, reference: those of the other one.
 
     Raises:
         ScanError: its shape or its place is another one.
     """
-    if volume.data.shape != reference.data.shape:
+    if grid.shape != reference.shape:
         raise ScanError(
-            f"{what} of shape {volume.data.shape} does not fit {of} of shape {reference.data.shape}; resample it onto "
-            "that grid"
+            f"{what} of shape {grid.shape} does not fit {of} of shape {reference.shape}; resample it onto that grid"
         )
-    if (far_mm := apart_mm(volume, reference)) > SAME_PLACE * min(reference.spacing_mm):
+    if (far_mm := grid.apart_mm(reference)) > SAME_PLACE * min(reference.spacing_mm):
         raise ScanError(
             f"{what} lies up to {far_mm:.1f} mm away from {of} by their affines; one of the two headers is wrong: "
             "repair it"
@@ -80,5 +80,5 @@ def scan_files(first: Path, channels: int) -> tuple[Path, ...]:
 
 def scan_name(*files: Path) -> str:
     """The name of a scan's file or folder without ``.nii`` or ``.nii.gz``, and of several files without the channel."""
-    name = files[0].name.removesuffix(".gz").removesuffix(".nii")
+    name = Path(os.path.abspath(files[0])).name.removesuffix(".gz").removesuffix(".nii")
     return name.removesuffix(FIRST_CHANNEL) if len(files) > 1 else name

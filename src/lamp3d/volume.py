@@ -28,8 +28,20 @@ _UNREADABLE = (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFErr
 class Grid:
     """Where a scan's voxels lie: how many there are along its axes, and the affine, as that of a `Volume`."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     affine: npt.NDArray[np.float64]
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """The distance in mm between neighbouring voxels along each axis."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(x), float(y), float(z)
+
+    def apart_mm(self, other: Grid) -> float:
+        """How far another grid of this shape lies away, at most: at one of the corners."""
+        ends = [(0, n - 1) for n in self.shape]
+        corners = np.array([(*corner, 1) for corner in itertools.product(*ends)], dtype=np.float64)
+        return float(np.abs(corners @ (self.affine - other.affine).T).max())
 
 
 @dataclass(frozen=True)
@@ -46,10 +58,14 @@ class Volume:
     affine: npt.NDArray[np.float64]
 
     @property
+    def grid(self) -> Grid:
+        """Where the voxels lie."""
+        return Grid(self.data.shape, self.affine)
+
+    @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """The distance in mm between neighbouring voxels along each axis of ``data``."""
-        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
-        return float(x), float(y), float(z)
+        return self.grid.spacing_mm
 
 
 def read_volume(path: Path) -> Volume:
@@ -185,10 +201,3 @@ def _checked(path: Path, data: npt.NDArray[np.generic], affine: npt.NDArray[np.f
 
 def _is_usable(affine: npt.NDArray[np.float64]) -> bool:
     return bool(np.all(np.isfinite(affine)) and abs(np.linalg.det(affine[:3, :3])) >= 1e-9)
-
-
-def apart_mm(one: Volume, other: Volume) -> float:
-    """How far two grids of one shape lie apart, at most: at one of their corners."""
-    ends = [(0, n - 1) for n in one.data.shape]
-    corners = np.array([(*corner, 1) for corner in itertools.product(*ends)], dtype=np.float64)
-    return float(np.abs(corners @ (one.affine - other.affine).T).max())

@@ -32,7 +32,7 @@ def test_it_finds_the_organs_of_a_scan_that_it_was_not_trained_on(openkbp: Path,
     scan = read_volume(case.images[0])
     hounsfield = tmp_path / "hounsfield.nii.gz"
     write_nifti(type(scan)(scan.data.astype(np.int16) - 1024, scan.affine), hounsfield)
-    found, lifted = predict(run, [case.images, (hounsfield,)], tmp_path / "labels")
+    found, lifted = predict(run, {"own": case.images, "hounsfield": (hounsfield,)}, tmp_path / "labels")
     labels = read_volume(found.path)
     scores = evaluate_case(labels, read_volume(case.label), dataset.organs, case.annotated)
     dice = [score.dice for score in scores.values() if score.dice is not None]

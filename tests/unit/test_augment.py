@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -245,3 +246,18 @@ def test_configuration_is_checked() -> None:
     for bad in ({"flip": 1}, {"flip_axes": (3,)}, {"noise": -1}, {"flip_probability": 1.5}, {"scale": (1.2, 0.8)}):
         with pytest.raises(ValidationError):
             AugmentConfig.model_validate(bad)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Eye_AL", "Eye_AR"), ("Parotid L", "Parotid R"), ("Lt_Parotid", "Rt_Parotid"), ("Lung-L", "Lung-R"),
+        ("ParotidL", "ParotidR"), ("Kidney_LT", "Kidney_RT"), ("l.eye", "r.eye"), ("LKidney", "RKidney"),
+    ],
+)  # fmt: skip
+def test_sides_are_known_however_they_are_written(one: str, other: str) -> None:
+    organs = ("Liver", "Rectum", "Heart", "Larynx", "Colon", one, other)
+    with pytest.raises(ConfigError, match=re.escape(f"{[one, other]} have a side")):
+        label_swap(AugmentConfig(flip_axes=(0,)), organs)
+    swap = label_swap(AugmentConfig(flip_axes=(0,), paired_labels=((one, other),)), organs)
+    assert swap.tolist() == [0, 1, 2, 3, 4, 5, 7, 6]

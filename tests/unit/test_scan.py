@@ -12,10 +12,9 @@ import torch
 
 from lamp3d.data import AugmentConfig, Batches, CaseStore, PreprocessConfig, prepare_scan, read_dataset
 from lamp3d.errors import ConfigError, DatasetError, ScanError
-from lamp3d.predict import Predictor
+from lamp3d.predict import _padded
 from lamp3d.scan import read_scan, scan_files, scan_name
 from lamp3d.volume import Volume, write_nifti
-from tests.unit.test_predict import OneRankEngine
 from tests.unit.tiny_dataset import AFFINE, SHAPE, tiny_scan, write_tiny_dataset
 
 CT, MR = "CT", "T2 weighted"
@@ -83,7 +82,7 @@ def test_windows_go_by_the_channels_names() -> None:
     assert config.resolved_for(["CT"]).foreground_above == -500
     assert config.resolved_for(["ct", "PET"]).window == ((-200, 400), None)
     mr = config.resolved_for(["T1", "T2"])
-    assert (mr.window, mr.foreground_above) == ((None, None), 0)
+    assert (mr.window, mr.foreground_above) == ((None, None), None)
     assert mr.resolved_for(["CT", "CT"]) == mr  # what is resolved stays so
     given = PreprocessConfig.model_validate({"window": [824, 1424], "foreground_above": 200})
     assert given.resolved_for(["CT", "T1"]).window == ((824, 1424),) * 2
@@ -179,7 +178,7 @@ def test_each_channel_is_padded_with_its_own_minimum(tmp_path: Path) -> None:
         store, [case], patch=None, batch=1, divisor=32, seed=(0,), augment=NO_CHANGE
     ).read(0).images or ()  # fmt: skip
     assert torch.equal(whole[0, :, -1, -1, -1], minima.flatten())
-    padded = Predictor(OneRankEngine(torch.nn.Identity()), config, divisor=32)._pad(image)
+    padded = _padded(image, whole.shape[2:])
     torch.testing.assert_close(padded, whole[0])
 
 

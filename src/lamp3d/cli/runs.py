@@ -16,7 +16,7 @@ from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
 from lamp3d.experiment import ExperimentConfig, Run, evaluate, export, find_model, forecast, load_config, predict, train
 from lamp3d.report import time_line_picture, write_report
-from lamp3d.scan import scan_files
+from lamp3d.scan import scan_files, scan_name
 
 WindowOption = Annotated[str, typer.Option(help="'whole', or the side of a sliding window, such as 64 or 64x64x32.")]
 MirrorOption = Annotated[
@@ -107,12 +107,29 @@ def predict_command(
     if not scans:
         raise ConfigError("no scans: give a run folder and at least one scan, or --model NAME and scans.")
     opened = Run.open(run)
-    files = [scan_files(scan, len(opened.channels)) for scan in scans]
-    done = predict(opened, files, out, window=_window(window), devices=devices, mirror=mirror, overwrite=overwrite)
+    done = predict(
+        opened,
+        _scans_by_name(scans, len(opened.channels)),
+        out,
+        window=_window(window),
+        devices=devices,
+        mirror=mirror,
+        overwrite=overwrite,
+    )
     for prediction in done:
         say(f"{prediction.path}  {prediction.seconds:.2f} s")
     names = ", ".join(f"{label} {organ}" for label, organ in enumerate(opened.organs, start=1))
     say(f"Labels: {names}")
+
+
+def _scans_by_name(paths: list[Path], channels: int) -> dict[str, tuple[Path, ...]]:
+    scans = [scan_files(path, channels) for path in paths]
+    others = {file for files in scans for file in files[1:]}  # which a glob finds as well
+    scans = [files for files in scans if files[0] not in others]
+    by_name = {scan_name(*files): files for files in scans}
+    if len(by_name) < len(scans):
+        raise ConfigError("several scans have the same name; predict them into different folders.")
+    return by_name
 
 
 @app.command("evaluate")

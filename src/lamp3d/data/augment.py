@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -24,7 +25,8 @@ from lamp3d.errors import ConfigError
 LEFT_RIGHT_AXIS = 0  # of a scan in RAS orientation
 ELASTIC_NODES = 8  # along each axis, then the same ones again: far enough apart that nobody sees it
 LARGEST_ELASTIC = 0.4  # of the nodes' distance: a cubic B-spline of smaller shifts never folds (Choi and Lee, 2000)
-_SIDED = re.compile(r"left|right|(^|_)[lr](_|$)", re.IGNORECASE)
+_SIDED = re.compile(r"left|right|(^|[\s_.-])(l|r|lt|rt)([\s_.-]|$)", re.IGNORECASE)
+_SIDE_AT_AN_END = re.compile(r"^[lr]|[lr]t?$", re.IGNORECASE)
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -206,7 +208,13 @@ def label_swap(config: AugmentConfig, organs: Sequence[str]) -> Tensor:
     for one, other in config.paired_labels:
         i, j = 1 + organs.index(one), 1 + organs.index(other)
         swap[i], swap[j] = j, i
-    alone = [organ for organ in organs if _SIDED.search(organ) and organ not in members]
+    # Where a letter alone says it, as in ParotidL, it is a side if there is another organ that differs in that letter.
+    ends = Counter(_SIDE_AT_AN_END.sub("", organ) for organ in organs if _SIDE_AT_AN_END.search(organ))
+    alone = [
+        organ
+        for organ in organs
+        if organ not in members and (_SIDED.search(organ) or ends[_SIDE_AT_AN_END.sub("", organ)] > 1)
+    ]
     if alone and LEFT_RIGHT_AXIS in config.flip_axes and config.flip_probability > 0:
         raise ConfigError(
             f"flip_axes has {LEFT_RIGHT_AXIS}, the left-right axis, but {alone} have a side and no twin in "

@@ -57,7 +57,7 @@ class PreprocessConfig(BaseModel):
         window_percentiles: of a channel's intensities within the patient, what becomes 0 and 1.
         crop_foreground: cut away the air around the patient.
         foreground_above: raw intensity of the first channel above which a voxel belongs to the patient; by default
-            -500 HU for CT, and 0 for others.
+            -500 HU where that channel has a window, and the smallest there is where it goes by percentiles.
         margin_voxels: voxels of the scan kept around the foreground.
     """
 
@@ -108,8 +108,8 @@ class PreprocessConfig(BaseModel):
                 "give one for all of them, or as many."
             )
         above = self.foreground_above
-        if above is None:
-            above = _CT_AIR if ct[0] else 0.0
+        if above is None and window[0] is not None:
+            above = _CT_AIR
         return self.model_copy(update={"window": window, "foreground_above": above})
 
     def spacing_for(self, spacing_mm: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -128,19 +128,16 @@ class PreparedScan:
         label: (1, D, H, W) uint8 on the same grid, when there was a label map.
         affine: (4, 4) float64, voxel index of ``image`` -> mm in RAS+.
         source_affine: (4, 4) float64 of the scan that was prepared.
+        labelled_voxels: of the scan that was prepared, that are not cut away.
     """
 
     image: Tensor
     label: Tensor | None
     affine: npt.NDArray[np.float64]
     source_affine: npt.NDArray[np.float64]
+    labelled_voxels: int
     _to_crop: Compose = field(repr=False, compare=False)
     _crop: MetaTensor = field(repr=False, compare=False)
-
-    @property
-    def resampled(self) -> bool:
-        """Whether it has other voxels than the scan that it was made from."""
-        return tuple(self.image.shape[1:]) != tuple(self._crop.shape[1:])
 
     def restore_labels(self, logits: Tensor) -> Volume:
         """The likeliest class of every voxel of the source scan, on that scan's own grid and affine.
@@ -197,11 +194,12 @@ def prepare_scan(source: Volume | Scan, config: PreprocessConfig, label: Volume 
     if label is not None:
         # On the image's affine: the two were found equal up to rounding, and must be turned alike.
         scan["label"] = _meta(label.data.astype(np.uint8)[None], affine)
-    to_crop = _to_crop(intensities[0], config)
+    above = float(intensities[0].min()) if config.foreground_above is None else config.foreground_above
+    to_crop = _to_crop(intensities[0], config, above)
     scan = to_crop(scan)
     crop = scan["image"]
     # Windowed before it is resampled, so that metal of +20,000 does not bleed into its neighbours.
-    _window(crop.as_tensor(), config)
+    _window(crop.as_tensor(), config, above)
     spacing = np.linalg.norm(np.asarray(crop.affine, dtype=np.float64)[:3, :3], axis=0)
     wanted = config.spacing_for(spacing)
     size = [max(1, round(n * old / new)) for n, old, new in zip(crop.shape[1:], spacing, wanted, strict=True)]
@@ -211,6 +209,7 @@ def prepare_scan(source: Volume | Scan, config: PreprocessConfig, label: Volume 
         label=_plain(Resize(size, mode="nearest-exact")(scan["label"])).to(torch.uint8) if "label" in scan else None,
         affine=np.asarray(crop.affine, dtype=np.float64) @ scaling,
         source_affine=affine,
+        labelled_voxels=int(torch.count_nonzero(scan["label"])) if "label" in scan else 0,
         _to_crop=to_crop,
         # Only its shape and its record of transforms are needed; an expanded scalar takes no memory.
         _crop=MetaTensor(
@@ -243,13 +242,12 @@ def _intensities(channels: Scan, config: PreprocessConfig) -> npt.NDArray[np.flo
     return every
 
 
-def _window(image: Tensor, config: PreprocessConfig) -> None:
-    """Bring every channel (C, X, Y, Z) to [0, 1], in place."""
+def _window(image: Tensor, config: PreprocessConfig, above: float) -> None:
+    """Bring every channel (C, X, Y, Z) to [0, 1], in place; the patient is above so much in the first one."""
     from monai.transforms import ScaleIntensityRange
 
     assert config.window is not None
-    assert config.foreground_above is not None
-    patient = image[0] > config.foreground_above if None in config.window else None
+    patient = image[0] > above if None in config.window else None
     for channel, (values, window) in enumerate(zip(image, config.window, strict=True)):
         if window is None:
             within = values[patient][:: 1 + values.numel() // _MOST_RANKED].numpy()
@@ -257,7 +255,7 @@ def _window(image: Tensor, config: PreprocessConfig) -> None:
             if not low < high:
                 raise ScanError(
                     f"channel {channel} is {low:g} nearly everywhere in the patient, whose voxels are those above "
-                    f"{config.foreground_above:g} in channel 0: give another scan, its `window`, or `foreground_above`"
+                    f"{above:g} in channel 0: give another scan, its `window`, or `foreground_above`"
                 )
         else:
             low, high = window
@@ -281,13 +279,11 @@ def _resampled(image: Tensor, size: Sequence[int]) -> Tensor:
     return Resize(size, mode="trilinear", align_corners=False)(image).as_tensor()  # type: ignore[no-any-return]
 
 
-def _to_crop(first: npt.NDArray[np.float32], config: PreprocessConfig) -> Compose:
+def _to_crop(first: npt.NDArray[np.float32], config: PreprocessConfig, above: float) -> Compose:
     from monai.transforms import Compose, CropForegroundd, Orientationd
 
     steps = [Orientationd(_KEYS, axcodes=config.orientation, labels=_AXIS_ENDS, allow_missing_keys=True)]
     if config.crop_foreground:
-        above = config.foreground_above
-        assert above is not None
         darkest, brightest = float(first.min()), float(first.max())
         if brightest <= above:
             raise ScanError(

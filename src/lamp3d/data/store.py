@@ -26,7 +26,7 @@ from lamp3d.data.dataset import Case, Dataset
 from lamp3d.data.preprocess import PreprocessConfig, prepare_scan
 from lamp3d.errors import DatasetError, ScanError, WorkerError
 from lamp3d.scan import check_grid, read_scan
-from lamp3d.volume import Volume, read_volume, write_atomically
+from lamp3d.volume import Grid, Volume, read_volume, write_atomically
 
 Region = tuple[slice, slice, slice]
 
@@ -195,7 +195,7 @@ def _prepare_case(
     volumes = read_scan(case.images, channels)
     truth = None if case.label is None else read_volume(case.label)
     if truth is not None:
-        _check_label(case, volumes[0], truth, organs)
+        check_label(case, volumes[0].grid, truth, organs)
         # Of an organ that the case does not claim to have contours of, whatever is drawn is not to be relied on.
         unclaimed = [value for value, organ in enumerate(organs, start=1) if organ not in case.annotated]
         if unclaimed:
@@ -206,8 +206,7 @@ def _prepare_case(
         raise ScanError(f"{case.images[0]}: {error}") from error
     tensors, counts = {"image": scan.image}, torch.zeros(1 + len(organs), dtype=torch.int64)
     if truth is not None and scan.label is not None:
-        if not scan.resampled:  # else the counts differ anyway
-            _check_cut(case, int(np.count_nonzero(truth.data)), int(torch.count_nonzero(scan.label)))
+        _check_cut(case, int(np.count_nonzero(truth.data)), scan.labelled_voxels)
         tensors |= {"label": scan.label, **_sample_voxels(case, scan.label, len(organs))}
         counts = torch.bincount(scan.label.flatten(), minlength=1 + len(organs))
     info = {
@@ -219,8 +218,14 @@ def _prepare_case(
     write_atomically(path, lambda temporary: save_file(tensors, temporary, {"info": json.dumps(info)}))
 
 
-def _check_label(case: Case, image: Volume, label: Volume, organs: tuple[str, ...]) -> None:
-    check_grid(f"{case.label}: label map", label, f"its image {case.images[0]}", image)
+def check_label(case: Case, image: Grid, label: Volume, organs: tuple[str, ...]) -> None:
+    """Whether a label map lies where its image does, and has no values but the organs'.
+
+    Raises:
+        ScanError: it lies elsewhere.
+        DatasetError: it has other values.
+    """
+    check_grid(f"{case.label}: label map", label.grid, f"its image {case.images[0]}", image)
     values = np.unique(label.data)
     wrong = [float(value) for value in values if not (0 <= value <= len(organs) and value == int(value))]
     if wrong:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lamp3d.data import Case, Dataset
 from lamp3d.data.augment import label_swap
 from lamp3d.data.preprocess import PreprocessConfig, largest_shape
+from lamp3d.data.store import check_label
 from lamp3d.errors import ConfigError, DatasetError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
 from lamp3d.experiment.run import Run
@@ -26,7 +27,7 @@ from lamp3d.plan.hardware import device_memory, device_type, has_fast_bf16
 from lamp3d.plan.inference import Sharing, numbers_at_once, share_out
 from lamp3d.plan.slabs import Slabs
 from lamp3d.predict import Predictor, check_window, single_parts
-from lamp3d.scan import read_scan, scan_name
+from lamp3d.scan import read_scan
 from lamp3d.sides import padded_sides
 from lamp3d.train import Checkpoint, load_weights
 from lamp3d.volume import read_grid, read_volume, write_nifti
@@ -57,7 +58,7 @@ class _Part:
 
 def predict(
     run: Run,
-    scans: Sequence[Files],
+    scans: Mapping[str, Files],
     out: Path,
     *,
     window: Window = None,
@@ -69,40 +70,40 @@ def predict(
 
     Args:
         run: whose best weights predict.
-        scans: NIfTI files or DICOM folders, one with all channels or one a channel.
-        out: the folder; label maps are named after the scans.
+        scans: NIfTI files or DICOM folders, one with all channels or one a channel; by the names of their label maps.
+        out: the folder.
         window: sides of a sliding window; None: whole volumes.
         devices: worker processes.
         mirror: average over the scan's mirror images; None: as the run's configuration says.
         overwrite: whether label maps that are there already may be replaced.
 
     Raises:
-        ConfigError: the run has no weights, it has not seen mirror images, its network cannot take such windows, two
-            scans have one name, or a label map is there already.
+        ConfigError: the run has no weights, it has not seen mirror images, its network cannot take such windows, a
+            scan is absent, or a label map is there already or would replace a scan.
         ScanError: a scan cannot be read; those before it are done.
     """
     if not run.best.exists():
         raise ConfigError(f"{run.folder} has no checkpoint yet; train first.")
     mirror = run.config.predict.mirror if mirror is None else mirror
     settings = _predictor_settings(run, mirror)
-    targets = [out / f"{scan_name(*scan)}.nii.gz" for scan in scans]
-    if len(set(targets)) < len(targets):
-        raise ConfigError("several scans have the same name; predict them into different folders.")
+    targets = [out / f"{name}.nii.gz" for name in scans]
+    sources = {file.resolve() for files in scans.values() for file in files}
+    if lost := [str(target) for target in targets if target.resolve() in sources]:
+        raise ConfigError(f"the label map of {lost[0]} would replace the scan itself; choose another --out.")
     if not overwrite and (there := [str(target) for target in targets if target.exists()]):
         raise ConfigError(f"{', '.join(there[:3])} exists already; add --overwrite, or choose another --out.")
-    for file in (file for scan in scans for file in scan):
-        if not file.exists():
-            raise ConfigError(f"no scan at {file}.")
+    if absent := [str(file) for files in scans.values() for file in files if not file.exists()]:
+        raise ConfigError(f"no scan at {', '.join(absent[:3])}.")
     out.mkdir(parents=True, exist_ok=True)
     network, usual = run.network().eval(), _plan_to_predict_like(run)
     check_window(window, network)
     sharing = None
     if window is None:
-        sharing = _sharing(network, usual, run.config.preprocess, scans, devices)
+        sharing = _sharing(network, usual, run.config.preprocess, list(scans.values()), devices)
         settings["most_voxels"] = sharing.most_voxels
         Console().print(f"{sharing}.", highlight=False, soft_wrap=True)
     plan = _inference_plan(network, usual, devices, window, len(scans), sharing)
-    pairs = list(zip(scans, targets, strict=True))
+    pairs = list(zip(scans.values(), targets, strict=True))
     results = launch(_predict_worker, devices, (run.folder, plan, pairs, {"window": window, **settings}))
     predictions = []
     for index, target in enumerate(targets):
@@ -138,10 +139,17 @@ def evaluate(
     """
     dataset = run.read_dataset(dataset_root)
     cases = _labelled(dataset, split, run)
+    _check_contours(cases, dataset.organs)
     folder = run.folder / "predictions" / split
     mirror = run.config.predict.mirror if mirror is None else mirror
     predictions = predict(
-        run, [case.images for case in cases], folder, window=window, devices=devices, mirror=mirror, overwrite=True
+        run,
+        {case.name: case.images for case in cases},
+        folder,
+        window=window,
+        devices=devices,
+        mirror=mirror,
+        overwrite=True,
     )
     results = []
     with _progress() as progress:
@@ -179,10 +187,11 @@ def evaluate(
 
 
 def _labelled(dataset: Dataset, split: str, run: Run) -> tuple[Case, ...]:
-    if len(dataset.channels) != len(run.channels):
+    others, own = dataset.channels, run.channels
+    if len(others) != len(own) or (others != own and sorted(others) == sorted(own)):
         raise DatasetError(
-            f"{dataset.root} has scans of {', '.join(dataset.channels)}, but the run was trained on "
-            f"{', '.join(run.channels)}; evaluate it on a dataset with the same channels."
+            f"{dataset.root} has scans of {', '.join(others)}, but the run was trained on {', '.join(own)}; evaluate "
+            "it on a dataset with the same channels, in the same order."
         )
     if dataset.organs != run.organs:
         raise DatasetError(
@@ -193,6 +202,15 @@ def _labelled(dataset: Dataset, split: str, run: Run) -> tuple[Case, ...]:
     if bare := [case.name for case in cases if case.label is None]:
         raise DatasetError(f"cases of split {split!r} have no contours to compare with: {', '.join(bare[:5])}.")
     return cases
+
+
+def _check_contours(cases: Sequence[Case], organs: tuple[str, ...]) -> None:
+    """What cannot be scored is better known before everything is predicted."""
+    with _progress() as progress:
+        for case in progress.track(cases, description="Reading contours"):
+            assert case.label is not None
+            label, grid = read_volume(case.label), read_grid(case.images[0])
+            check_label(case, label.grid if grid is None else grid, label, organs)
 
 
 def _predictor_settings(run: Run, mirror: bool) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from lamp3d.report.figures import learning_curves, plan_bars, plan_picture, scor
 from lamp3d.report.overlay import overlay_picture
 from lamp3d.report.run import Run, read_run
 from lamp3d.report.style import organ_colours
-from lamp3d.scan import read_scan, scan_name
+from lamp3d.scan import read_scan
 from lamp3d.volume import read_volume, write_text
 
 
@@ -158,7 +158,7 @@ def _overlay(
             case = next((case for case in dataset.cases if case.name == result.name), None)
             if case is None or case.label is None:
                 raise LampError(f"{dataset.root} has no contours of {result.name}")
-            prediction = read_volume(run.folder / "predictions" / results.split / f"{scan_name(*case.images)}.nii.gz")
+            prediction = read_volume(run.folder / "predictions" / results.split / f"{case.name}.nii.gz")
             scan = read_scan(case.images, dataset.channels)[0]
             figure = overlay_picture(scan, read_volume(case.label), prediction, dataset.organs)
             picture, problem = _picture(figure, result.name), ""

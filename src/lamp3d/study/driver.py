@@ -235,20 +235,21 @@ def _run(
 
 
 def _timings(study: StudyConfig, row: Row, run: Run) -> RowTimings:
-    """Predictions of the first validation cases; the first of all, which warms up, is not counted."""
+    """Predictions of the first validation cases; the first one of every device, which warms up, is not counted."""
     dataset = run.read_dataset()
-    scans = [case.images for case in dataset.split(VALIDATION)[: 1 + study.timed_cases]]
+    cases = dataset.split(VALIDATION)
     timings = []
     windows: list[Window | None] = [None, *study.windows_of(row)]
     for devices in study.timed_devices:
         for window in windows:
             target = run.folder / "predictions" / "timed"
+            scans = {case.name: case.images for case in cases[: devices + study.timed_cases]}
             found = predict(run, scans, target, window=window, devices=devices, overwrite=True)
             timings.append(
                 Timing(
                     window="whole" if window is None else "x".join(map(str, window)),
                     devices=devices,
-                    seconds=tuple(prediction.seconds for prediction in found[1:] or found),
+                    seconds=tuple(prediction.seconds for prediction in found[devices:] or found),
                     peak_bytes=max(peak for prediction in found for peak in prediction.peak_bytes),
                 )
             )
