@@ -26,10 +26,10 @@ import lamp3d
 from lamp3d.data.anatomy import LABEL, ORGANS
 from lamp3d.data.phantom import make_phantom
 from lamp3d.evaluate import dice_per_organ
+from lamp3d.files import write_text
 from lamp3d.graph import arithmetic
 from lamp3d.train import HybridLoss, LossConfig, TrainConfig
 from lamp3d.train.optimizer import make_optimizer
-from lamp3d.volume import write_text
 
 HERE = Path(__file__).parent
 SHAPE, SPACING_MM = (32, 32, 32), (6.75, 6.75, 7.5)

@@ -34,8 +34,9 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from torch import Tensor
 
 from lamp3d.errors import DatasetError
+from lamp3d.files import write_text
 from lamp3d.scan import check_grid
-from lamp3d.volume import Volume, write_text
+from lamp3d.volume import Volume
 
 DEFAULT_TOLERANCE_MM = 2.0
 

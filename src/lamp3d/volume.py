@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import os
-import tempfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from lamp3d.dicom import read_series, series_grid
 from lamp3d.errors import ScanError
+from lamp3d.files import write_atomically
 
 _UNREADABLE = (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, zlib.error, ValueError)
 
@@ -128,28 +126,6 @@ def write_nifti(volume: Volume, path: Path, *, overwrite: bool = False) -> None:
     if path.suffix == ".gz":
         content = gzip.compress(content, compresslevel=3, mtime=0)  # no time stamp: the same volume is the same file
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` fill a temporary file in the same folder, flush it to disk, and rename it to ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide results from colleagues
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, all or nothing."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _read(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from lamp3d.errors import ConfigError, LampError
 from lamp3d.study import (
@@ -83,6 +85,12 @@ def test_a_study_runs_goes_on_and_reports(
             raise RuntimeError("the disk is full.")
         return train(*arguments, **settings)
 
+    def is_stopped(*arguments: Any, **settings: Any) -> Any:
+        raise SignalException("stopped", signal.SIGINT)
+
+    monkeypatch.setattr(driver, "train", is_stopped)
+    with pytest.raises(SignalException):
+        run_study(path, data, out, 1)
     monkeypatch.setattr(driver, "train", fails_once)
     with pytest.raises(LampError, match="1 of 2 runs failed: peer-0; the others are done"):
         run_study(path, data, out, 1)
@@ -90,7 +98,7 @@ def test_a_study_runs_goes_on_and_reports(
     with pytest.raises(ConfigError, match="not finished: peer-0"):
         score_test_split(out, data, 1)
     assert "**Not finished:** peer-0." in write_study_report(out).read_text("utf-8")
-    with driver._claimed(out / "runs" / "peer-0.lock"):
+    with driver.claimed(out / "runs" / "peer-0.lock"):
         run_study(path, data, out, 1)
     assert "peer-0 is being done by another process" in capsys.readouterr().out
     assert trained == ["unet-0", "peer-0"]
@@ -110,7 +118,11 @@ def test_a_study_runs_goes_on_and_reports(
     assert "## Seconds a scan" in report
     assert "| DynUNet | 16³ | 1 |" in report
 
+    (left_out,) = [result for result in read_results(out / "results") if result.row == "peer"]
+    left_out.model_copy(update={"row": "gone"}).save(out / "results" / "gone-0.json")
     score_test_split(out, data, 1)
+    assert [result.row for result in read_results(out / "test")] == ["peer", "unet"]
+    (out / "results" / "gone-0.json").unlink()
     assert [case.name for case in read_results(out / "test")[0].cases] == ["case_4"]
     assert "## Dice (test)" in write_study_report(out).read_text("utf-8")
     with pytest.raises(ConfigError, match="looked at once"):
@@ -124,6 +136,15 @@ def test_a_study_runs_goes_on_and_reports(
     run_study(path, data, out, 1)
     assert trained == ["unet-0", "peer-0", "peer-0"]
 
+    changed = write_study(tmp_path, **{"train.seed": 5})
+    with pytest.raises(ConfigError, match="holds runs of peer with other settings"):
+        run_study(changed, data, out, 1)
+    content = yaml.safe_load(write_study(tmp_path).read_text("utf-8"))
+    path.write_text(yaml.safe_dump(content | {"tolerance_mm": 9.0}), "utf-8")
+    with pytest.raises(ConfigError, match="holds runs of peer, unet with other settings"):
+        run_study(path, data, out, 1)
+    path.write_text(yaml.safe_dump(content | {"rows": content["rows"][:1]}), "utf-8")
+    run_study(path, data, out, 1)  # without the peer, which is remembered
     changed = write_study(tmp_path, **{"train.seed": 5})
     with pytest.raises(ConfigError, match="holds runs of peer with other settings"):
         run_study(changed, data, out, 1)

@@ -342,3 +342,11 @@ def test_one_plan_for_each_stage() -> None:
     net = network()
     with pytest.raises(ConfigError, match="1 plans for a curriculum of 2 stages"):
         Trainer(net, plans(net, config)[:1], config, HybridLoss(LossConfig(), ORGANS), None, None, Path())  # type: ignore
+
+
+def test_averaged_weights_are_kept_where_nothing_is_validated(tmp_path: Path) -> None:
+    trainer(tmp_path, settings(ema_decay=0.9), validate=None).fit()
+    last, best = tensors(tmp_path / "last.safetensors"), tensors(tmp_path / "best.safetensors")
+    for name in ("0.weight", "4.weight"):
+        assert torch.equal(best[f"model/{name}"], last[f"ema/{name}"])
+        assert not torch.equal(best[f"model/{name}"], last[f"model/{name}"])

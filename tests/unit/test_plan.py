@@ -335,3 +335,14 @@ def test_profiling_notes_values_once_however_many_cells_save_them() -> None:
     savers = [cell.name for cell in profile.cells if "act" in cell.saved_values]
     assert len(savers) >= 2  # the activation saves its output, the next convolution its input: the same bytes
     assert profile.value_bytes["act"] == 4 * 4 * 4 * 4 * 5 * 6
+
+
+def test_a_batch_norm_gets_whole_mini_batches() -> None:
+    network = UNet(1, 2, filters=2, norm="batch")
+    plan = make_plan(network, (4, 1, 32, 32, 32), devices=2)
+    assert (plan.micro_batches, plan.data) == (1, 1)
+    for settings in ({"micro_batches": 2}, {"data": 2}):
+        with pytest.raises(PlanError, match="is a BatchNorm in training mode"):
+            make_plan(network, (4, 1, 32, 32, 32), devices=2, **settings)
+    frozen = make_plan(network.eval(), (4, 1, 32, 32, 32), devices=2, data=2)
+    assert frozen.data == 2

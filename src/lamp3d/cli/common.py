@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,6 +22,8 @@ app = typer.Typer(
 )
 console = Console()
 
+PICTURES = (".png", ".pdf", ".svg")
+
 Devices = Annotated[int, typer.Option(min=1, help="Worker processes, one a device.")]
 
 
@@ -37,6 +40,17 @@ def stop(message: str, status: int = 2) -> NoReturn:
 def say(message: str) -> None:
     """One line, whatever is in it, however long."""
     console.print(Text(message), soft_wrap=True)
+
+
+def picture_option(of: str) -> Any:
+    """An option for the file of a picture, which is looked at before the work that it shows is done."""
+
+    def checked(path: Path | None) -> Path | None:
+        if path is not None and path.suffix not in PICTURES:
+            raise ConfigError(f"{path}: pictures are {', '.join(PICTURES)}.")
+        return path
+
+    return typer.Option(callback=checked, help=f"{of} Drawn here ({', '.join(PICTURES)}).")
 
 
 def sides(text: str) -> tuple[int, int, int]:

@@ -11,16 +11,16 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from lamp3d.cli.common import Devices, app, console, say, sides, stop
+from lamp3d.cli.common import Devices, app, console, picture_option, say, sides, stop
 from lamp3d.errors import ConfigError
 from lamp3d.experiment import NetworkConfig, load_config, load_network, verify
+from lamp3d.files import write_text
 from lamp3d.nets import Network
 from lamp3d.plan import SCHEDULES, Plan, Planning, find_plans, format_bytes, parse_bytes
 from lamp3d.plan.hardware import known_hardware
 from lamp3d.report import cells_picture, time_line_picture
 from lamp3d.sides import check_sides
 from lamp3d.train import HybridLoss, LossConfig, with_drawn_targets
-from lamp3d.volume import write_text
 
 VERIFY_TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 
@@ -30,10 +30,15 @@ Net = Annotated[
         help="unet, seunet, package.module:function that gives a network, or a configuration (.yaml) with one."
     ),
 ]
-Filters = Annotated[int, typer.Option(min=1, help="Channels of the first block.")]
+Filters = Annotated[Optional[int], typer.Option(min=1, help="Channels of the first block; default: 32, to verify 4.")]  # noqa: UP045
 Classes = Annotated[int, typer.Option(min=2, help="Organs and background.")]
+OWN = ("unet", "seunet")
+
 Channels = Annotated[int, typer.Option(min=1, help="Of the images: 1 for CT.")]
-StemStride = Annotated[int, typer.Option(min=1, max=2, help="1: full resolution; 2: half.")]
+StemStride = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, max=2, help="1: full resolution, the default; 2: half."),
+]
 VolumeOption = Annotated[str, typer.Option(help="Voxels, such as 64 or 352x256x288.")]
 Batch = Annotated[int, typer.Option(min=1, help="Cases a step.")]
 Memory = Annotated[Optional[str], typer.Option(help="Limit per device, such as 16GB; default: what it has.")]  # noqa: UP045
@@ -53,10 +58,10 @@ LinkOption = Annotated[Optional[str], typer.Option(help="What joins them: pcie4,
 @app.command()
 def plan(
     net: Net = "unet",
-    filters: Filters = 32,
+    filters: Filters = None,
     classes: Classes = 10,
     channels: Channels = 1,
-    stem_stride: StemStride = 1,
+    stem_stride: StemStride = None,
     volume: VolumeOption = "64",
     batch: Batch = 1,
     devices: Devices = 1,
@@ -72,7 +77,7 @@ def plan(
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option()] = "auto",
     fresh: Annotated[bool, typer.Option(help="Time the cells even if that was done before.")] = False,
     json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the plan here.")] = None,  # noqa: UP045
-    picture: Annotated[Optional[Path], typer.Option(help="Draw cells and the time line of a step here.")] = None,  # noqa: UP045
+    picture: Annotated[Optional[Path], picture_option("Cells and the time line of a step.")] = None,  # noqa: UP045
 ) -> None:
     """Does it fit, how is it split, what does it cost? Every way to use the devices is considered.
 
@@ -107,10 +112,10 @@ def plan(
 @app.command("verify")
 def verify_command(
     net: Net = "unet",
-    filters: Filters = 4,
+    filters: Filters = None,
     classes: Classes = 10,
     channels: Channels = 1,
-    stem_stride: StemStride = 1,
+    stem_stride: StemStride = None,
     volume: VolumeOption = "32",
     batch: Batch = 4,
     devices: Devices = 2,
@@ -122,10 +127,10 @@ def verify_command(
     recompute: RecomputeOption = None,
     plan_path: Annotated[Optional[Path], typer.Option("--plan", help="A plan in JSON to check instead.")] = None,  # noqa: UP045
     dtype: Annotated[Literal["float64", "float32"], typer.Option(help="In which to compute.")] = "float64",
-    timeline: Annotated[Optional[Path], typer.Option(help="Draw predicted and measured time lines here.")] = None,  # noqa: UP045
+    timeline: Annotated[Optional[Path], picture_option("Predicted and measured time lines.")] = None,  # noqa: UP045
 ) -> None:
     """One step on one device and on the plan's: prints how far output, loss and gradients are apart."""
-    make, shape = _network(net, filters, classes, channels, stem_stride, volume)
+    make, shape = _network(net, filters, classes, channels, stem_stride, volume, 4)
     if plan_path is None:
         found = _find_plans(
             make(), (batch, channels, *shape), devices, recompute, micro_batches=micro_batches, schedule=schedule,
@@ -161,17 +166,31 @@ def verify_command(
 
 
 def _network(
-    net: str, filters: int, classes: int, channels: int, stem_stride: int, volume: str
+    net: str,
+    filters: int | None,
+    classes: int,
+    channels: int,
+    stem_stride: int | None,
+    volume: str,
+    usual_filters: int = 32,
 ) -> tuple[Callable[[], nn.Module], tuple[int, int, int]]:
     """A function that makes the network, with its weights seeded, and the volume's sides."""
     torch.manual_seed(0)
     shape = sides(volume)
+    if net not in OWN and (filters, stem_stride) != (None, None):
+        raise ConfigError(f"--net {net} says itself how it is built: leave out --filters and --stem-stride.")
     if net.endswith((".yaml", ".yml")):
         settings = load_config(Path(net)).network
     elif ":" in net:
         return partial(load_network, net), shape
+    elif net in OWN:
+        how = {"kind": net, "filters": filters or usual_filters, "stem_stride": stem_stride or 1}
+        settings = NetworkConfig.model_validate(how)
     else:
-        settings = NetworkConfig.model_validate({"kind": net, "filters": filters, "stem_stride": stem_stride})
+        raise ConfigError(
+            f"no network {net!r}: {', '.join(OWN)}, package.module:function, or a configuration (.yaml), which may "
+            "name one of MONAI's."
+        )
     network = settings.build(classes, channels)
     check_sides("a volume", shape, network.divisor)
     return partial(settings.build, classes, channels), shape

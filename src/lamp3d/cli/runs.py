@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 from rich.table import Table
 
-from lamp3d.cli.common import Devices, app, console, say, sides
+from lamp3d.cli.common import Devices, app, console, picture_option, say, sides
 from lamp3d.data import write_phantom_dataset
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
@@ -72,7 +72,7 @@ def train_command(
     devices: Devices = 1,
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
     auto_replan: Annotated[bool, typer.Option(help="If memory runs out, go on with the next safer plan.")] = False,
-    timeline: Annotated[Optional[Path], typer.Option(help="Draw a step of every stage here (.png).")] = None,  # noqa: UP045
+    timeline: Annotated[Optional[Path], picture_option("A step of every stage.")] = None,  # noqa: UP045
 ) -> None:
     """Train through the curriculum; leaves a run folder that predict, evaluate and report take."""
     if config is None:

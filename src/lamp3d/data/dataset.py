@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from lamp3d.data.nnunet import as_decathlon, is_nnunet
 from lamp3d.errors import DatasetError
+from lamp3d.files import write_text
 from lamp3d.scan import UNNAMED, scan_name
-from lamp3d.volume import write_text
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 

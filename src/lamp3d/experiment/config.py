@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_
 
 from lamp3d.data import AugmentConfig, PreprocessConfig, SplitConfig
 from lamp3d.errors import ConfigError
+from lamp3d.files import write_text
 from lamp3d.nets import FromMonai, Network, SEUNet, UNet
 from lamp3d.plan import parse_bytes
 from lamp3d.predict import PredictConfig
 from lamp3d.train import LossConfig, TrainConfig
-from lamp3d.volume import write_text
 
 
 class NetworkConfig(BaseModel):
@@ -61,6 +61,8 @@ class NetworkConfig(BaseModel):
             - {"kind"}
             - (of_monai if self.kind == "monai" else set(type(self).model_fields) - of_monai)
         )
+        if self.kind != "seunet":
+            others |= self.model_fields_set & {"se_reduction"}
         if changed := sorted(key for key in others if getattr(self, key) != type(self).model_fields[key].default):
             raise ValueError(f"kind: {self.kind} has no use for {', '.join(changed)}")
         return self

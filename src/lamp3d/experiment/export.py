@@ -5,6 +5,7 @@ What is exported is a run folder with only these, so that all that predicts with
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import replace
@@ -18,9 +19,9 @@ from jinja2 import StrictUndefined, Template
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
 from lamp3d.experiment.run import Run
+from lamp3d.files import write_text
 from lamp3d.intervals import estimate, scores
 from lamp3d.train import Checkpoint, load_weights, save_checkpoint
-from lamp3d.volume import write_text
 
 SHIPPED = Path(__file__).parents[1] / "models"
 """Where the models lie that come with lamp3d."""
@@ -106,7 +107,8 @@ def find_model(name: str) -> Path:
     Raises:
         ConfigError: there is none; the message lists those that come with lamp3d.
     """
-    for folder in (SHIPPED / name, Path(name)):
+    folders = [Path(name)] if os.sep in name else [SHIPPED / name, Path(name)]
+    for folder in folders:
         if (folder / "run.json").exists():
             return folder
     shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob("*/run.json"))) or "none yet"

@@ -135,8 +135,11 @@ def evaluate(
         tolerance_mm: of the surface Dice.
 
     Raises:
-        DatasetError: another dataset's organs, an unknown split, or cases without contours.
+        ConfigError: the tolerance is not possible.
+        DatasetError: another dataset's organs or channels, an unknown split, or cases without contours.
     """
+    if not 0 <= tolerance_mm < math.inf:
+        raise ConfigError(f"a tolerance of {tolerance_mm} mm is not possible; give a number from 0 on.")
     dataset = run.read_dataset(dataset_root)
     cases = _labelled(dataset, split, run)
     _check_contours(cases, dataset.organs)

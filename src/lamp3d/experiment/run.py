@@ -12,11 +12,11 @@ from pathlib import Path
 from lamp3d.data import CaseStore, Dataset, read_dataset
 from lamp3d.errors import ConfigError
 from lamp3d.experiment.config import ExperimentConfig, load_config
+from lamp3d.files import write_text
 from lamp3d.nets import Network
 from lamp3d.plan import Plan, TimeLine
 from lamp3d.scan import UNNAMED
 from lamp3d.train import time_line_path
-from lamp3d.volume import write_text
 
 _VERSIONS_OF = ("lamp3d", "torch", "monai", "numpy", "nibabel", "scipy", "safetensors")
 

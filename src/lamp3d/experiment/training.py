@@ -18,13 +18,17 @@ from lamp3d.experiment.config import ExperimentConfig
 from lamp3d.experiment.initial import initial_weights
 from lamp3d.experiment.planning import plan_stages, stage_batches, stage_plan
 from lamp3d.experiment.run import Run, cache_folder
+from lamp3d.files import claimed
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, format_bytes
 from lamp3d.predict import Predictor, single_parts
-from lamp3d.train import Checkpoint, CurriculumStage, HybridLoss, Trainer, copy_tensors, network_tensors
+from lamp3d.train import Checkpoint, CurriculumStage, HybridLoss, Trainer, copy_tensors, network_tensors, resumable
 
 MOST_NAMED = 8
 """Of the contours that a training points out before it begins."""
+
+PLANNED_FROM = {"patch", "batch", "micro_batches", "schedule", "data", "space", "recompute"}
+"""Settings of a curriculum stage that decide about its plan."""
 
 SAFER = 0.8
 """Of the memory that was not enough: what the next plan may need."""
@@ -55,7 +59,8 @@ def train(
     """
     console = Console()
     dataset = read_dataset(dataset_root, config.split)
-    begun = (out / "last.safetensors").exists()
+    last = out / "last.safetensors"
+    begun = last.exists()
     if begun and not resume:
         raise ConfigError(f"{out} already holds a run; add --resume to go on with it, or choose another --out.")
     if resume and (out / "run.json").exists() and (splits := Run.open(out).splits) is not None:
@@ -67,7 +72,9 @@ def train(
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
     config = config.model_copy(update={"preprocess": store.config})
     run = Run(out, config, dataset.root.resolve(), dataset.organs, dataset.channels)
-    if config.initial_weights is not None and not begun:
+    if begun:  # before anything in its folder is written over
+        resumable(Checkpoint(last), run.outline(), config.train)
+    elif config.initial_weights is not None:
         taken, every = initial_weights(run), network_tensors(run.outline())
         fresh = ", ".join(name for name in every if name not in taken) or "none"
         console.print(f"{len(taken)} tensors begin as in {config.initial_weights}; afresh: {fresh}.")
@@ -82,19 +89,37 @@ def train(
     )  # fmt: skip
     if not begun:
         _point_out(unusual_contours(store, (*train_cases, *validation_cases)), console)
-    run = Run.create(out, config, dataset, devices)
-    (out / "plans").mkdir(exist_ok=True)
-    for index, plan in plans.items():
-        plan.save(run.plan_path(index))
+    with claimed(out / ".lock") as mine:
+        if not mine:
+            raise ConfigError(f"{out} is being trained by another process; wait for it, or choose another --out.")
+        run = Run.create(out, config, dataset, devices)
+        (out / "plans").mkdir(exist_ok=True)
+        for index, plan in plans.items():
+            plan.save(run.plan_path(index))
+        _train(run, store, train_cases, devices, resume, auto_replan, console)
+    return run
+
+
+def _train(
+    run: Run,
+    store: CaseStore,
+    cases: tuple[Case, ...],
+    devices: int,
+    resume: bool,
+    auto_replan: bool,
+    console: Console,
+) -> None:
+    """As planned, or where memory runs out and it is wished, as the next safer plan says."""
+    last = run.folder / "last.safetensors"
     while True:
         try:
-            launch(_train_worker, devices, (out, resume))
-            return run
+            launch(_train_worker, devices, (run.folder, resume))
+            return
         except (DeviceMemoryError, WorkerKilledError) as error:
-            index, resume = Checkpoint(out / "last.safetensors").progress["stage"], True
-            if not auto_replan and isinstance(error, WorkerKilledError):
-                raise  # who knows by whom
-            plan = _safer_plan(run, index, store, train_cases, devices, error)
+            if not last.exists() or (not auto_replan and isinstance(error, WorkerKilledError)):
+                raise  # who knows by whom it was killed
+            index, resume = Checkpoint(last).progress["stage"], True
+            plan = _safer_plan(run, index, store, cases, devices, error)
             if not auto_replan:
                 raise DeviceMemoryError(
                     f"{error} The next safer plan for stage {index + 1} takes {_cost(plan)}; go on with it by "
@@ -140,10 +165,22 @@ def _validation_cases(dataset: Dataset) -> tuple[Case, ...]:
 
 
 def _kept_plans(run: Run, devices: int) -> dict[int, Plan]:
-    """A resumed run keeps its plans where the number of devices is the same."""
-    paths = {index: run.plan_path(index) for index in range(len(run.config.train.curriculum))}
-    plans = {index: Plan.load(path) for index, path in paths.items() if path.exists()}
-    return {index: plan for index, plan in plans.items() if plan.devices == devices}
+    """A resumed run keeps its plans where the devices, and the settings that they come from, are the same."""
+    if not (run.folder / "run.json").exists():
+        return {}
+    before, kept = Run.open(run.folder).config, {}
+    for index in range(min(len(config.train.curriculum) for config in (before, run.config))):
+        path = run.plan_path(index)
+        if path.exists() and _planned_from(before, index) == _planned_from(run.config, index):
+            plan = Plan.load(path)
+            if plan.devices == devices:
+                kept[index] = plan
+    return kept
+
+
+def _planned_from(config: ExperimentConfig, index: int) -> tuple[object, ...]:
+    stage = config.train.curriculum[index].model_dump(include=PLANNED_FROM)
+    return config.network, config.preprocess, config.memory, config.train.precision, stage
 
 
 def _train_worker(out: Path, resume: bool) -> None:

@@ -1,9 +1,36 @@
-"""Running a module without lasting changes to its buffers (BatchNorm's running statistics and counter)."""
+"""Buffers: BatchNorm's running statistics and counter, which running a module changes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+
+from lamp3d.errors import PlanError
+
+
+def training_batch_norm(network: nn.Module) -> str | None:
+    """The name of a BatchNorm that uses the statistics of what it is given, if there is one.
+
+    It wants whole mini-batches: neither micro-batches nor replicas that have a share of one.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            return str(name)
+    return None
+
+
+def refuse_batch_norm(network: nn.Module) -> None:
+    """Whether a network can be given parts of a mini-batch.
+
+    Raises:
+        PlanError: it has a BatchNorm that is trained.
+    """
+    if (name := training_batch_norm(network)) is not None:
+        raise PlanError(
+            f"{name} is a BatchNorm in training mode: in several micro-batches or replicas its statistics would be "
+            "those of a part of the mini-batch. Use norm='instance' or 'group', micro_batches=1 and data=1 (of whole "
+            "volumes batch=1), or network.eval() to freeze the statistics."
+        )
 
 
 @contextmanager

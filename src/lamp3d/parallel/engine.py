@@ -25,6 +25,7 @@ from lamp3d.graph.allocator import (
     peak_resident_bytes,
     return_freed_memory,
 )
+from lamp3d.graph.buffers import refuse_batch_norm
 from lamp3d.graph.inputs import Shape, batch_of, input_text, with_batch
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
@@ -83,7 +84,7 @@ class Engine:
         _check_cells(self.graph.cells, plan)
         refuse_tied_parameters(self.graph.cut(plan.starts), plan.ranks)
         if plan.micro_batches > 1 or plan.data > 1:
-            _refuse_batch_norm(network)
+            refuse_batch_norm(network)
         self.on_action: Callable[[Action], None] | None = None
         self._network = network
         own = self._stages(self.graph)
@@ -402,13 +403,3 @@ def _check_cells(cells: Sequence[Any], plan: Plan) -> None:
         raise PlanError(
             f"the plan was made for another network: cell {ours!r} here is {theirs!r} there; make a new plan."
         )
-
-
-def _refuse_batch_norm(network: nn.Module) -> None:
-    for name, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise PlanError(
-                f"{name} is a BatchNorm in training mode: with more than one micro-batch its statistics would be those "
-                "of a micro-batch, not of the mini-batch. Use norm='instance' or 'group', micro_batches=1, or "
-                "network.eval() to freeze the statistics."
-            )

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from lamp3d.files import write_text
 from lamp3d.plan.profile import CellSeconds, Timing
-from lamp3d.volume import write_text
 
 FORMAT = 2
 

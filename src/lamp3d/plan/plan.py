@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lamp3d.errors import ConfigError, PlanError
+from lamp3d.files import write_text
 from lamp3d.graph import Edge
 from lamp3d.graph.inputs import input_text
 from lamp3d.plan.amounts import format_bytes
@@ -19,7 +20,6 @@ from lamp3d.plan.hardware import Link
 from lamp3d.plan.routes import Routes
 from lamp3d.plan.schedule import SCHEDULES, Actions, StageTimes, splits_backward
 from lamp3d.plan.simulate import TimeLine, Transfers, simulate
-from lamp3d.volume import write_text
 
 Recompute = Literal["never", "always"] | tuple[tuple[str, ...], ...]
 """Which cells are computed again in backward: none, all, or those of some blocks; a block comes back as a whole."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from lamp3d.errors import PlanError
+from lamp3d.graph.buffers import refuse_batch_norm, training_batch_norm
 from lamp3d.graph.inputs import InputShape, batch_of, with_batch
 from lamp3d.plan.advice import does_not_fit
 from lamp3d.plan.amounts import format_bytes, parse_bytes
@@ -148,6 +149,10 @@ def find_plans(
     _check(devices, data, mesh, pipe, batch, micro_batches)
     if schedule is not None:
         check_schedule(schedule)
+    if training_batch_norm(network) is not None:
+        if (data or 1) * (micro_batches or 1) > 1:
+            refuse_batch_norm(network)
+        data = micro_batches = 1
     described = load_hardware(hardware) if isinstance(hardware, str) else hardware
     if link is not None:
         joined = load_link(str(link))

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from lamp3d.data.dataset import Dataset, read_dataset
 from lamp3d.errors import LampError
 from lamp3d.evaluate import CaseResult, Results
+from lamp3d.files import write_text
 from lamp3d.graph.inputs import input_text
 from lamp3d.plan import format_bytes
 from lamp3d.report.figures import learning_curves, plan_bars, plan_picture, scores_per_organ
@@ -26,7 +27,7 @@ from lamp3d.report.overlay import overlay_picture
 from lamp3d.report.run import Run, read_run
 from lamp3d.report.style import organ_colours
 from lamp3d.scan import read_scan
-from lamp3d.volume import read_volume, write_text
+from lamp3d.volume import read_volume
 
 
 def write_report(run: Path, *, dataset: Path | None = None) -> Path:

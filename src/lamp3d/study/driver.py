@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import subprocess
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from lamp3d.errors import ConfigError, LampError
 from lamp3d.experiment import ExperimentConfig, Run, evaluate, forecast, predict, train
 from lamp3d.experiment.config import parse_config
 from lamp3d.experiment.planning import voxels_seen
+from lamp3d.files import claimed, write_text
 from lamp3d.plan.hardware import device_name, device_type
 from lamp3d.predict import check_window
 from lamp3d.study.config import Row, StudyConfig, Window, load_study, run_name, saved_study
 from lamp3d.study.result import RowTimings, RunResult, Timing, read_results, unfinished
 from lamp3d.train import read_history
-from lamp3d.volume import write_text
 
 VALIDATION, TEST = "validation", "test"
 
@@ -92,7 +92,7 @@ def run_study(path: Path, dataset: Path, out: Path, devices: int, say: Say = pri
             continue
         config = configs[row.name]
         config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
-        with _claimed(out / "runs" / f"{name}.lock") as mine:
+        with claimed(out / "runs" / f"{name}.lock") as mine:
             if not mine:
                 say(f"Run {number} of {len(runs)}: {name} is being done by another process")
                 continue
@@ -102,6 +102,8 @@ def run_study(path: Path, dataset: Path, out: Path, devices: int, say: Say = pri
             except LampError as error:
                 failed.append(name)
                 say(f"{name} failed: {error}")
+            except SignalException:  # whoever stops the study stops it
+                raise
             except Exception:  # a night's other runs are worth more than an early end
                 failed.append(name)
                 say(f"{name} failed, which is a fault of lamp3d's or of the machine:\n{traceback.format_exc()}")
@@ -123,7 +125,7 @@ def score_test_split(out: Path, dataset: Path, devices: int) -> None:
         raise ConfigError(f"not finished: {', '.join(missing)}. Test cases are looked at once: run the study first.")
     windows = {row.name: row.window for row in study.rows}
     found = []
-    for result in results:
+    for result in (result for result in results if result.row in windows):  # others have been left out of the study
         run = Run.open(out / "runs" / result.name)
         scored = evaluate(
             run, dataset, TEST, window=windows[result.row], devices=devices, tolerance_mm=study.tolerance_mm
@@ -162,35 +164,34 @@ def time_predictions(out: Path, say: Say = print) -> None:
         _timings(study, row, Run.open(out / "runs" / done[0])).save(target)
 
 
-@contextmanager
-def _claimed(path: Path) -> Iterator[bool]:
-    """Whether this process alone has the file, which the system gives back even if the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
 def _remember(study: StudyConfig, configs: dict[str, ExperimentConfig], out: Path) -> None:
     """Keep the study with its results, and refuse to mix them with those of another one."""
     path = out / "study.yaml"
     now = {name: config.model_dump(mode="json") for name, config in configs.items()}
+    written: dict[str, Any] = {}
     if path.exists():
         written = yaml.safe_load(path.read_text("utf-8"))["configs"]
         # As read, so that a setting that has come to lamp3d since then counts as left at its default.
         before = {name: parse_config(yaml.safe_dump(config), str(path)) for name, config in written.items()}
+        scored, to_score = _how_scored(saved_study(out)), _how_scored(study)
         begun = {run.name.rpartition("-")[0] for folder in ("runs", "results") for run in (out / folder).glob("*")}
-        if changed := sorted(name for name in begun & set(before) & set(configs) if before[name] != configs[name]):
+        changed = [
+            name
+            for name in sorted(begun & set(before) & set(configs))
+            if before[name] != configs[name] or scored.get(name, to_score[name]) != to_score[name]
+        ]
+        if changed:
             raise ConfigError(
                 f"{out} holds runs of {', '.join(changed)} with other settings; choose another --out, or give the rows "
                 "new names."
             )
-    text = yaml.safe_dump({"study": study.model_dump(mode="json"), "configs": now}, sort_keys=False)
+    # Rows that are in the study no more are remembered: they may come back.
+    text = yaml.safe_dump({"study": study.model_dump(mode="json"), "configs": written | now}, sort_keys=False)
     write_text(path, text)
+
+
+def _how_scored(study: StudyConfig) -> dict[str, tuple[object, ...]]:
+    return {row.name: (row.window, study.tolerance_mm) for row in study.rows}
 
 
 def _check_windows(row: Row, study: StudyConfig, config: ExperimentConfig) -> None:

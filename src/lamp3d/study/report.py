@@ -14,12 +14,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from lamp3d.files import write_atomically, write_text
 from lamp3d.intervals import Estimate, Score, difference, estimate, spread
 from lamp3d.plan import format_bytes
 from lamp3d.report.style import FONT, organ_colours
 from lamp3d.study.config import saved_study
 from lamp3d.study.result import RowTimings, RunResult, by_row, read_results, read_timings, scores_of, unfinished
-from lamp3d.volume import write_atomically, write_text
 
 TITLES: dict[Score, tuple[str, int]] = {
     "dice": ("Dice", 3),

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import CaseResult
+from lamp3d.files import write_text
 from lamp3d.intervals import Score, scores
 from lamp3d.study.config import StudyConfig, run_name
-from lamp3d.volume import write_text
 
 Kind = TypeVar("Kind", bound="_OfRow")
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lamp3d.errors import ConfigError, TrainingError
-from lamp3d.volume import write_atomically
+from lamp3d.files import write_atomically
 
 FORMAT = "lamp3d-checkpoint-1"
 DIFFERENCES_SHOWN = 3

@@ -26,11 +26,11 @@ class CurriculumStage(BaseModel):
     batch: PositiveInt = 1
     """Cases a step."""
     micro_batches: PositiveInt | None = None
-    """Parts a mini-batch is cut into for the pipeline; None: the planner's choice."""
+    """Parts a mini-batch is cut into for the pipeline; None: the planner's choice. Whole volumes are one each."""
     epochs: PositiveInt
     learning_rate: PositiveFloat = 1e-3
     patches_per_case: PositiveInt = 1
-    """Patches drawn from each case in an epoch; whole volumes come once."""
+    """Patches drawn from each case in an epoch; whole volumes come as often."""
     positive_fraction: float = Field(default=1.0, ge=0, le=1)
     """Share of the patches that show an organ for sure (paper §2.3: all); the others lie anywhere."""
     schedule: str | None = None
@@ -83,7 +83,8 @@ class TrainConfig(BaseModel):
     """"cosine": over each stage, after a short warm-up, down to a hundredth. "poly": over each stage, with the
     0.9th power of what is left of it (nnU-Net), down to a hundredth."""
     ema_decay: Fraction | None = None
-    """If given, an exponential moving average of the weights is validated and kept as the best, e.g. 0.999."""
+    """If given, an exponential moving average of the weights is validated and kept as the best, e.g. 0.999; where there
+    is nothing to validate on, its last state is."""
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     """"auto": bf16 where the hardware computes in it."""
     validate_every: PositiveInt = 1

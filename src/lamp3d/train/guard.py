@@ -98,10 +98,10 @@ def diagnosis(config: TrainConfig, stage: int, precision: str, when: str, last: 
     rate = config.curriculum[stage].learning_rate
     advice = []
     if precision != "fp32":
-        advice.append(f"precision=fp32 (it is {precision})")
-    advice.append(f"a lower learning_rate in this stage ({rate / 3:.1g} instead of {rate:g})")
+        advice.append(f"train.precision=fp32 (it is {precision})")
+    advice.append(f"train.curriculum.{stage}.learning_rate={rate / 3:.1g} (it is {rate:g})")
     if config.clip_norm is None:
-        advice.append("clip_norm=1 (it is off)")
+        advice.append("train.clip_norm=1 (it is off)")
     if len(counted) <= CASES_SHOWN:
         advice.append("a look at these few cases: broken intensities or labels?")
     return (

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from lamp3d.errors import ConfigError
+from lamp3d.files import write_text
 from lamp3d.train.curriculum import TrainConfig
 from lamp3d.train.guard import StepCheck
-from lamp3d.volume import write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lamp3d.data import Batch, Batches
 from lamp3d.errors import ConfigError, TrainingError
+from lamp3d.files import write_text
 from lamp3d.graph import lay_out_weights
 from lamp3d.parallel import Engine
 from lamp3d.plan import Plan
@@ -33,7 +34,6 @@ from lamp3d.train.guard import StepCheck, check_step, clip_gradients, diagnosis
 from lamp3d.train.history import EpochRecord, Recorder, RunRecorder
 from lamp3d.train.optimizer import WeightAverage, make_optimizer, optimizer_tensors, restore_optimizer
 from lamp3d.train.state import TrainingState
-from lamp3d.volume import write_text
 
 LossFunction = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
 
@@ -125,21 +125,15 @@ class Trainer:
         if not begun:
             initial = network_tensors(self.network) if first else {}
             save_checkpoint(self.last, _within("model", initial), self.state.model_dump())
-        checkpoint = Checkpoint(self.last)
-        checkpoint.check_network(self.network)
         before = self.state.settings
-        self.state = TrainingState.model_validate(checkpoint.progress)
-        epochs = [stage.epochs for stage in self.config.curriculum]
-        if self.state.past_the_end(epochs):
-            raise ConfigError(
-                f"{self.last} holds {self.state.where(len(self.plans))}, which is past the end of the curriculum "
-                f"(epochs of its stages: {', '.join(map(str, epochs))}): resume it with at least as many."
-            )
+        self.state = resumable(Checkpoint(self.last), self.network, self.config)
         if first:
             self.recorder = RunRecorder(self.run, self.config, epochs=self.state.epochs, step=self.state.step)
         changed = [key for key in before if before[key] != self.state.settings.get(key)]
         if begun:
-            self.recorder.say(f"Resuming {self.last}: {self.state.where(len(self.plans))}.")
+            done = self.state.stage >= len(self.plans)
+            more = " Stages that are done stay as they are; to go on, add another one." if done else ""
+            self.recorder.say(f"Resuming {self.last}: {self.state.where(len(self.plans))}.{more}")
         if changed:
             self.recorder.say(
                 f"Settings changed since the checkpoint: {', '.join(changed)}; the new ones apply from here."
@@ -154,7 +148,7 @@ class Trainer:
             self._save_time_line(stage.engine)
             with nullcontext() if stage.average is None else stage.average.applied():
                 record, improved = self._validate(stage.engine, record)
-                if improved:
+                if improved or (self.validate is None and stage.average is not None):
                     save_checkpoint(self.best, _within("model", stage.kept), self.state.model_dump())
             self.recorder.end_epoch(record)
             self._save_last(stage)
@@ -283,6 +277,23 @@ class Trainer:
         else:
             tensors |= _within("optimizer", optimizer_tensors(stage.optimizer, stage.engine.parameters))
         save_checkpoint(self.last, tensors, state.model_dump())
+
+
+def resumable(checkpoint: Checkpoint, network: nn.Module, config: TrainConfig) -> TrainingState:
+    """Where a run goes on.
+
+    Raises:
+        ConfigError: it is another network's, or has come farther than the curriculum goes.
+    """
+    checkpoint.check_network(network)
+    state = TrainingState.model_validate(checkpoint.progress)
+    epochs = [stage.epochs for stage in config.curriculum]
+    if state.past_the_end(epochs):
+        raise ConfigError(
+            f"{checkpoint.path} holds {state.where(len(epochs))}, which is past the end of the curriculum (epochs of "
+            f"its stages: {', '.join(map(str, epochs))}): resume it with at least as many."
+        )
+    return state
 
 
 def time_line_path(run: Path, stage: int) -> Path:

@@ -13,7 +13,8 @@ from rich.progress import track
 
 from lamp3d.data.dataset import TEST, write_dataset_json
 from lamp3d.errors import DatasetError
-from lamp3d.volume import Volume, write_nifti, write_text
+from lamp3d.files import write_text
+from lamp3d.volume import Volume, write_nifti
 
 Mask = npt.NDArray[np.bool_]
 

@@ -1,0 +1,83 @@
+"""A resumed training: what it keeps, what it makes anew, and what it leaves alone when it is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lamp3d.experiment import ExperimentConfig, Run
+from lamp3d.experiment.training import _kept_plans
+from lamp3d.files import claimed
+from tests.integration.conftest import CHANGED, CommandLine
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A run that may be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def content(run: Path) -> dict[str, bytes]:
+    files = (file for file in sorted(run.rglob("*")) if file.is_file() and file.name != ".lock")
+    return {str(file.relative_to(run)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("network.filters=3", "belongs to another network"),
+        ("train.curriculum=[{patch: [16, 16, 32], epochs: 9}]", "past the end of the curriculum"),
+    ],
+)
+def test_a_refused_resume_leaves_the_run_as_it_was(
+    lamp3d: CommandLine, run: Path, dataset: Path, config: Path, change: str, message: str
+) -> None:
+    before = content(run)
+    done = lamp3d("train", dataset, *CHANGED, change, "--config", config, "--out", run, "--devices", 2, "--resume")
+    assert message in done.complaint()
+    assert content(run) == before
+
+
+def test_a_folder_is_trained_in_by_one_process(lamp3d: CommandLine, run: Path, dataset: Path) -> None:
+    before = content(run)
+    with claimed(run / ".lock") as mine:
+        assert mine
+        done = lamp3d("train", dataset, "--out", run, "--devices", 2, "--resume")
+    assert "is being trained by another process" in done.complaint()
+    assert content(run) == before
+
+
+def test_what_is_done_stays_done_and_is_said_to(lamp3d: CommandLine, run: Path, dataset: Path) -> None:
+    before = (run / "last.safetensors").read_bytes()
+    done = lamp3d("train", dataset, "train.curriculum.0.epochs=5", "--out", run, "--devices", 2, "--resume")
+    assert done.code == 0, done.err
+    assert "Stages that are done stay as they are; to go on, add another one." in done.out
+    assert (run / "last.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "kept"),
+    [
+        ("train.seed", 3, {0, 1}),
+        ("train.curriculum.0.epochs", 9, {0, 1}),
+        ("train.curriculum.0.learning_rate", 0.1, {0, 1}),
+        ("train.curriculum.0.schedule", "gpipe", {1}),
+        ("train.curriculum.1.recompute", "always", {0}),
+        ("train.precision", "bf16", set()),
+        ("memory", "1GB", set()),
+        ("network.filters", 4, set()),
+    ],
+)
+def test_plans_are_made_anew_where_their_settings_changed(run: Path, place: str, value: object, kept: set[int]) -> None:
+    opened = Run.open(run)
+    changed = opened.config.model_dump(mode="json")
+    *outer, last = place.split(".")
+    inner = changed
+    for key in outer:
+        inner = inner[int(key) if key.isdigit() else key]
+    inner[last] = value
+    now = Run(run, ExperimentConfig.model_validate(changed), opened.dataset, opened.organs, opened.channels)
+    assert set(_kept_plans(now, 2)) == kept
+    assert _kept_plans(now, 1) == {}
