@@ -141,6 +141,10 @@ def test_a_plan_that_cannot_fit(lamp3d: CommandLine, refusal: Refusal, dataset: 
         (["tarin"], ["No such command", "tarin"]),
         (["plan", "--volume", "17"], ["multiple of 16", "16x16x16 or 32x32x32"]),
         (["plan", "--memory", "some"], ["'some' is not an amount of memory"]),
+        (["plan", "--net", "resnet"], ["no network 'resnet'", "unet, seunet", "package.module:function"]),
+        (["plan", "--net", "a.b:c", "--filters", "4"], ["a.b:c says itself how it is built: leave out --filters"]),
+        (["plan", "--picture", "OUT/plan.xyz"], ["plan.xyz: pictures are .png, .pdf, .svg"]),
+        (["evaluate", "RUN", "DATASET", "--tolerance-mm", "nan"], ["a tolerance of nan mm is not possible"]),
         (["predict", "DATASET", "SCAN", "--out", "OUT"], ["is not a run folder (no run.json)", "with --model"]),
         (["predict", "RUN", "DATASET/dataset.json", "--out", "OUT"], ["dataset.json: neither .nii"]),
         (["predict", "RUN", "SCAN", "--out", "OUT", "--window", "20"], ["20x20x20", "multiple of 16"]),
@@ -159,6 +163,34 @@ def test_arguments_that_cannot_be(
         arguments = [argument.replace(name, str(path)) for argument in arguments]
     said = lamp3d(*arguments).complaint()
     assert all(word in said for word in words), said
+
+
+def test_a_label_map_never_replaces_its_scan(lamp3d: CommandLine, trained: Path, dataset: Path, tmp_path: Path) -> None:
+    scan = Path(shutil.copy(dataset / "images" / "p3.nii.gz", tmp_path))
+    before = scan.read_bytes()
+    said = lamp3d("predict", trained, scan, "--out", tmp_path, "--overwrite").complaint()
+    assert f"the label map of {scan} would replace the scan itself; choose another --out" in said
+    assert scan.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["value", "place"])
+def test_contours_that_cannot_be_scored_are_found_before_anything_is_predicted(
+    lamp3d: CommandLine, trained: Path, broken: Path, tmp_path: Path, kind: str
+) -> None:
+    path, run = broken / "labels" / "p3.nii.gz", Path(shutil.copytree(trained, tmp_path / "run"))
+    shutil.rmtree(run / "predictions", ignore_errors=True)
+    label = read_volume(path)
+    path.unlink()
+    data, affine = label.data.copy(), label.affine.copy()
+    if kind == "value":
+        data[3, 3, 3] = 77
+    else:
+        affine[0, 3] += 20
+    write_nifti(Volume(data, affine), path)
+    said = lamp3d("evaluate", run, broken).complaint()
+    assert f"{path}: " in said
+    assert ("holds label values [77.0]" if kind == "value" else "lies up to 20.0 mm away from its image") in said
+    assert not (run / "predictions").exists()
 
 
 def test_a_scan_that_is_none_is_named_by_the_worker_too(lamp3d: CommandLine, trained: Path, tmp_path: Path) -> None:
