@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from monai.metrics import compute_dice
+from monai.metrics import compute_dice, compute_surface_dice
 from scipy.ndimage import binary_erosion, gaussian_filter
 from scipy.spatial import cKDTree
 
+from lamp3d import evaluate
 from lamp3d.errors import DatasetError, ScanError
 from lamp3d.evaluate import CaseResult, OrganScore, Results, dice_per_organ, evaluate_case, summarise
 from lamp3d.volume import Volume
@@ -215,3 +216,23 @@ def test_a_large_scan_takes_well_under_a_second_an_organ():
     score = evaluate_case(prediction, truth, ORGANS, {"Left"})["Left"]
     assert time.perf_counter() - start < 2
     assert score.hd95_mm == pytest.approx(4, abs=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # MONAI's own, within MONAI
+@pytest.mark.parametrize("at_once", [1, 1000, 1 << 22])
+def test_surface_dice_is_monais_however_few_planes_are_scored_at_once(monkeypatch, at_once):
+    monkeypatch.setattr(evaluate, "AT_ONCE", at_once)
+    spacing = (1.0, 1.5, 2.5)
+    rng = np.random.default_rng(5)
+    one, other = (gaussian_filter(rng.standard_normal((30, 24, 20)), 2) > 0.02 for _ in range(2))
+    other[-1, 0, 0] = True  # a speck at the other end, and masks that touch the border
+    affine = np.diag([*spacing, 1.0])
+    prediction, truth = (Volume(mask.astype(np.uint8), affine) for mask in (one, other))
+    scores = evaluate_case(prediction, truth, ["Left"], ["Left"])
+    monais = compute_surface_dice(
+        torch.from_numpy(one)[None, None], torch.from_numpy(other)[None, None], [2.0], include_background=True,
+        spacing=spacing, use_subvoxels=True,
+    )  # fmt: skip
+    assert 0.1 < float(monais) < 0.95
+    assert scores["Left"].surface_dice == pytest.approx(float(monais), abs=1e-6)
+    assert scores["Left"].dice == pytest.approx(2 * (one & other).sum() / (one.sum() + other.sum()))
