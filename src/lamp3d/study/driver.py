@@ -236,15 +236,15 @@ def _run(
 
 
 def _timings(study: StudyConfig, row: Row, run: Run) -> RowTimings:
-    """Predictions of the first validation cases; the first one of every device, which warms up, is not counted."""
+    """Predictions of the same validation cases in every way; one before them warms every device up."""
     dataset = run.read_dataset()
-    cases = dataset.split(VALIDATION)
+    cases, first = dataset.split(VALIDATION), max(study.timed_devices)
     timings = []
     windows: list[Window | None] = [None, *study.windows_of(row)]
     for devices in study.timed_devices:
         for window in windows:
             target = run.folder / "predictions" / "timed"
-            scans = {case.name: case.images for case in cases[: devices + study.timed_cases]}
+            scans = {case.name: case.images for case in cases[first - devices : first + study.timed_cases]}
             found = predict(run, scans, target, window=window, devices=devices, overwrite=True)
             timings.append(
                 Timing(
