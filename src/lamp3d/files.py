@@ -41,5 +41,7 @@ def claimed(path: Path) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
-        else:
-            yield True
+            return
+        except OSError:  # a file system without locks
+            pass
+        yield True

@@ -10,7 +10,7 @@ from monai.metrics import compute_dice, compute_surface_dice
 from scipy.ndimage import binary_erosion, gaussian_filter
 from scipy.spatial import cKDTree
 
-from lamp3d import evaluate
+from lamp3d import evaluate, surfaces
 from lamp3d.errors import DatasetError, ScanError
 from lamp3d.evaluate import CaseResult, OrganScore, Results, dice_per_organ, evaluate_case, summarise
 from lamp3d.volume import Volume
@@ -221,6 +221,7 @@ def test_a_large_scan_takes_well_under_a_second_an_organ():
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # MONAI's own, within MONAI
 @pytest.mark.parametrize("at_once", [1, 1000, 1 << 22])
 def test_surface_dice_is_monais_however_few_planes_are_scored_at_once(monkeypatch, at_once):
+    monkeypatch.setattr(surfaces, "AT_ONCE", at_once)
     monkeypatch.setattr(evaluate, "AT_ONCE", at_once)
     spacing = (1.0, 1.5, 2.5)
     rng = np.random.default_rng(5)

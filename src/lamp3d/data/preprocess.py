@@ -18,6 +18,7 @@ from nibabel.affines import voxel_sizes
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 from torch import Tensor
 
+from lamp3d.data.windows import Window, bring_to_windows, stacked
 from lamp3d.errors import ConfigError, ScanError
 from lamp3d.scan import UNNAMED, Scan
 from lamp3d.volume import Grid, Volume
@@ -29,13 +30,9 @@ if TYPE_CHECKING:
 _AXIS_ENDS = (("L", "R"), ("P", "A"), ("I", "S"))
 _KEYS = ("image", "label")
 _CT_WINDOW, _CT_AIR = (-200.0, 400.0), -500.0
-_MOST_RANKED = 1 << 22
 
 Spacing = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 """Of voxels along x, y, z, in mm."""
-
-Window = tuple[float, float]
-"""Intensities that become 0 and 1."""
 
 Percentile = Annotated[float, Field(ge=0, le=100)]
 
@@ -189,7 +186,7 @@ def prepare_scan(source: Volume | Scan, config: PreprocessConfig, label: Volume 
     channels = (source,) if isinstance(source, Volume) else source
     config = config.resolved_for([UNNAMED] * len(channels))
     affine = channels[0].affine
-    intensities = _intensities(channels, config)
+    intensities = stacked(channels, config.hu_offset)
     scan: dict[str, Any] = {"image": _meta(intensities, affine)}
     if label is not None:
         # On the image's affine: the two were found equal up to rounding, and must be turned alike.
@@ -199,7 +196,8 @@ def prepare_scan(source: Volume | Scan, config: PreprocessConfig, label: Volume 
     scan = to_crop(scan)
     crop = scan["image"]
     # Windowed before it is resampled, so that metal of +20,000 does not bleed into its neighbours.
-    _window(crop.as_tensor(), config, above)
+    assert config.window is not None
+    bring_to_windows(crop.as_tensor(), config.window, config.window_percentiles, above)
     spacing = np.linalg.norm(np.asarray(crop.affine, dtype=np.float64)[:3, :3], axis=0)
     wanted = config.spacing_for(spacing)
     size = [max(1, round(n * old / new)) for n, old, new in zip(crop.shape[1:], spacing, wanted, strict=True)]
@@ -229,37 +227,6 @@ def largest_shape(grid: Grid, config: PreprocessConfig) -> tuple[int, int, int]:
     spacing = voxel_sizes(grid.affine)[sources]
     depth, height, width = np.maximum(1, np.round(shape * spacing / config.spacing_for(spacing))).astype(int).tolist()
     return depth, height, width
-
-
-def _intensities(channels: Scan, config: PreprocessConfig) -> npt.NDArray[np.float32]:
-    """All channels (C, X, Y, Z) in the units that the windows are in; the first axis the fastest, as in files."""
-    backwards = tuple(reversed(channels[0].data.shape))
-    every = np.empty((len(channels), *backwards), np.float32).transpose(0, 3, 2, 1)
-    for into, channel in zip(every, channels, strict=True):
-        into[...] = channel.data
-        if channel.data.min() < -config.hu_offset / 2 < 0:
-            into += config.hu_offset
-    return every
-
-
-def _window(image: Tensor, config: PreprocessConfig, above: float) -> None:
-    """Bring every channel (C, X, Y, Z) to [0, 1], in place; the patient is above so much in the first one."""
-    from monai.transforms import ScaleIntensityRange
-
-    assert config.window is not None
-    patient = image[0] > above if None in config.window else None
-    for channel, (values, window) in enumerate(zip(image, config.window, strict=True)):
-        if window is None:
-            within = values[patient][:: 1 + values.numel() // _MOST_RANKED].numpy()
-            low, high = np.percentile(within, config.window_percentiles) if within.size else (0.0, 0.0)
-            if not low < high:
-                raise ScanError(
-                    f"channel {channel} is {low:g} nearly everywhere in the patient, whose voxels are those above "
-                    f"{above:g} in channel 0: give another scan, its `window`, or `foreground_above`"
-                )
-        else:
-            low, high = window
-        image[channel] = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(values)
 
 
 def _resampled(image: Tensor, size: Sequence[int]) -> Tensor:

@@ -9,12 +9,15 @@ from lamp3d.errors import PlanError
 
 
 def training_batch_norm(network: nn.Module) -> str | None:
-    """The name of a BatchNorm that uses the statistics of what it is given, if there is one.
+    """The name of a BatchNorm that uses the statistics of what it is given, or of a norm that tracks them.
 
     It wants whole mini-batches: neither micro-batches nor replicas that have a share of one.
     """
     for name, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        if not isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
+        batch, tracks = isinstance(module, nn.modules.batchnorm._BatchNorm), module.running_mean is not None
+        if (batch and not tracks) or (module.training and (batch or tracks)):
             return str(name)
     return None
 
@@ -27,9 +30,9 @@ def refuse_batch_norm(network: nn.Module) -> None:
     """
     if (name := training_batch_norm(network)) is not None:
         raise PlanError(
-            f"{name} is a BatchNorm in training mode: in several micro-batches or replicas its statistics would be "
-            "those of a part of the mini-batch. Use norm='instance' or 'group', micro_batches=1 and data=1 (of whole "
-            "volumes batch=1), or network.eval() to freeze the statistics."
+            f"{name} is a BatchNorm in training mode, or tracks statistics: in several micro-batches or replicas they "
+            "would be those of a part of the mini-batch. Use norm='instance' or 'group', micro_batches=1 and data=1 "
+            "(of whole volumes batch=1), or network.eval() to freeze the statistics."
         )
 
 

@@ -12,6 +12,9 @@ from lamp3d.parallel.slabs import placed
 from lamp3d.parallel.step import Program, Rank
 from lamp3d.parallel.transfer import Receipt
 
+UNDER_WAY = 32
+"""Sends to one destination, at most; bounds the memory of a rank that runs ahead of the next one."""
+
 
 class Conveyor:
     """One rank's part of a stream of micro-batches, as many as there are, of any shapes.
@@ -64,6 +67,8 @@ class Conveyor:
                 values = self._forward(stage, tick - stage)
                 if stage == rank.last:
                     output = self._collected(self._programs[tick - stage], values)
+        # Not in a step, where the schedule bounds it, and who is waited for may be waiting for this rank.
+        rank.transfer.flush(more_than=UNDER_WAY)
         self._tick += 1
         return 0 <= tick - rank.last < len(self._programs), output
 

@@ -83,10 +83,9 @@ class Engine:
         self.graph = trace(network, with_batch(plan.input_shape, batch_of(plan.input_shape) // plan.data))
         _check_cells(self.graph.cells, plan)
         refuse_tied_parameters(self.graph.cut(plan.starts), plan.ranks)
-        if plan.micro_batches > 1 or plan.data > 1:
-            refuse_batch_norm(network)
-        self.on_action: Callable[[Action], None] | None = None
         self._network = network
+        self._refuse_batch_norm()
+        self.on_action: Callable[[Action], None] | None = None
         own = self._stages(self.graph)
         # All of the network's: every rank derives from the weights' layout in which layout a value travels.
         lay_out_weights(network, plan.channels_last)
@@ -152,11 +151,6 @@ class Engine:
         return self.replica * self.plan.pipe + self._place.pipe_rank
 
     @property
-    def output_rank(self) -> int:
-        """The worker that holds the first replica's output: that of its last stage."""
-        return self._place.pipelines[0][self.plan.ranks[-1]]
-
-    @property
     def bytes_sent(self) -> int:
         """Bytes of values and their gradients that this rank has sent to others so far; not those of parameters."""
         return self._rank.transfer.bytes_sent + (0 if self.space is None else self.space.bytes_sent)
@@ -189,13 +183,14 @@ class Engine:
             PlanError: the plan's schedule, or its replicas, need a loss that is a mean over cases; or the mini-batch
                 cannot be shared evenly.
         """
+        self._refuse_batch_norm()  # again: the network's mode may have changed
         micro_batches = self._handout.micro_batches(inputs, shared=True)
         with self._refusals():
             programs = [self._program(spec) for spec in micro_batches.specs]
             actions, routes = self._schedule(programs)
             loss = MiniBatchLoss(
                 loss_fn,
-                self._own_targets(targets, micro_batches.specs),
+                self._own_targets(targets, micro_batches.specs, listed=not micro_batches.whole),
                 [shape[0] for (shape, _), *_ in micro_batches.specs],
                 listed=not micro_batches.whole,
                 at_end=_loss_at_end(actions, self._rank),
@@ -309,15 +304,20 @@ class Engine:
             self._announcer.flush()
             raise
 
-    def _own_targets(self, targets: Any, specs: Sequence[MicroBatchSpec]) -> Any:
+    def _own_targets(self, targets: Any, specs: Sequence[MicroBatchSpec], listed: bool) -> Any:
         """This replica's share of the targets; of volumes that are shared, as those."""
-        targets = own_share(targets, self.replica, self.plan.data)
+        batch = self.plan.data * sum(shape[0] for (shape, _), *_ in specs)
+        targets = own_share(targets, self.replica, self.plan.data, listed=listed, batch=batch)
         if self.space is None or targets is None:
             return targets
         extents = {shape[2:] for spec in specs for shape, _ in spec if len(shape) == 5}
         for extent in extents:
             targets = own_targets(targets, extent, self.space)
         return targets
+
+    def _refuse_batch_norm(self) -> None:
+        if self.plan.micro_batches > 1 or self.plan.data > 1:
+            refuse_batch_norm(self._network)
 
     def _flush(self) -> None:
         """Wait until everything that was sent has arrived; whoever made this engine may drop it then."""

@@ -11,18 +11,21 @@ All functions are collective: every worker calls them with the same arguments, i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 Made = TypeVar("Made")
 
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
 """By the default group, with which all others end."""
+
+_timeout: timedelta | None = None
 
 
 def channel(origin: int, to: int, device: torch.device) -> dist.ProcessGroup | None:
@@ -35,7 +38,7 @@ def channel(origin: int, to: int, device: torch.device) -> dist.ProcessGroup | N
         return None
 
     def make() -> dist.ProcessGroup:
-        group: dist.ProcessGroup = dist.new_group([origin, to], backend="nccl")
+        group = _new_group([origin, to], "nccl")
         token = torch.zeros(1, device=device)
         if dist.get_rank() == origin:
             dist.send(token, to, group=group)
@@ -46,24 +49,32 @@ def channel(origin: int, to: int, device: torch.device) -> dist.ProcessGroup | N
     return _once(("channel", origin, to), make)
 
 
-def group_of(workers: tuple[int, ...], kind: str) -> dist.ProcessGroup:
-    """The group of some workers; ``kind`` is the type of their devices."""
-    return _once(("group", workers), lambda: _connected(dist.new_group(list(workers)), kind))
+def group_of(sets: Sequence[tuple[int, ...]], purpose: str, kind: str) -> dist.ProcessGroup:
+    """The group of this worker's set of workers.
+
+    Args:
+        sets: of workers, each in one of them.
+        purpose: groups for different purposes do not wait for each other.
+        kind: the type of the workers' devices.
+    """
+    groups = {workers: _once((purpose, workers), partial(_connected_group, workers, kind)) for workers in sets}
+    return next(group for workers, group in groups.items() if dist.get_rank() in workers)
 
 
-def mesh_of(kind: str, data: int, slabs: int, pipe: int) -> DeviceMesh:
-    """The workers as replicas × slabs × ranks of a pipeline, with the axes "data", "space" and "pipe"."""
-
-    def make() -> DeviceMesh:
-        mesh = init_device_mesh(kind, (data, slabs, pipe), mesh_dim_names=("data", "space", "pipe"))
-        for axis in ("data", "space"):
-            _connected(mesh.get_group(axis), kind)
-        return mesh
-
-    return _once(("mesh", kind, data, slabs, pipe), make)
+def _new_group(workers: Sequence[int], backend: str | None = None) -> dist.ProcessGroup:
+    """One whose operations may take as long as those of all workers' group."""
+    group: dist.ProcessGroup = dist.new_group(list(workers), timeout=_timeout, backend=backend)
+    return group
 
 
-def _connected(group: dist.ProcessGroup, kind: str) -> dist.ProcessGroup:
+def set_timeout(timeout: timedelta) -> None:
+    """What the collective operations of all groups made after this may take."""
+    global _timeout
+    _timeout = timeout
+
+
+def _connected_group(workers: Sequence[int], kind: str) -> dist.ProcessGroup:
+    group = _new_group(workers)
     if kind == "cuda" and dist.get_rank(group) >= 0:
         dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
     return group

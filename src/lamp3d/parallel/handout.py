@@ -70,7 +70,7 @@ class Handout:
                 raise PlanError("rank 0 of the plan reads the network's input; pass it the images.")
             whole = isinstance(given, Tensor | Mapping)
             if shared:
-                given = own_share(given, self._place.replica, self._plan.data)
+                given = own_share(given, self._place.replica, self._plan.data, listed=not whole)
             pieces = self._pieces(given) if isinstance(given, Tensor | Mapping) else [self._by_value(g) for g in given]
             specs = [tuple((tuple(tensor.shape), tensor.dtype) for tensor in piece.values()) for piece in pieces]
             self._announcer.announce(specs, whole)

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -59,27 +60,28 @@ def launch(
             keep_freed_memory()
         return [reporting_memory(fn, args)]
     _check_importable(fn)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=devices,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="spawn",
-        logs_specs=DefaultLogsSpecs(),
-        local_addr="localhost",
-    )
     # The launcher's own report of a failure says less than the error that follows.
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):  # which has its own level
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        results: dict[int, Result] = elastic_launch(config, work)(fn, tuple(args), timeout)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise _worker_error(rank, failure) from None
+    with TemporaryDirectory(prefix="lamp3d-") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=devices,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            local_addr="localhost",
+        )
+        try:
+            results: dict[int, Result] = elastic_launch(config, work)(fn, tuple(args), timeout)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            raise _worker_error(rank, failure) from None
     return [results[rank] for rank in sorted(results)]
 
 

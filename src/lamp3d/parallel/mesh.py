@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from lamp3d.errors import PlanError
-from lamp3d.parallel.groups import group_of, mesh_of
+from lamp3d.parallel.groups import group_of
 from lamp3d.parallel.space.ranks import Space
 from lamp3d.plan import Plan
 
@@ -24,7 +23,7 @@ class Place:
         slab: which part of the volumes.
         pipe_rank: the rank in its pipeline, as the plan counts.
         pipelines: the workers of every pipeline, in order.
-        mesh: ("data", "space", "pipe"), where there is more than one pipeline.
+        pipe_group: the workers of this one's pipeline; None where that is all of them.
         gradient_group: the workers that hold the same stages; None where this one is alone.
         space: those that share a volume; None where each has its own.
     """
@@ -35,7 +34,7 @@ class Place:
     slab: int
     pipe_rank: int
     pipelines: tuple[tuple[int, ...], ...]
-    mesh: DeviceMesh | None
+    pipe_group: dist.ProcessGroup | None
     gradient_group: dist.ProcessGroup | None
     space: Space | None
 
@@ -56,29 +55,23 @@ class Place:
         pipe, slabs = plan.pipe, plan.slabs
         copy, pipe_rank = divmod(rank, pipe)
         replica, slab = divmod(copy, slabs)
-        mesh, group, space = None, None, None
+        pipe_group, gradient_group, space = None, None, None
         if plan.data * slabs > 1:
-            mesh = mesh_of(plan.device_type, plan.data, slabs, pipe)
-            group = mesh.get_group("data" if slabs == 1 else "space")
-        if plan.data > 1 and slabs > 1:
-            groups = [group_of(tuple(range(first, world_size, pipe)), plan.device_type) for first in range(pipe)]
-            group = groups[pipe_rank]
-        if mesh is not None and slabs > 1:
-            first = replica * slabs * pipe + pipe_rank
-            workers = range(first, first + slabs * pipe, pipe)
+            kind, firsts = plan.device_type, range(0, world_size, pipe)
+            pipe_group = group_of([tuple(range(first, first + pipe)) for first in firsts], "pipe", kind)
+            alike = [tuple(range(first, world_size, pipe)) for first in range(pipe)]  # hold the same stages
+            gradient_group = group_of(alike, "gradients", kind)
+        if slabs > 1:
+            sharers = [workers[r * slabs : (r + 1) * slabs] for workers in alike for r in range(plan.data)]
+            own = next(workers for workers in sharers if rank in workers)
             space = Space(
-                plan.space, plan.space_dims, workers, rank, mesh.get_group("space"),
+                plan.space, plan.space_dims, own, rank, group_of(sharers, "space", kind),
                 least=plan.least_planes, channels_last=plan.channels_last,
             )  # fmt: skip
         pipelines = tuple(tuple(range(c * pipe, (c + 1) * pipe)) for c in range(plan.data * slabs))
-        return cls(rank, world_size, replica, slab, pipe_rank, pipelines, mesh, group, space)
+        return cls(rank, world_size, replica, slab, pipe_rank, pipelines, pipe_group, gradient_group, space)
 
     @property
     def pipeline(self) -> tuple[int, ...]:
         """The workers of this worker's pipeline."""
         return self.pipelines[self.rank // len(self.pipelines[0])]
-
-    @property
-    def pipe_group(self) -> dist.ProcessGroup | None:
-        """The group of this worker's pipeline (None: all workers)."""
-        return None if self.mesh is None else self.mesh.get_group("pipe")

@@ -16,22 +16,23 @@ from torch import Tensor
 
 Parcel = tuple[dist.Work, Tensor]
 
-LIMIT = 32
-"""How many sends to one destination may be under way; bounds the memory of a rank that runs ahead of the next one."""
-
 
 class ThreadedOutbox:
     """Sends to one destination, with a thread that waits for them."""
 
     def __init__(self) -> None:
-        self._queue: Queue[Parcel | None] = Queue(LIMIT)
+        self._queue: Queue[Parcel | None] = Queue()
         self._errors: list[Exception] = []
         Thread(target=_wait_for_all, args=(self._queue, self._errors), daemon=True, name="lamp3d-outbox").start()
         weakref.finalize(self, self._queue.put, None)
 
     def put(self, work: dist.Work, tensor: Tensor) -> None:
-        """One more; blocks while too many are under way."""
+        """One more."""
         self._queue.put((work, tensor))
+
+    def __len__(self) -> int:
+        """How many are under way."""
+        return self._queue.unfinished_tasks
 
     def flush(self) -> None:
         """Wait until all have arrived; raises what went wrong with any of them."""
@@ -49,8 +50,12 @@ class PolledOutbox:
     def put(self, work: dist.Work, tensor: Tensor) -> None:
         """One more; those that have arrived are let go of."""
         self._pending.append((work, tensor))
-        while self._pending and (self._pending[0][0].is_completed() or len(self._pending) > LIMIT):
+        while self._pending and self._pending[0][0].is_completed():
             self._pending.popleft()[0].wait()
+
+    def __len__(self) -> int:
+        """How many are under way."""
+        return len(self._pending)
 
     def flush(self) -> None:
         """Wait until all have arrived."""

@@ -7,8 +7,9 @@ its parameters, last layers first (the way of torch's ``DistributedDataParallel`
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 BUCKET_BYTES = 25 * 10**6
 
 
-@dataclass
+@dataclass(eq=False)
 class _Bucket:
     """Parameters that are summed in one message."""
 
@@ -30,24 +31,27 @@ class _Bucket:
     work: dist.Work | None = None
 
     def start(self, group: dist.ProcessGroup) -> None:
-        """Begin to sum; nothing if it has begun, or if no parameter has a gradient."""
-        gradients = self._gradients()
-        if self.work is None and gradients:
-            self.flat = torch.cat([gradient.flatten() for gradient in gradients])
-            self.work = dist.all_reduce(self.flat, group=group, async_op=True)
+        """Begin to sum.
+
+        Other replicas may have gradients where this one has none, so that all parameters are summed, and for each how
+        many replicas have it.
+        """
+        here = torch.tensor([parameter.grad is not None for parameter in self.parameters])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        self.flat = torch.cat([*(gradient.flatten() for gradient in gradients), here.to(gradients[0])])
+        self.work = dist.all_reduce(self.flat, group=group, async_op=True)
 
     def finish(self) -> None:
-        """Wait for the sum and hand it to the parameters."""
-        if self.work is not None:
-            assert self.flat is not None
-            self.work.wait()
-            gradients = self._gradients()
-            sums = torch.split(self.flat, [gradient.numel() for gradient in gradients])
-            for gradient, summed in zip(gradients, sums, strict=True):
-                gradient.copy_(summed.view(gradient.shape))
-
-    def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        """Wait for the sum and hand it to the parameters that have a gradient anywhere."""
+        assert self.flat is not None
+        assert self.work is not None
+        self.work.wait()
+        *sums, counts = torch.split(self.flat, [*(p.numel() for p in self.parameters), len(self.parameters)])
+        for index, (parameter, summed) in enumerate(zip(self.parameters, sums, strict=True)):
+            if parameter.grad is not None:
+                parameter.grad.copy_(summed.view(parameter.shape))
+            elif counts[index]:
+                parameter.grad = torch.empty_like(parameter).copy_(summed.view(parameter.shape))
 
 
 class GradientSum:
@@ -66,7 +70,8 @@ class GradientSum:
         }
         # What several stages of this rank use is complete with the last of them.
         self._shared = _buckets([parameter for parameter, count in uses.items() if count > 1])
-        self._of = {p: bucket for buckets in self._buckets.values() for bucket in buckets for p in bucket.parameters}
+        every = ((stage, bucket) for stage, buckets in self._buckets.items() for bucket in buckets)
+        self._of = {p: (stage, bucket) for stage, bucket in every for p in bucket.parameters}
         # The gradients that were there before: they have been summed already.
         self._before = {parameter: parameter.grad for parameter in uses if parameter.grad is not None}
         for parameter in self._before:
@@ -84,13 +89,11 @@ class GradientSum:
 
     def complete(self, stage: int) -> None:
         """The stage's gradients are complete."""
-        for bucket in self._buckets[stage]:
-            bucket.start(self._group)
+        self._start(self._buckets[stage])
 
     def finish(self) -> None:
         """Wait until every parameter's gradient is the sum, added to what was there before."""
-        for bucket in self._shared:
-            bucket.start(self._group)
+        self._start(self._shared)
         for bucket in [*(bucket for buckets in self._buckets.values() for bucket in buckets), *self._shared]:
             bucket.finish()
         for parameter, before in self._before.items():
@@ -105,10 +108,16 @@ class GradientSum:
             handle.remove()
 
     def _reached(self, parameter: nn.Parameter) -> None:
-        bucket = self._of[parameter]
+        stage, bucket = self._of[parameter]
         if bucket.missing:
             bucket.missing.discard(parameter)
             if not bucket.missing:
+                self._start(itertools.takewhile(lambda other: not other.missing, self._buckets[stage]))
+
+    def _start(self, buckets: Iterable[_Bucket]) -> None:
+        """All that have not begun, in the same order on every replica."""
+        for bucket in buckets:
+            if bucket.work is None:
                 bucket.start(self._group)
 
 

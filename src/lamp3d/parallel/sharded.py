@@ -36,8 +36,10 @@ class ShardedVolume(Tensor):
         local: the slab, an ordinary tensor with its autograd history; the whole volume where nothing is cut.
         placement: how the volume is cut.
         space: the ranks that share it.
+        stands_for_view: whether it is a copy of planes that torch would have as a view, not to be changed in place.
     """
 
+    stands_for_view = False
     local: Tensor
     placement: Layout
     space: Space

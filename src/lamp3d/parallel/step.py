@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph, Edge, ValueSpec
 from lamp3d.parallel.replicas import GradientSum
+from lamp3d.parallel.shares import check_batch
 from lamp3d.parallel.slabs import placed
 from lamp3d.parallel.space.ranks import Space
 from lamp3d.parallel.stage import StageCells, StageRunner
@@ -357,13 +358,7 @@ def concatenate(outputs: Sequence[Any]) -> Any:
 def _cut(targets: Any, sizes: Sequence[int]) -> list[Any]:
     """A mini-batch's targets (tensors, or tuples, lists, dicts of them), a piece for each micro-batch."""
     leaves, structure = pytree.tree_flatten(targets)
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != sum(sizes):
-            shown = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise PlanError(
-                f"targets are cut into micro-batches along their first axis, which must be the batch of {sum(sizes)}; "
-                f"one of them is {shown}. Take schedule='gpipe' for targets that cannot be cut."
-            )
+    check_batch(leaves, sum(sizes), "cut into micro-batches (all but by schedule='gpipe')")
     pieces = zip(*(leaf.split(list(sizes)) for leaf in leaves), strict=True)
     return [pytree.tree_unflatten(piece, structure) for piece in pieces]
 

@@ -76,10 +76,15 @@ class Transfer:
         assert work is not None
         return Receipt(tensor, work)
 
-    def flush(self) -> None:
-        """Wait until all sends are done and let go of their tensors."""
+    def flush(self, more_than: int = 0) -> None:
+        """Wait until all sends are done and let go of their tensors.
+
+        Args:
+            more_than: only those to destinations to which more sends are under way.
+        """
         for outbox in self._outboxes.values():
-            outbox.flush()
+            if len(outbox) > more_than:
+                outbox.flush()
 
 
 def _wire(tensor: Tensor, spec: ValueSpec) -> Tensor:

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from lamp3d.errors import DeviceMemoryError
+from lamp3d.errors import DeviceMemoryError, PlanError
 from lamp3d.graph.allocator import keep_freed_memory, return_freed_memory
+from lamp3d.parallel.groups import set_timeout
 from lamp3d.plan.hardware import device_type, worker_threads, workers_per_gpu
 
 Result = TypeVar("Result")
@@ -56,6 +57,11 @@ def join(timeout: timedelta) -> None:
         sharing = workers_per_gpu()
         if sharing > 1:  # NCCL refuses two ranks on one GPU of one machine
             os.environ["NCCL_HOSTID"] = f"{socket.gethostname()}-{local_rank}"
+        if local_rank // sharing >= torch.cuda.device_count():
+            raise PlanError(
+                f"worker {local_rank} of this machine has no GPU: it sees {torch.cuda.device_count()} for {workers} "
+                "workers; start as many as it has (--nproc-per-node), and let each see all of them."
+            )
         torch.cuda.set_device(local_rank // sharing)
         torch.cuda.init()  # type: ignore[no-untyped-call]
         backend = "cpu:gloo,cuda:nccl"
@@ -64,6 +70,7 @@ def join(timeout: timedelta) -> None:
         keep_freed_memory()
         backend = "gloo"
     dist.init_process_group(backend, timeout=timeout)
+    set_timeout(timeout)
     # Under torchrun the next launch in this process uses the same group: a second one would meet the addresses of the
     # first in torchrun's store.
     atexit.register(_leave_group)

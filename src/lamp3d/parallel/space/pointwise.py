@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ _NAMES = """
 """
 
 
+_TYPES = ("to", "type_as")
+
+
 def _pointwise(func: Callable[..., Any]) -> Callable[..., Any]:
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         first = _leading(args, kwargs)
@@ -33,9 +36,16 @@ def _pointwise(func: Callable[..., Any]) -> Callable[..., Any]:
             if not isinstance(args[0], ShardedVolume):
                 raise refuse(func.__name__, "it would change a tensor that every rank has whole")
             first = args[0]
+            if first.stands_for_view:
+                raise refuse(func.__name__, "it would change a slice in place, whose planes other ranks hold")
             first.local = _local(func, first.placement, args, kwargs)
             return first
-        return ShardedVolume(_local(func, first.placement, args, kwargs), first.placement, first.space)
+        made = _local(func, first.placement, args, kwargs)
+        if made is NotImplemented or (func.__name__ in _TYPES and not isinstance(args[0], ShardedVolume)):
+            return made  # of a comparison with something else; and an ordinary tensor brought to a volume's type
+        if not isinstance(made, Tensor) or made.shape[2:] != first.local.shape[2:]:
+            raise refuse(func.__name__, "what it makes is no volume")
+        return ShardedVolume(made, first.placement, first.space)
 
     return stand_in
 
@@ -92,16 +102,20 @@ def prelu(input: ShardedVolume, weight: Tensor) -> ShardedVolume:
 @rule(torch.softmax, F.softmax, Tensor.softmax)
 def softmax(input: ShardedVolume, dim: int, *args: Any, **kwargs: Any) -> ShardedVolume:
     """``torch.softmax`` over the channels."""
-    return _over_channels("softmax", torch.softmax, input, dim, kwargs.get("dtype"))
+    return _over_channels("softmax", torch.softmax, input, dim, args, kwargs)
 
 
 @rule(torch.log_softmax, F.log_softmax, Tensor.log_softmax)
 def log_softmax(input: ShardedVolume, dim: int, *args: Any, **kwargs: Any) -> ShardedVolume:
     """``torch.log_softmax`` over the channels."""
-    return _over_channels("log_softmax", torch.log_softmax, input, dim, kwargs.get("dtype"))
+    return _over_channels("log_softmax", torch.log_softmax, input, dim, args, kwargs)
 
 
-def _over_channels(what: str, func: Any, input: ShardedVolume, dim: int, dtype: Any) -> ShardedVolume:
+def _over_channels(
+    what: str, func: Any, input: ShardedVolume, dim: int, args: Sequence[Any], kwargs: dict[str, Any]
+) -> ShardedVolume:
+    given = [value for value in (*args, kwargs.get("dtype")) if isinstance(value, torch.dtype)]  # or F's stack level
+    dtype = given[0] if given else None
     if dim % 5 not in (0, 1):
         raise refuse(what, "it goes along an axis of space")
     return ShardedVolume(func(input.local, dim, dtype=dtype), input.placement, input.space)

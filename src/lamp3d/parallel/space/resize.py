@@ -48,6 +48,8 @@ def interpolate(
         local = _mixed(planes, cut.dim, own[slice(*made_cut.slabs[here])], wanted[here][0])
     for dim in {2, 3, 4} - {cut.dim for cut in cuts}:
         local = _mixed(local, dim, places[dim - 2], 0)
+    if local is volume.local:
+        local = local.clone()  # as torch does
     return settled(local, extents, cuts, volume)
 
 
@@ -86,8 +88,8 @@ def pad(input: ShardedVolume, pad: Sequence[int], mode: str = "constant", value:
     amounts = [*pad, *[0] * (10 - len(pad))]
     if any(amounts[6:]):
         raise refuse("pad", "it pads batch or channels")
-    if not any(amounts):
-        return input
+    if not any(amounts):  # a copy, as torch makes it
+        return ShardedVolume(input.local.clone(), input.placement, input.space)
     around = {dim: (amounts[2 * (4 - dim)], amounts[2 * (4 - dim) + 1]) for dim in (2, 3, 4)}
     if mode not in ("constant", "replicate") and any(any(around[cut.dim]) for cut in input.placement.cuts):
         raise refuse("pad", f"mode {mode!r} is not known along an axis that is cut")
@@ -129,7 +131,9 @@ def getitem(input: ShardedVolume, index: Any) -> ShardedVolume:
             raise refuse("indexing", "it takes steps over space, or nothing")
         volume = crop(volume, dim, begin, end)
     if any(key != slice(None) for key in keys[:2]):
-        volume = ShardedVolume(volume.local[tuple(keys[:2])], volume.placement, volume.space)
+        part = ShardedVolume(volume.local[tuple(keys[:2])], volume.placement, volume.space)
+        part.stands_for_view = volume.stands_for_view
+        return part
     return volume
 
 
@@ -147,7 +151,10 @@ def crop(volume: ShardedVolume, dim: int, begin: int, end: int) -> ShardedVolume
     bounds = even_bounds(end - begin, len(cut.slabs))
     made = cut.with_bounds(bounds)
     if made.thinnest < 1:
-        return crop(volume.gathered(), dim, begin, end)
-    local = collect(volume.local, volume.space, cut, [(a + begin, b + begin) for a, b in made.slabs])
-    cuts = tuple(made if other == cut else other for other in volume.placement.cuts)
-    return ShardedVolume(local, Layout((depth, height, width), cuts), volume.space)
+        cropped = crop(volume.gathered(), dim, begin, end)
+    else:
+        local = collect(volume.local, volume.space, cut, [(a + begin, b + begin) for a, b in made.slabs])
+        cuts = tuple(made if other == cut else other for other in volume.placement.cuts)
+        cropped = ShardedVolume(local, Layout((depth, height, width), cuts), volume.space)
+    cropped.stands_for_view = True
+    return cropped

@@ -73,18 +73,22 @@ def adaptive_average_pool(input: ShardedVolume, output_size: Any) -> Tensor:
 
 
 @rule(torch.mean, Tensor.mean)
-def mean(input: ShardedVolume, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+def mean(
+    input: ShardedVolume, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Any = None
+) -> Any:
     """``torch.mean``."""
-    dims = _dims(input, dim)
+    dims = _dims(input, dim if axis is None else axis)
     wide = torch.promote_types(dtype or input.dtype, torch.float32)
     total = _reduced(input, dims, keepdim, lambda x: x.sum(dims, keepdim, dtype=wide), all_sum, "mean")
     return (total / math.prod(input.shape[d] for d in dims)).to(dtype or input.dtype)
 
 
 @rule(torch.sum, Tensor.sum)
-def sum_(input: ShardedVolume, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+def sum_(
+    input: ShardedVolume, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Any = None
+) -> Any:
     """``torch.sum``."""
-    dims = _dims(input, dim)
+    dims = _dims(input, dim if axis is None else axis)
     return _reduced(input, dims, keepdim, lambda x: x.sum(dims, keepdim, dtype=dtype), all_sum, "sum")
 
 
