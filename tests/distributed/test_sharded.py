@@ -14,13 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, event, given, settings
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lamp3d import launch
 from lamp3d.graph.arithmetic import DeferredWeights, arithmetic
 from lamp3d.graph.footprint import LiveBytes
-from lamp3d.parallel.sharded import shard
+from lamp3d.parallel.sharded import ShardedVolume, shard
+from lamp3d.parallel.space.layout import Layout
 from lamp3d.parallel.space.ranks import Space
+from lamp3d.parallel.space.saved import recomputed
 from lamp3d.train import HybridLoss, LossConfig
 from tests.distributed.operations import Example, examples, serve
 from tests.full import FULL
@@ -94,6 +97,11 @@ def test_a_rank_whose_planes_come_from_padding_alone_reads_nothing(
     assert max(error for error, _ in ranks(example)) <= 1e-10
 
 
+def _after_tanh(slab: Tensor, operation: nn.Module, placement: Layout, space: Space) -> Tensor:
+    made: ShardedVolume = operation(ShardedVolume(slab, placement, space).tanh())
+    return made.local
+
+
 def _kept(mesh: tuple[int, ...]) -> dict[str, float]:
     """What operations keep for their backward beside slab and result, over the slab's bytes."""
     torch.set_num_threads(1)
@@ -111,6 +119,13 @@ def _kept(mesh: tuple[int, ...]) -> dict[str, float]:
             made = operation(volume)
         result = made.local.untyped_storage().nbytes() * (3 if name == "pool" else 1)  # and where its largest were
         found[name] = (live.now - result) / volume.local.nbytes
+        with LiveBytes() as live, recomputed():
+            again = checkpoint(
+                lambda slab: operation(ShardedVolume(slab, volume.placement, space).tanh()).local,
+                volume.local,
+                use_reentrant=False,
+            )
+        found[f"{name} computed again"] = (live.now - again.untyped_storage().nbytes()) / volume.local.nbytes
     return found
 
 
@@ -121,6 +136,7 @@ def test_no_operation_keeps_a_copy_of_its_slab(mesh: tuple[int, ...]) -> None:
         shares = [kept[name] for kept in by_rank]
         assert min(shares) >= 0  # beside the last slab nothing may be needed
         assert 0 < max(shares) < 0.3, (name, shares)  # a plane of eight on both sides, or one of sixteen on two axes
+        assert {kept[f"{name} computed again"] for kept in by_rank} == {0.0}
 
 
 def _deferred(mesh: tuple[int, ...]) -> list[tuple[bool, float]]:

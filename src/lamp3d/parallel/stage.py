@@ -19,6 +19,7 @@ from lamp3d.graph import DeferredWeights, Stage, ValueSpec, arithmetic, preserve
 from lamp3d.parallel.sharded import local_of
 from lamp3d.parallel.slabs import placed
 from lamp3d.parallel.space.ranks import Space
+from lamp3d.parallel.space.saved import recomputed
 
 Specs = Mapping[str, ValueSpec]
 """What every value looks like, by name."""
@@ -125,7 +126,8 @@ class StageRunner:
             return nullcontext(), self._again(part, deferred)
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-            return tuple(self._outputs(part, dict(zip(part.inputs, tensors, strict=True)), specs).values())
+            with recomputed():
+                return tuple(self._outputs(part, dict(zip(part.inputs, tensors, strict=True)), specs).values())
 
         outputs = checkpoint(run, *(values[name] for name in part.inputs), use_reentrant=False, context_fn=contexts)
         return dict(zip(part.outputs, outputs, strict=True))

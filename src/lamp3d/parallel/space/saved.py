@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,20 @@ class Own(NamedTuple):
         return cls(dim, first - read[0] + before, first - slab[0], end - first)
 
 
+_recomputed: ContextVar[bool] = ContextVar("recomputed", default=False)
+
+
+@contextmanager
+def recomputed() -> Iterator[None]:
+    """What runs within it is run again in the backward pass and keeps nothing: `kept_apart` would, since only the
+    innermost of autograd's hooks sees what is saved."""
+    token = _recomputed.set(True)
+    try:
+        yield
+    finally:
+        _recomputed.reset(token)
+
+
 @contextmanager
 def kept_apart(extended: Tensor, slab: Tensor, own: Sequence[Own]) -> Iterator[None]:
     """Within it, what is saved of ``extended`` for a backward pass is only what ``slab`` does not hold.
@@ -45,7 +60,7 @@ def kept_apart(extended: Tensor, slab: Tensor, own: Sequence[Own]) -> Iterator[N
         slab: what it was made of; not to be changed in place before the backward pass.
         own: along each axis on which they differ.
     """
-    shared = all(planes > 0 for *_, planes in own)
+    shared = all(planes > 0 for *_, planes in own) and not _recomputed.get()
     if isinstance(slab, FakeTensor) or not shared or extended.data_ptr() == slab.data_ptr():
         yield
         return

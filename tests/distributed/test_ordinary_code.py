@@ -1,0 +1,211 @@
+"""What users write without thinking of devices: lists of targets, heads without a loss, changes in place."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamp3d import Engine, launch, mean_over_cases
+from lamp3d.errors import LampError, PlanError
+from lamp3d.graph.buffers import training_batch_norm
+from lamp3d.parallel.outbox import ThreadedOutbox
+from lamp3d.parallel.shares import own_share
+from tests.plans import plan_at
+
+REPLICAS: dict[str, Any] = {"devices": 2, "data": 2}
+SLABS: dict[str, Any] = {"devices": 2, "space": (2,), "space_dims": (2,)}
+
+
+def two_layers(out: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, out, 3, padding=1))
+    return layers.double()
+
+
+class InPlaceAfter(nn.Module):
+    """An operation that does nothing here, and a change of what it gives."""
+
+    def __init__(self, nothing: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 1, 3, padding=1)
+        self.nothing = nothing
+        self.double()
+
+    def forward(self, image: Tensor) -> Tensor:
+        skip = self.first(image)
+        return self.last(skip + F.relu(self.nothing(skip), inplace=True))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.one, self.two = nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 1, 1), nn.Conv3d(4, 1, 1)
+        self.double()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        body = self.body(image).relu()
+        return self.one(body), self.two(body)
+
+
+def resized(x: Tensor) -> Tensor:
+    return F.interpolate(x, size=x.shape[2:], mode="trilinear")
+
+
+def padded(x: Tensor) -> Tensor:
+    return F.pad(x, (0,) * 6)
+
+
+def sliced(x: Tensor) -> Tensor:
+    return F.pad(F.relu(x[:, :, 2:], inplace=True), (0, 0, 0, 0, 2, 0))
+
+
+def reduced(x: Tensor) -> Tensor:
+    return x * x.mean(axis=(2, 3, 4), keepdim=True) + x.softmax(1, torch.float64) + (0 if x == None else 1)  # noqa: E711
+
+
+@mean_over_cases
+def squares(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
+
+
+@mean_over_cases
+def of_all_targets(output: Tensor, targets: list[Tensor]) -> Tensor:
+    return sum(((output - target).square().mean() for target in targets), torch.zeros(())) / len(targets)
+
+
+def no_mean(output: Tensor, target: Tensor) -> Tensor:
+    return (squares(output, target) + 0.1).sqrt()
+
+
+@mean_over_cases
+def of_annotated(output: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
+    """The second head is judged only in cases that are annotated."""
+    (one, two), (truth, annotated) = output, target
+    loss = (one - truth).square().mean()
+    if annotated.any():
+        loss = loss + ((two - truth).square().mean((1, 2, 3, 4)) * annotated).mean()
+    return loss
+
+
+def apart(net: nn.Module, images: Any, targets: Any, loss: Any, settings: dict[str, Any]) -> float:
+    """How far loss and gradients are from the plain network's, relative."""
+    plain = copy.deepcopy(net)
+    if isinstance(images, tuple):
+        expected = sum(loss(plain(image), target) for image, target in zip(images, targets, strict=True)) / len(images)
+    else:
+        expected = loss(plain(images), targets)
+    expected.backward()
+    shape = tuple((images[0] if isinstance(images, tuple) else images).shape)
+    engine = Engine(net, plan_at(net, shape, [0], 1, **settings))
+    found = engine.step(images, targets, loss)
+    errors = [abs(found.item() / expected.item() - 1)]
+    for name, parameter in plain.named_parameters():
+        ours = engine.parameters[name].grad
+        assert (ours is None) == (parameter.grad is None), name
+        if ours is not None and parameter.grad is not None:
+            errors.append(float((ours - parameter.grad).abs().max() / parameter.grad.abs().max()))
+    return max(errors)
+
+
+def refusal(
+    net: nn.Module, images: Tensor, targets: Any, settings: dict[str, Any], after: Callable[[], object] = lambda: None
+) -> str:
+    engine = Engine(net, plan_at(net, tuple(images.shape), [0], 1, **settings))
+    after()
+    try:
+        engine.step(images, targets, squares)
+    except LampError as error:
+        return str(error)
+    return "nothing"
+
+
+def find_out() -> dict[str, Any]:
+    torch.set_num_threads(1)
+    draw = torch.Generator().manual_seed(1)
+    image, a, b = (torch.randn(2, 1, 6, 6, 6, generator=draw, dtype=torch.double) for _ in range(3))
+    one = image[:1]
+    annotated = {k: torch.tensor([k & 1, k >> 1]) for k in range(4)}
+    found: dict[str, Any] = {
+        "a list of targets": apart(two_layers(), image, [a, b], of_all_targets, REPLICAS),
+        "a tuple of targets": apart(two_layers(), image, (a, b), of_all_targets, REPLICAS),
+        "a tuple of micro-batches": apart(two_layers(), (image, 2 * image), (a, b), no_mean, REPLICAS),
+        "resized": apart(InPlaceAfter(resized), one, a[:1], squares, SLABS),
+        "reduced": apart(InPlaceAfter(reduced), one, a[:1], squares, SLABS),
+        "padded": apart(InPlaceAfter(padded), one, a[:1], squares, SLABS),
+    }
+    for k in (0, 1, 2, 3):
+        found[f"a head judged in {k}"] = apart(TwoHeads(), image, (a, annotated[k]), of_annotated, REPLICAS)
+    found["weights"] = refusal(two_layers(), image, (a, torch.ones(3)), REPLICAS)
+    found["no tensor"] = refusal(two_layers(), image, (a, None), REPLICAS)
+    normed = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2), nn.Conv3d(2, 1, 1)).double().eval()
+    found["trained after all"] = refusal(normed, image, a, REPLICAS, normed.train)
+    found["a slice changed"] = refusal(InPlaceAfter(sliced), one, a[:1], SLABS)
+    return found
+
+
+def test_numbers_are_the_plain_networks() -> None:
+    for found in launch(find_out, 2):
+        refused = {key: found.pop(key) for key in ("weights", "no tensor", "trained after all", "a slice changed")}
+        assert all(error < 1e-10 for error in found.values()), found
+        assert len(found) == 10
+        assert "must be the batch of 2; one of them is (3,)" in refused["weights"]
+        assert "one of them is NoneType" in refused["no tensor"]
+        assert "is a BatchNorm in training mode" in refused["trained after all"]
+        assert "it would change a slice in place" in refused["a slice changed"]
+
+
+def test_a_share_is_what_the_mini_batch_is_cut_into() -> None:
+    a, b = torch.arange(4), torch.arange(4) * 10
+    assert own_share([a, b], 1, 2, listed=True)[0] is b
+    assert [t.tolist() for t in own_share([a, b], 1, 2, listed=False)] == [[2, 3], [20, 30]]
+    assert own_share({"x": (a,)}, 0, 4, listed=False, batch=4)["x"][0].tolist() == [0]
+    assert own_share(None, 0, 2, listed=False) is None
+    for wrong in ([a, b[:3]], [a, torch.tensor(1.0)], [a, "b"]):
+        with pytest.raises(PlanError, match="must be the batch of 4"):
+            own_share(wrong, 0, 2, listed=False)
+    with pytest.raises(PlanError, match="cannot be shared evenly"):
+        own_share(a, 0, 3, listed=False)
+
+
+@pytest.mark.parametrize(
+    ("norm", "wants_all"),
+    [
+        (nn.BatchNorm3d(2), True),
+        (nn.BatchNorm3d(2).eval(), False),
+        (nn.BatchNorm3d(2, track_running_stats=False).eval(), True),
+        (nn.InstanceNorm3d(2), False),
+        (nn.InstanceNorm3d(2, track_running_stats=True), True),
+        (nn.InstanceNorm3d(2, track_running_stats=True).eval(), False),
+        (nn.GroupNorm(1, 2), False),
+    ],
+    ids=str,
+)
+def test_norms_that_want_whole_mini_batches(norm: nn.Module, wants_all: bool) -> None:
+    assert (training_batch_norm(nn.Sequential(norm)) is not None) == wants_all
+
+
+def test_a_send_never_waits_for_its_receiver() -> None:
+    class Later:
+        def __init__(self) -> None:
+            self.arrived = threading.Event()
+
+        def wait(self) -> None:
+            self.arrived.wait()
+
+    works, outbox = [Later() for _ in range(100)], ThreadedOutbox()
+    for work in works:
+        outbox.put(work, torch.zeros(1))  # type: ignore[arg-type]
+    assert len(outbox) == 100
+    for work in works:
+        work.arrived.set()
+    outbox.flush()
+    assert len(outbox) == 0
