@@ -120,11 +120,7 @@ def _kept(mesh: tuple[int, ...]) -> dict[str, float]:
         result = made.local.untyped_storage().nbytes() * (3 if name == "pool" else 1)  # and where its largest were
         found[name] = (live.now - result) / volume.local.nbytes
         with LiveBytes() as live, recomputed():
-            again = checkpoint(
-                lambda slab: operation(ShardedVolume(slab, volume.placement, space).tanh()).local,
-                volume.local,
-                use_reentrant=False,
-            )
+            again = checkpoint(_after_tanh, volume.local, operation, volume.placement, space, use_reentrant=False)
         found[f"{name} computed again"] = (live.now - again.untyped_storage().nbytes()) / volume.local.nbytes
     return found
 
