@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch.nn import functional as F
 from lamp3d import Engine, launch, mean_over_cases
 from lamp3d.errors import LampError, PlanError
 from lamp3d.graph.buffers import training_batch_norm
+from lamp3d.parallel.mesh import Place
 from lamp3d.parallel.outbox import ThreadedOutbox
 from lamp3d.parallel.shares import own_share
+from lamp3d.parallel.transfer import Transfer
 from tests.plans import plan_at
 
 REPLICAS: dict[str, Any] = {"devices": 2, "data": 2}
@@ -209,3 +212,18 @@ def test_a_send_never_waits_for_its_receiver() -> None:
         work.arrived.set()
     outbox.flush()
     assert len(outbox) == 0
+
+
+def test_a_send_that_has_failed_is_told_when_all_are_done() -> None:
+    class Lost:
+        def wait(self) -> None:
+            raise RuntimeError("connection closed by peer")
+
+    place = Place(0, 2, 0, 0, 0, ((0, 1),), None, None, None)
+    transfer = Transfer(torch.device("cpu"), place, [(0, 1)])
+    (outbox,) = transfer._outboxes.values()
+    outbox.put(Lost(), torch.zeros(1))  # type: ignore[arg-type]
+    while len(outbox):
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        transfer.flush()

@@ -68,7 +68,7 @@ class Conveyor:
                 if stage == rank.last:
                     output = self._collected(self._programs[tick - stage], values)
         # Not in a step, where the schedule bounds it, and who is waited for may be waiting for this rank.
-        rank.transfer.flush(more_than=UNDER_WAY)
+        rank.transfer.hold_back(UNDER_WAY)
         self._tick += 1
         return 0 <= tick - rank.last < len(self._programs), output
 

@@ -76,14 +76,15 @@ class Transfer:
         assert work is not None
         return Receipt(tensor, work)
 
-    def flush(self, more_than: int = 0) -> None:
-        """Wait until all sends are done and let go of their tensors.
-
-        Args:
-            more_than: only those to destinations to which more sends are under way.
-        """
+    def flush(self) -> None:
+        """Wait until all sends are done and let go of their tensors."""
         for outbox in self._outboxes.values():
-            if len(outbox) > more_than:
+            outbox.flush()
+
+    def hold_back(self, most: int) -> None:
+        """Where more sends than that are under way to one destination, wait until they are done."""
+        for outbox in self._outboxes.values():
+            if len(outbox) > most:
                 outbox.flush()
 
 
