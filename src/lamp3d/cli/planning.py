@@ -22,6 +22,7 @@ from lamp3d.report import cells_picture, time_line_picture
 from lamp3d.sides import check_sides
 from lamp3d.train import HybridLoss, LossConfig, with_drawn_targets
 
+OWN = ("unet", "seunet")
 VERIFY_TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 
 Net = Annotated[
@@ -32,8 +33,6 @@ Net = Annotated[
 ]
 Filters = Annotated[Optional[int], typer.Option(min=1, help="Channels of the first block; default: 32, to verify 4.")]  # noqa: UP045
 Classes = Annotated[int, typer.Option(min=2, help="Organs and background.")]
-OWN = ("unet", "seunet")
-
 Channels = Annotated[int, typer.Option(min=1, help="Of the images: 1 for CT.")]
 StemStride = Annotated[
     Optional[int],  # noqa: UP045

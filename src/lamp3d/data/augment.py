@@ -209,12 +209,9 @@ def label_swap(config: AugmentConfig, organs: Sequence[str]) -> Tensor:
         i, j = 1 + organs.index(one), 1 + organs.index(other)
         swap[i], swap[j] = j, i
     # Where a letter alone says it, as in ParotidL, it is a side if there is another organ that differs in that letter.
-    ends = Counter(_SIDE_AT_AN_END.sub("", organ) for organ in organs if _SIDE_AT_AN_END.search(organ))
-    alone = [
-        organ
-        for organ in organs
-        if organ not in members and (_SIDED.search(organ) or ends[_SIDE_AT_AN_END.sub("", organ)] > 1)
-    ]
+    stems = {organ: _SIDE_AT_AN_END.sub("", organ) for organ in organs}
+    sided = Counter(stem for organ, stem in stems.items() if stem != organ)
+    alone = [o for o in organs if o not in members and (_SIDED.search(o) or sided[stems[o]] > 1)]
     if alone and LEFT_RIGHT_AXIS in config.flip_axes and config.flip_probability > 0:
         raise ConfigError(
             f"flip_axes has {LEFT_RIGHT_AXIS}, the left-right axis, but {alone} have a side and no twin in "

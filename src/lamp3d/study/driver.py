@@ -242,9 +242,9 @@ def _timings(study: StudyConfig, row: Row, run: Run) -> RowTimings:
     timings = []
     windows: list[Window | None] = [None, *study.windows_of(row)]
     for devices in study.timed_devices:
+        scans = {case.name: case.images for case in cases[first - devices : first + study.timed_cases]}
         for window in windows:
             target = run.folder / "predictions" / "timed"
-            scans = {case.name: case.images for case in cases[first - devices : first + study.timed_cases]}
             found = predict(run, scans, target, window=window, devices=devices, overwrite=True)
             timings.append(
                 Timing(
