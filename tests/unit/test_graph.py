@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from lamp3d.errors import ConfigError, PlanError
 from lamp3d.graph import CellGraph, infer_specs, refuse_tied_parameters, trace
@@ -276,3 +278,74 @@ def test_no_output_is_lost_where_leaves_of_the_output_repeat() -> None:
 
     graph = trace(Twice(), SMALL)
     assert pytree.tree_leaves(run_stages(graph, [0], torch.ones(SMALL))) == [pytest.approx(torch.full(SMALL, 2.0))] * 2
+
+
+class _Forward(nn.Module):
+    """A convolution, and code around it."""
+
+    def __init__(self, code: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.code = nn.Conv3d(1, 2, 3, padding=1), code
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.code(self, image)
+
+
+def _frozen(net: nn.Module, image: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net.conv(image)
+
+
+def _exact(net: nn.Module, image: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=True):
+        return net.conv(image)
+
+
+def _written(net: nn.Module, image: Tensor) -> Tensor:
+    out = torch.zeros(1, 2, 8, 8, 8)
+    out[:, :, 1:-1] = net.conv(image)[:, :, 1:-1]
+    return out * 2
+
+
+def _accumulated(net: nn.Module, image: Tensor) -> Tensor:
+    total = torch.zeros(1, 2, 8, 8, 8)
+    total += net.conv(image)
+    return total
+
+
+def _drawn(net: nn.Module, image: Tensor) -> Tensor:
+    return net.conv(image) * torch.rand((1, 1, 1, 1, 1), dtype=image.dtype)
+
+
+def _checkpointed(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    return lambda net, image: checkpoint(net.conv, image, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (_frozen, "switches gradients or autocast"),
+        (_exact, "switches gradients or autocast"),
+        (_written, "writes into a part of a tensor"),
+        (_accumulated, "changes a tensor in place that the network's forward has made"),
+        (_drawn, "draws random numbers"),
+        (_checkpointed(True), r"use_checkpoint=False"),
+        (_checkpointed(False), r"use_checkpoint=False"),
+    ],
+)
+def test_what_a_graph_would_do_otherwise_is_refused(code: Callable[[nn.Module, Tensor], Tensor], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trace(_Forward(code), (1, 1, 8, 8, 8))
+    checkpoint(nn.Linear(2, 2), torch.ones(2), use_reentrant=False).sum().backward()  # as ever
+
+
+def test_cells_of_a_layer_that_is_used_twice_have_two_names() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.act = nn.Conv3d(1, 2, 1), nn.Conv3d(2, 2, 1), nn.ReLU()
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.act(self.two(self.act(self.one(image))))
+
+    assert [cell.name for cell in trace(Twice(), (1, 1, 4, 4, 4)).cells] == ["one", "act", "two", "act (2)"]

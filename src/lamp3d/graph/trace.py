@@ -11,6 +11,7 @@ nodes stay in one cell when cutting between them would
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,11 +43,15 @@ def trace(network: nn.Module, input_shape: InputShape) -> CellGraph:
     recorder = _Recorder(root)
     recorder.dry_run(network, input_shapes)
     cells: list[Cell] = []
+    named: Counter[str] = Counter()
     begin = 0
     may_cut = recorder.cuts(nodes)
     for end in range(1, len(nodes) + 1):
         if end == len(nodes) or may_cut[end]:
-            cells.append(Cell(len(cells), _cell_name(nodes[begin:end]), tuple(node.name for node in nodes[begin:end])))
+            name = _cell_name(nodes[begin:end])
+            named[name] += 1  # memory and recomputation go by names, and a layer may be used at several levels
+            name = name if named[name] == 1 else f"{name} ({named[name]})"
+            cells.append(Cell(len(cells), name, tuple(node.name for node in nodes[begin:end])))
             begin = end
     return CellGraph(root, cells, reads_shape=reads_shape, changes_with_mode=changes_with_mode)
 
@@ -73,6 +78,8 @@ def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.Grap
         raise ConfigError(
             f"{type(network).__name__} cannot be called with the inputs {', '.join(input_shapes)}: {error}"
         ) from error
+    except ConfigError as error:
+        raise ConfigError(f"{type(network).__name__} cannot be traced: {error}") from error
     except Exception as error:
         raise _does_not_accept(network, input_shapes, error) from error
     other, graph = (fx.GraphModule(_targets(network, graph, constants), graph) for graph, constants in graphs)
@@ -125,6 +132,7 @@ class _Recorder(fx.Interpreter):
         self.first_of_storage: dict[int, int] = {}
         self.written: list[tuple[int, int]] = []  # (maker, writer): no cut from after maker to before writer
         self.position = {node: index for index, node in enumerate(root.graph.nodes)}
+        self.attributes = {at: str(node.target) for node, at in self.position.items() if node.op == "get_attr"}
         self.n_inputs = sum(node.op == "placeholder" for node in root.graph.nodes)
         self.keep: list[Any] = []  # every result: a freed storage's address may be used again
 
@@ -151,6 +159,11 @@ class _Recorder(fx.Interpreter):
                 if maker < self.n_inputs:
                     raise ConfigError(
                         f"{node.name!r} changes the network's input in place; work on a copy there (x = x.clone())."
+                    )
+                if self.attributes.get(maker, "").startswith("constant"):
+                    raise ConfigError(
+                        f"{node.name!r} changes a tensor in place that the network's forward has made, and which the "
+                        "graph of it would change again and again; write x = x + y there."
                     )
                 self.written.append((maker, position))
         for tensor in _tensors(result):

@@ -9,14 +9,18 @@ What the network reads of the shape becomes part of the graph, which then holds 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from lamp3d.errors import ConfigError
 from lamp3d.graph.inputs import arguments
 
 VALUE = "lamp3d_value"
@@ -46,10 +50,22 @@ class ShapedTracer(fx.Tracer):
         self._input_shapes, self._dtype, self._device = dict(input_shapes), dtype, device
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._evaluating = False
+        self._modes = _modes()
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
-        """The graph of a module; its nodes keep nothing of what they evaluated to."""
-        graph = super().trace(root, concrete_args)
+        """The graph of a module; its nodes keep nothing of what they evaluated to.
+
+        Raises:
+            ConfigError: the module's code does what a graph of it would not.
+        """
+        self._modes, numbers = _modes(), torch.get_rng_state()
+        with _functions_apart():
+            graph = super().trace(root, concrete_args)
+        if not torch.equal(numbers, torch.get_rng_state()):
+            raise ConfigError(
+                "its forward draws random numbers that do not depend on a tensor, so that a graph of it would draw "
+                "them once for all; use torch.nn.Dropout, or draw with torch.rand_like or x.new_empty(…).bernoulli_()."
+            )
         for node in graph.nodes:
             node.meta.pop(VALUE, None)
         return graph
@@ -85,6 +101,16 @@ class ShapedTracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         """A new node, evaluated; what is no tensor is no node but the value itself."""
+        if self._modes != _modes():
+            raise ConfigError(
+                "its forward switches gradients or autocast off or on, which a graph of it would not; freeze "
+                "parameters with requires_grad_(False), and cut gradients with detach()."
+            )
+        if target == "__setitem__" or getattr(target, "__name__", None) == "setitem":
+            raise ConfigError(
+                "its forward writes into a part of a tensor that it has made, which a graph of it would not; build it "
+                "with torch.cat or torch.nn.functional.pad."
+            )
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         if kind == "output":
             return proxy
@@ -135,6 +161,45 @@ class ShapedTracer(fx.Tracer):
         if tensor.device.type != "meta":
             return self._fakes.from_tensor(tensor)
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
+
+
+def _modes() -> tuple[bool, ...]:
+    """What a forward may switch, and fx does not write down."""
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+@contextmanager
+def _functions_apart() -> Iterator[None]:
+    """Within it, a stand-in that is given to what takes tensors apart from torch's operators is refused.
+
+    These are functions with a backward of their own, and checkpoints: torch would end the process.
+    """
+    frame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
+    places: list[tuple[Any, str]] = [(torch.autograd.Function, "apply")]
+    if hasattr(frame, "save_inputs"):
+        places.append((frame, "save_inputs"))
+    with ExitStack() as stack:
+        for owner, name in places:
+            plain = owner.__dict__[name]
+            stack.callback(setattr, owner, name, plain)
+            if isinstance(plain, classmethod):  # not bound to its class: subclasses use it
+                setattr(owner, name, classmethod(_checked(plain.__func__)))
+            else:
+                setattr(owner, name, _checked(plain))
+        yield
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if any(type(leaf) is _ShapedProxy for leaf in pytree.tree_leaves((args, kwargs))):
+            raise ConfigError(
+                "its forward calls a function with a backward of its own. If that is activation checkpointing, turn it "
+                "off (use_checkpoint=False): lamp3d recomputes by itself where memory is short."
+            )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 class _ShapedProxy(fx.Proxy):

@@ -15,7 +15,7 @@ import torch
 from lamp3d.files import write_text
 from lamp3d.plan.profile import CellSeconds, Timing
 
-FORMAT = 2
+FORMAT = 3
 
 
 def timings_folder() -> Path:

@@ -325,7 +325,7 @@ class MeasuringMeter(Meter):
         key = {
             "network": hashlib.sha256(self.graph.root.code.encode()).hexdigest(),
             "layers": [str(module) for module in self.network.modules() if not list(module.children())],
-            "parameters": [tuple(parameter.shape) for parameter in self.network.parameters()],
+            "parameters": [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in self.network.parameters()],
             "training": self.network.training,
             "shape": shape,
             "device": device_name(self.kind),
