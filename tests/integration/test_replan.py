@@ -18,7 +18,7 @@ def peak(plan: Plan) -> int:
 def test_a_safer_plan_is_named_and_used_on_demand(
     config: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = load_config(config, ["train.curriculum=[{patch: [16, 16, 32], batch: 2, epochs: 2}]"])
+    settings = load_config(config, ["train.curriculum=[{patch: [32, 32, 32], batch: 2, epochs: 2}]"])
     out = tmp_path / "run"
     real, calls = training.launch, []
 

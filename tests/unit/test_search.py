@@ -99,6 +99,23 @@ def test_no_plan_is_better(seed: int) -> None:
             assert found.why
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_where_any_cut_fits_with_little_to_spare_one_is_found(schedule: str) -> None:
+    """Too many cuts to try them all, and what waits to be sent depends on seconds."""
+    shape, pipe = (4, 1, 8, 6, 4), 4
+    for seed in range(8):
+        meter = RandomMeter(chain(12), shape, seed, "loopback")
+        request = Request(
+            shape, pipe, None, "fp32", False, data=1, space=(), pipe=pipe, micro_batches=4, schedule=schedule
+        )
+        search = Search(meter, request)
+        (option,) = options(request)
+        limit = round(1.05 * min(cut.peak_bytes for cut in every_cut(search, option)))
+        found = best_cut(search.costs(option, "never"), schedule, pipe, limit, meter.link)
+        assert found is not None
+        assert found.peak_bytes <= limit
+
+
 def test_options_that_cannot_win_are_not_played_through() -> None:
     shape = (8, 1, 16, 16, 16)
     request = Request(shape, 8, None, "fp32", False)

@@ -23,12 +23,12 @@ MORE_DEVICES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 def does_not_fit(meter: Meter, request: Request, *, advise: bool) -> str:
     """The message: what was asked for, and what would do.
 
-    Only bytes matter here, so that nothing is timed: seconds are those of some device that is described.
+    Only bytes matter here, so that nothing is timed: seconds are those of some device that is described, of this kind.
     """
     limit = request.limit or 0
-    model = ModelMeter(
-        meter.network, meter.input_shape, meter.micro_batch, load_hardware("a100-80g"), meter.link, meter.graph
-    )
+    hardware = load_hardware("a100-80g").model_copy(update={"device_type": meter.kind})
+    loss = meter.loss_cost(request.precision, request.channels_last)
+    model = ModelMeter(meter.network, meter.input_shape, meter.micro_batch, hardware, meter.link, meter.graph, loss)
     ways = list(_ways(model, replace(request, limit=round(limit / SPARE)))) if advise else []
     settings = "".join(
         f", {name}={getattr(request, name)!r}"
@@ -85,7 +85,9 @@ def _smaller_volume(meter: Meter, request: Request, memory: int) -> tuple[int, .
             continue
         tries += 1
         shape = tuple(sides)
-        smaller = ModelMeter(meter.network, shape, meter.micro_batch, meter.hardware, meter.link, meter.graph)
+        part = math.prod(sides) / math.prod(request.volume)
+        loss = None if meter.loss is None else meter.loss.share(part)
+        smaller = ModelMeter(meter.network, shape, meter.micro_batch, meter.hardware, meter.link, meter.graph, loss)
         if Search(smaller, replace(request, volume=shape)).fits():
             return shape
     return None

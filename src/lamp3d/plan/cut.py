@@ -17,7 +17,7 @@ from lamp3d.graph import Edge
 from lamp3d.plan.costs import StageCosts, runs
 from lamp3d.plan.hardware import Link
 from lamp3d.plan.memory import DeviceMemory, StageBytes, memory_use
-from lamp3d.plan.partition import Mask, Matrix, fold_largest, fold_sum, joined, minimise_largest, minimise_sum
+from lamp3d.plan.partition import Mask, Matrix, fold_largest, fold_sum, joined, minimise_largest, minimise_sum, pairs
 from lamp3d.plan.routes import Routes
 from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, Actions, StageTimes, folded_placement, most_in_flight
 from lamp3d.plan.simulate import TimeLine, Transfers, simulate
@@ -39,6 +39,10 @@ SEEDS = 2
 
 STEPS = (-3, -1, 1, 3)
 """... by moving where one stage begins by so many cells."""
+
+
+NEARLY = 1.2
+"""A cut that needs up to so many times the limit is improved until it fits, or cannot be."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,14 @@ def _collection_paused() -> Iterator[None]:
 
 @_collection_paused()
 def best_cut(
-    costs: StageCosts, schedule: str, devices: int, limit: int | None, link: Link, hopeless: float = math.inf
+    costs: StageCosts,
+    schedule: str,
+    devices: int,
+    limit: int | None,
+    link: Link,
+    hopeless: float = math.inf,
+    *,
+    thorough: bool = True,
 ) -> Cut | None:
     """The cut with the fastest step; None if no cut fits.
 
@@ -171,6 +182,7 @@ def best_cut(
         limit: of every rank's memory, in bytes.
         link: between two devices.
         hopeless: seconds of a step; what is slower than that, messages aside, is not improved.
+        thorough: improve a cut that nearly fits.
     """
     stages, n = len(PLACEMENTS[schedule](devices)), len(costs.profile.cells)
     if stages > n or not _might_fit(costs, stages, limit):
@@ -182,7 +194,7 @@ def best_cut(
     program = _Program(costs, schedule, devices)
     known: dict[tuple[int, ...], Cut] = {}
     for tolerance in TOLERANCES:
-        found = _fitting(program, cut_at, limit, tolerance)
+        found = _fitting(program, cut_at, limit, tolerance, thorough=thorough)
         if found is None:
             break  # a larger tolerance changes nothing about what fits
         if found.working_seconds > hopeless:
@@ -238,21 +250,45 @@ def fitting_cut(costs: StageCosts, schedule: str, devices: int, limit: int | Non
     return _fitting(_Program(costs, schedule, devices), _cuts(costs, schedule, devices, link), limit, 1.0)
 
 
-def _fitting(program: _Program, cut_at: CutAt, limit: int | None, tolerance: float) -> Cut | None:
+def _fitting(
+    program: _Program, cut_at: CutAt, limit: int | None, tolerance: float, *, thorough: bool = True
+) -> Cut | None:
     """A cut that fits; its slowest rank is within a factor ``tolerance`` of the least possible; None if none fits.
 
     The search bounds a rank's memory from above; what it finds is then played through.
     """
-    bound = math.inf if limit is None else float(limit)
+    if limit is None:
+        return None if (starts := program.cut(math.inf, tolerance)) is None else cut_at(tuple(starts))
+    bound = float(limit)
+    tried: list[Cut] = []
     for _ in range(4):
-        starts = program.cut(bound, tolerance)
-        if starts is None:
+        if (starts := program.cut(bound, tolerance)) is None:
+            break
+        tried.append(cut_at(tuple(starts)))
+        if tried[-1].peak_bytes <= limit:
+            return tried[-1]
+        bound *= 0.98 * limit / tried[-1].peak_bytes  # unequal stages: more in flight than the search supposed
+    if not thorough:
+        return None
+    if (starts := program.smallest) is not None:
+        tried.append(cut_at(tuple(starts)))
+    return _emptied(min(tried, key=lambda cut: cut.peak_bytes), cut_at, limit) if tried else None
+
+
+def _emptied(best: Cut, cut_at: CutAt, limit: int) -> Cut | None:
+    """A cut that nearly fits, one stage's beginning moved at a time for as long as that leaves its peak lower.
+
+    What waits to be sent or used depends on when each rank comes to it, which the program's bound knows nothing of.
+    """
+    if best.peak_bytes > NEARLY * limit:
+        return None
+    while best.peak_bytes > limit:
+        nearby = map(cut_at, _moved(best.starts, len(best.costs.profile.cells)))
+        lowest = min(nearby, key=lambda cut: cut.peak_bytes, default=best)
+        if lowest.peak_bytes >= best.peak_bytes:
             return None
-        cut = cut_at(tuple(starts))
-        if limit is None or cut.peak_bytes <= limit:
-            return cut
-        bound *= 0.98 * limit / cut.peak_bytes  # unequal stages: more in flight than the search supposed
-    return None
+        best = lowest
+    return best
 
 
 @_collection_paused()
@@ -321,6 +357,13 @@ class _Program:
             starts = fold_sum(self._seconds, self._sizes, bound, self._crossing, most)
         else:
             starts = minimise_sum(self._crossing, [mask & (self._seconds <= most) for mask in self._fits(bound)])
+        return None if starts is None else [int(self._joints[start]) for start in starts]
+
+    @cached_property
+    def smallest(self) -> list[int] | None:
+        """The cut under the least bound of memory, whatever its seconds."""
+        sizes = [*self._sizes, *self._sizes[-2::-1]] if self._folded else self._sizes
+        starts = minimise_largest(sizes, [pairs(len(self._joints) - 1)] * len(sizes))
         return None if starts is None else [int(self._joints[start]) for start in starts]
 
     def _find_slowest(self, bound: float) -> float | None:

@@ -173,7 +173,7 @@ class Meter(ABC):
         part = sum(profile.value_bytes[name] for name in self.graph.outputs) / sum(
             whole.value_bytes[name] for name in self.graph.outputs
         )
-        return profile.with_loss(self.loss_cost(precision, channels_last), part)
+        return profile.with_loss(self.loss_cost(precision, channels_last).share(part))
 
     def loss_cost(self, precision: str, channels_last: bool) -> LossCost:
         """Of a micro-batch of whole volumes; nothing where the loss is not known."""
@@ -196,7 +196,12 @@ class Meter(ABC):
 
 
 class ModelMeter(Meter):
-    """Profiles for devices that are only described."""
+    """Profiles for devices that are only described.
+
+    Args:
+        hardware: the devices.
+        loss: what the loss costs; None: it does not count.
+    """
 
     def __init__(
         self,
@@ -206,9 +211,10 @@ class ModelMeter(Meter):
         hardware: Hardware,
         link: Link,
         graph: CellGraph | None = None,
+        loss: LossCost | None = None,
     ):
         super().__init__(network, input_shape, micro_batch, link, hardware.device_type, graph)
-        self.hardware = hardware
+        self.hardware, self.loss = hardware, loss
 
     def on(self, hardware: Hardware, link: Link) -> ModelMeter:
         """The same cells on other devices; what they do need not be found again."""
@@ -235,6 +241,9 @@ class ModelMeter(Meter):
 
     def glance(self, ways: Sequence[Way]) -> Sequence[float]:
         return [self.timing(Slabs(), *way, False, self.micro_batch).seconds for way in ways]
+
+    def loss_cost(self, precision: str, channels_last: bool) -> LossCost:
+        return self.loss or super().loss_cost(precision, channels_last)
 
 
 class MeasuringMeter(Meter):

@@ -22,11 +22,11 @@ GUESS = 1.25
 """Of the least largest cost, over an even share; where it was too low, it grows by the same factor."""
 
 
-def minimise_largest(cost: Matrix, allowed: Sequence[Mask]) -> list[int] | None:
+def minimise_largest(cost: Matrix | Sequence[Matrix], allowed: Sequence[Mask]) -> list[int] | None:
     """Cut n items into as many non-empty runs as there are masks, such that the largest cost is least.
 
     Args:
-        cost: of every run, (n + 1, n + 1).
+        cost: of every run, (n + 1, n + 1); it may be another one for each run in turn.
         allowed: for each run in turn, which ones it may be.
 
     Returns:
@@ -36,7 +36,7 @@ def minimise_largest(cost: Matrix, allowed: Sequence[Mask]) -> list[int] | None:
 
 
 def minimise_sum(cost: Matrix | Sequence[Matrix], allowed: Sequence[Mask]) -> list[int] | None:
-    """The same with the least sum of costs, which may be other ones for each run in turn."""
+    """The same with the least sum of costs."""
     return _dynamic_program(cost, allowed, np.add)
 
 

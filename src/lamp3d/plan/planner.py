@@ -169,6 +169,7 @@ def find_plans(
     else:
         meter = ModelMeter(network, input_shape, smallest, described, joined)
     ways = meter.ways(meter.precisions if precision == "auto" else (precision,), channels_last)
+    slower = [(p, not last) for p, last in ways if channels_last is None and (not last) in meter.layouts(p)]
     request = Request(
         volume=tuple(next(iter(input_shape.values())) if isinstance(input_shape, Mapping) else input_shape),
         devices=devices,
@@ -189,11 +190,17 @@ def find_plans(
         longest_axes(input_shape, mesh)  # or it says why they cannot be cut so
     if not list(meshes(request)):
         raise PlanError(f"{devices} devices cannot be arranged so: data={data}, space={space}, pipe={pipe}.")
-    return search_precisions(meter, request, ways)
+    return search_precisions(meter, request, ways, slower)
 
 
 def search_precisions(
-    meter: Meter, request: Request, ways: Sequence[Way], *, advise: bool = True, kept: int = KEPT
+    meter: Meter,
+    request: Request,
+    ways: Sequence[Way],
+    if_none: Sequence[Way] = (),
+    *,
+    advise: bool = True,
+    kept: int = KEPT,
 ) -> Planning:
     """The fastest plan in any of some precisions; of two that take about as long, the more exact one.
 
@@ -201,14 +208,17 @@ def search_precisions(
         meter: of the network.
         request: what is to be decided beside the precision and the layout.
         ways: to choose from, the most exact first.
+        if_none: the same, where nothing fits in any of the former.
         advise, kept: as for :func:`search_plans`.
 
     Raises:
         PlanError: no plan fits.
     """
     found: list[Planning] = []
-    for precision, channels_last in ways:
-        hopeless = precision == ways[-1][0] and not found
+    for index, (precision, channels_last) in enumerate(every := (*ways, *if_none)):
+        if index == len(ways) and found:
+            break
+        hopeless = index == len(every) - 1 and not found
         try:
             wanted = replace(request, precision=precision, channels_last=channels_last)
             found.append(search_plans(meter, wanted, advise=advise and hopeless, kept=kept))

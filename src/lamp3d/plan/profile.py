@@ -73,6 +73,10 @@ class LossCost:
     seconds: float
     extra_bytes: int
 
+    def share(self, part: float) -> LossCost:
+        """So large a part of it."""
+        return LossCost(part * self.seconds, round(part * self.extra_bytes))
+
 
 @dataclass(frozen=True)
 class CellProfile:
@@ -149,11 +153,11 @@ class Profile:
         value_bytes = {name: size * factor for name, size in self.value_bytes.items()}
         return replace(self, cells=tuple(cells), value_bytes=value_bytes, loss_bytes=self.loss_bytes * factor)
 
-    def with_loss(self, cost: LossCost, part: float) -> Profile:
-        """With so large a part of a loss: its seconds are the last cell's, before whose backward it is computed."""
+    def with_loss(self, cost: LossCost) -> Profile:
+        """With a loss: its seconds are the last cell's, before whose backward it is computed."""
         *cells, last = self.cells
-        last = replace(last, backward_seconds=last.backward_seconds + part * cost.seconds)
-        return replace(self, cells=(*cells, last), loss_bytes=round(part * cost.extra_bytes))
+        last = replace(last, backward_seconds=last.backward_seconds + cost.seconds)
+        return replace(self, cells=(*cells, last), loss_bytes=cost.extra_bytes)
 
 
 def profile_of(work: Work, timing: Timing) -> Profile:

@@ -218,6 +218,10 @@ class Search:
 
     def answer(self) -> Answer:
         """Try the options, the most promising first."""
+        answer = self._answer(thorough=False)
+        return self._answer(thorough=True) if answer.best is None else answer
+
+    def _answer(self, *, thorough: bool) -> Answer:
         every = (replace(option, slabs=self.gathering(option.slabs)) for option in options(self.request))
         open_ = sorted((Found(option, self.bound(option)) for option in every), key=lambda found: found.bound)
         done: list[Found] = []
@@ -230,7 +234,7 @@ class Search:
             hopeless = HOPELESS * best[0] if best else math.inf
             if best and found.bound >= best[0]:
                 hopeless = 0.0  # it cannot win: it is shown beside the plan, and worth no effort
-            done.append(self.try_out(found, hopeless))
+            done.append(self.try_out(found, hopeless, thorough=thorough))
         return Answer(tuple(sorted(done, key=lambda found: (found.seconds, found.bound))))
 
     def _gathering(self, slabs: Slabs) -> Slabs:
@@ -283,12 +287,13 @@ class Search:
         behind = 0.0 if link.by_cores else sum(cell.backward_seconds for cell in profile.cells) / option.pipe
         return max(link.seconds, takes - behind)
 
-    def try_out(self, found: Found, hopeless: float = math.inf) -> Found:
+    def try_out(self, found: Found, hopeless: float = math.inf, *, thorough: bool = True) -> Found:
         """The best plan of an option: without recomputation, with as little of it as fits, or with all of it.
 
         Args:
             found: the option.
             hopeless: seconds of a step beyond which a cut is not improved.
+            thorough: improve cuts that nearly fit.
         """
         option, request, link = found.option, self.request, self.meter.link
         stages = len(PLACEMENTS[option.schedule](option.pipe))
@@ -297,10 +302,11 @@ class Search:
         reduce_seconds = self.reduce_seconds(option)
         for recompute in self.ways_to_recompute(option):
             costs = self.costs(option, recompute)
-            if (cut := best_cut(costs, option.schedule, option.pipe, request.limit, link, hopeless)) is not None:
+            cut = best_cut(costs, option.schedule, option.pipe, request.limit, link, hopeless, thorough=thorough)
+            if cut is not None:
                 return replace(found, cut=cut, reduce_seconds=reduce_seconds)
         if option.slabs != (even := replace(option.slabs, least=request.least_planes or 1)):
-            return self.try_out(replace(found, option=replace(option, slabs=even)), hopeless)
+            return self.try_out(replace(found, option=replace(option, slabs=even)), hopeless, thorough=thorough)
         return replace(found, why=DOES_NOT_FIT)
 
     def fits(self) -> bool:
