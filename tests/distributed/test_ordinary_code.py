@@ -24,6 +24,7 @@ from tests.plans import plan_at
 
 REPLICAS: dict[str, Any] = {"devices": 2, "data": 2}
 SLABS: dict[str, Any] = {"devices": 2, "space": (2,), "space_dims": (2,)}
+PIPELINE: dict[str, Any] = {"devices": 2}
 
 
 def two_layers(out: int = 1) -> nn.Module:
@@ -57,6 +58,24 @@ class TwoHeads(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         body = self.body(image).relu()
         return self.one(body), self.two(body)
+
+
+class Aged(nn.Module):
+    """A vector before the volume."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.age, self.first, self.last = nn.Linear(3, 4), nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 1, 3, padding=1)
+        self.double()
+
+    def forward(self, age: Tensor, image: Tensor) -> Tensor:
+        return self.last((self.first(image) + self.age(age)[:, :, None, None, None]).relu())
+
+
+def in_two_dimensions() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1)).double()
 
 
 def resized(x: Tensor) -> Tensor:
@@ -105,13 +124,20 @@ def apart(net: nn.Module, images: Any, targets: Any, loss: Any, settings: dict[s
     if isinstance(images, tuple):
         expected = sum(loss(plain(image), target) for image, target in zip(images, targets, strict=True)) / len(images)
     else:
-        expected = loss(plain(images), targets)
+        expected = loss(plain(**images) if isinstance(images, dict) else plain(images), targets)
     expected.backward()
-    shape = tuple((images[0] if isinstance(images, tuple) else images).shape)
-    engine = Engine(net, plan_at(net, shape, [0], 1, **settings))
+    shape: Any = (
+        {name: tuple(image.shape) for name, image in images.items()}
+        if isinstance(images, dict)
+        else tuple((images[0] if isinstance(images, tuple) else images).shape)
+    )
+    starts = [0, 1] if settings is PIPELINE else [0]
+    engine = Engine(net, plan_at(net, shape, starts, 1, **settings))
     found = engine.step(images, targets, loss)
     errors = [abs(found.item() / expected.item() - 1)]
     for name, parameter in plain.named_parameters():
+        if settings is PIPELINE and name not in engine.parameters:
+            continue  # the other rank's
         ours = engine.parameters[name].grad
         assert (ours is None) == (parameter.grad is None), name
         if ours is not None and parameter.grad is not None:
@@ -145,6 +171,11 @@ def find_out() -> dict[str, Any]:
         "reduced": apart(InPlaceAfter(reduced), one, a[:1], squares, SLABS),
         "padded": apart(InPlaceAfter(padded), one, a[:1], squares, SLABS),
     }
+    aged = {"age": torch.randn(2, 3, generator=draw, dtype=torch.double), "image": image}
+    for name, way in {"replicas": REPLICAS, "slabs": SLABS, "a pipeline": PIPELINE}.items():
+        found[f"a vector first, {name}"] = apart(Aged(), aged, a, squares, way)
+        if way is not SLABS:
+            found[f"two dimensions, {name}"] = apart(in_two_dimensions(), image[:, :, 0], a[:, :, 0], squares, way)
     for k in (0, 1, 2, 3):
         found[f"a head judged in {k}"] = apart(TwoHeads(), image, (a, annotated[k]), of_annotated, REPLICAS)
     found["weights"] = refusal(two_layers(), image, (a, torch.ones(3)), REPLICAS)
@@ -159,7 +190,7 @@ def test_numbers_are_the_plain_networks() -> None:
     for found in launch(find_out, 2):
         refused = {key: found.pop(key) for key in ("weights", "no tensor", "trained after all", "a slice changed")}
         assert all(error < 1e-10 for error in found.values()), found
-        assert len(found) == 10
+        assert len(found) == 15
         assert "must be the batch of 2; one of them is (3,)" in refused["weights"]
         assert "one of them is NoneType" in refused["no tensor"]
         assert "is a BatchNorm in training mode" in refused["trained after all"]

@@ -203,6 +203,15 @@ def test_another_graph_in_the_other_mode_is_noticed(make: type[nn.Module]) -> No
     assert not trace(Chancy(), SMALL).changes_with_mode  # nn.Dropout is a module in another mode
 
 
+def test_what_fails_in_the_other_mode_alone_does_no_harm() -> None:
+    """Of one voxel, a norm has no variance: such a network predicts what it cannot be trained on."""
+    network = nn.Sequential(nn.Conv3d(1, 2, 1), nn.InstanceNorm3d(2, track_running_stats=True)).eval()
+    graph = trace(network, (1, 1, 1, 1, 1))
+    assert graph.changes_with_mode
+    with pytest.raises(ConfigError, match="Expected more than 1"):
+        trace(network.train(), (1, 1, 1, 1, 1))
+
+
 class Shaped(nn.Module):
     """Everything that needs the shape while the code runs."""
 

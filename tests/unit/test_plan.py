@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import pytest
@@ -335,6 +336,81 @@ def test_profiling_notes_values_once_however_many_cells_save_them() -> None:
     savers = [cell.name for cell in profile.cells if "act" in cell.saved_values]
     assert len(savers) >= 2  # the activation saves its output, the next convolution its input: the same bytes
     assert profile.value_bytes["act"] == 4 * 4 * 4 * 4 * 5 * 6
+
+
+class Aged(nn.Module):
+    """A vector before the volume."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.age, self.first, self.last = nn.Linear(3, 4), conv(1, 4), conv(4, 2)
+
+    def forward(self, age: Tensor, image: Tensor) -> Tensor:
+        return self.last((self.first(image) + self.age(age)[:, :, None, None, None]).relu())
+
+
+def test_what_is_no_volume_is_planned_without_slabs_and_a_volume_is_found_wherever_it_is() -> None:
+    flat = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    assert make_plan(flat, (1, 1, 8, 8), 2, repeats=1).pipe == 2
+    with pytest.raises(PlanError, match=r"is cut along one axis or two; space=\(2,\) is not that"):
+        make_plan(flat, (2, 1, 8, 8), 2, space=2)
+    shapes = {"age": (2, 3), "image": (2, 1, 8, 6, 6)}
+    assert make_plan(Aged(), shapes, 2, repeats=1).devices == 2
+    shared = make_plan(Aged(), shapes, 2, space=2, repeats=1)
+    assert (shared.space_dims, shared.image_shape) == ((2,), (2, 1, 8, 6, 6))
+
+
+class Deep(nn.Module):
+    """Halves a volume six times, and does not say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Conv3d(1 if i == 0 else 2, 2, 2, 2) for i in range(6))
+        self.up = nn.ModuleList(nn.ConvTranspose3d(2, 2, 2, 2) for _ in range(5))
+        self.last = nn.ConvTranspose3d(2, 2, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for layer in self.down:
+            x = layer(x)
+            skips.append(x)
+        for layer, skip in zip(self.up, reversed(skips[:-1]), strict=True):
+            x = layer(x) + skip
+        return self.last(x)
+
+
+def test_a_network_that_does_not_take_a_slabs_size_is_planned_without_slabs(capfd: pytest.CaptureFixture[str]) -> None:
+    shape = (1, 1, 192, 64, 64)  # of which a slab would be 96: no multiple of 64
+    plan = make_plan(Deep(), shape, 2, repeats=1)
+    assert (plan.space, plan.pipe) == ((), 2)
+    with pytest.raises(PlanError, match=r"1×1×96×64×64, and Deep does not take that .* attribute `divisor`, now 32"):
+        make_plan(Deep(), shape, 2, repeats=1, space=2)
+    with pytest.raises(PlanError, match=r"does not fit 2 device\(s\) of 1 MB"):
+        make_plan(Deep(), shape, 2, repeats=1, memory="1MB")
+    assert capfd.readouterr().err == ""
+    knows = Deep()
+    knows.divisor = 64  # type: ignore[assignment]
+    assert make_plan(knows, shape, 2, repeats=1, space=2).space == (2,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "fp16"}, "precision is fp32, bf16 or auto, not 'fp16'"),
+        ({"recompute": "sometimes"}, "recompute is never, always, or blocks of cells, not 'sometimes'"),
+        ({"input_shape": ()}, "an input has at least the batch as its axis"),
+        ({"input_shape": (1, 1, 2, 2, 2), "devices": 4, "pipe": 1}, "4 devices cannot share 1×1×2×2×2"),
+    ],
+)
+def test_settings_that_no_plan_has_are_told(settings: dict[str, Any], message: str) -> None:
+    network = nn.Sequential(conv(1, 2), conv(2, 2))
+    with pytest.raises((ConfigError, PlanError), match=message):
+        make_plan(network, **{"input_shape": SMALL, "repeats": 1} | settings)
+
+
+def test_a_loss_over_all_cases_can_be_planned_for_one_case() -> None:
+    plan = make_plan(nn.Sequential(conv(1, 2), conv(2, 2)), (1, 1, 8, 8, 8), 2, any_loss=True, space=1, repeats=1)
+    assert (plan.pipe, plan.schedule) == (2, "gpipe")
 
 
 def test_a_batch_norm_gets_whole_mini_batches() -> None:

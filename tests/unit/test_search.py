@@ -232,6 +232,14 @@ def test_unknown_hardware_and_links_are_refused(tmp_path: Path) -> None:
         load_hardware(str(path))
 
 
+def test_hardware_without_fp32_or_with_half_its_figures_is_refused(tmp_path: Path) -> None:
+    own = tmp_path / "mine.yaml"
+    described = A100.model_dump(mode="json") | {"sustained": {"fp32": 0.5}}
+    own.write_text(json.dumps(described), encoding="utf-8")
+    with pytest.raises(ConfigError, match="peak_tflops and sustained want the same precisions, fp32 among them"):
+        load_hardware(str(own))
+
+
 def test_a_users_own_hardware(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(

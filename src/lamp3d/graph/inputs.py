@@ -40,12 +40,22 @@ def batch_of(shape: InputShape) -> int:
     """The mini-batch's size.
 
     Raises:
-        ConfigError: the inputs differ in it.
+        ConfigError: the inputs differ in it, or have no axes.
     """
+    if not all(shape.values() if isinstance(shape, Mapping) else [shape]):
+        raise ConfigError(f"an input has at least the batch as its axis; {shape!r} is no shape of one.")
     sizes = {extents[0] for extents in shape.values()} if isinstance(shape, Mapping) else {shape[0]}
     if len(sizes) != 1:
         raise ConfigError(f"the first axis of every input is the batch, but these have batches of {sorted(sizes)}.")
     return sizes.pop()
+
+
+def volume_of(shape: InputShape) -> Shape:
+    """The shape of the volume among the inputs: of the first with five axes, or where there is none, of the first."""
+    if not isinstance(shape, Mapping):
+        return tuple(shape)
+    shapes = [tuple(extents) for extents in shape.values()]
+    return next((extents for extents in shapes if len(extents) == 5), shapes[0])
 
 
 def with_batch(shape: InputShape, batch: int) -> Shape | dict[str, Shape]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
@@ -58,6 +61,24 @@ class _Runner(nn.Module):
         return self.interpreter.run(*inputs)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Torch's log keeps silent of what fails on fake tensors: it is raised, and told by whoever asked."""
+    log = logging.getLogger(fake_tensor.__name__)
+    silent, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = silent
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Within it, tensors are made without data."""
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
 def dry_run(
     interpreter: fx.Interpreter,
     inputs: Sequence[InputSpec],
@@ -80,7 +101,7 @@ def dry_run(
     assert isinstance(root, nn.Module)
     interpreter.extra_traceback = False  # an error's message is for users
     device = device or module_device(root)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors():
         stand_ins: dict[str, Tensor] = {}
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

@@ -60,15 +60,21 @@ def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.Grap
     """The traced network, whether it has looked at the input's shape, and whether the other mode is another graph."""
     twin = _twin(network)
     dtype = next((parameter.dtype for parameter in twin.parameters()), torch.float32)
-    graphs: list[tuple[fx.Graph, dict[str, Tensor]]] = []
-    reads_shape = False
+
+    def traced(*, other_mode: bool) -> tuple[fx.GraphModule, bool]:
+        for module, original in zip(twin.modules(), network.modules(), strict=True):
+            module.training = original.training != other_mode
+        tracer = ShapedTracer(input_shapes, dtype, module_device(twin))
+        graph = tracer.trace(twin)
+        return fx.GraphModule(_targets(network, graph, tracer.constants), graph), tracer.reads_shape
+
     try:
-        for other_mode in (True, False):
-            for module, original in zip(twin.modules(), network.modules(), strict=True):
-                module.training = original.training != other_mode
-            tracer = ShapedTracer(input_shapes, dtype, module_device(twin))
-            graphs.append((tracer.trace(twin), tracer.constants))
-            reads_shape |= tracer.reads_shape
+        other, other_reads = traced(other_mode=True)
+        other_code = other.code
+    except Exception:  # in the mode that it is in, it may do: a network that is trained on larger volumes
+        other_code, other_reads = "", True
+    try:
+        graph, reads_shape = traced(other_mode=False)
     except (fx.proxy.TraceError, DataDependentOutputException) as error:
         raise ConfigError(
             f"{type(network).__name__} cannot be traced by torch.fx: {error}. Its forward must not branch on the "
@@ -82,9 +88,8 @@ def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.Grap
         raise ConfigError(f"{type(network).__name__} cannot be traced: {error}") from error
     except Exception as error:
         raise _does_not_accept(network, input_shapes, error) from error
-    other, graph = (fx.GraphModule(_targets(network, graph, constants), graph) for graph, constants in graphs)
     graph.training = network.training
-    return graph, reads_shape, other.code != graph.code
+    return graph, reads_shape or other_reads, other_code != graph.code
 
 
 def _twin(network: nn.Module) -> nn.Module:

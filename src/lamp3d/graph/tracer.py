@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from lamp3d.errors import ConfigError
 from lamp3d.graph.inputs import arguments
+from lamp3d.graph.shapes import quiet
 
 VALUE = "lamp3d_value"
 """Where a node's ``meta`` keeps what it evaluates to: fake tensors, or containers of them."""
@@ -59,7 +60,7 @@ class ShapedTracer(fx.Tracer):
             ConfigError: the module's code does what a graph of it would not.
         """
         self._modes, numbers = _modes(), torch.get_rng_state()
-        with _functions_apart():
+        with quiet(), torch.set_grad_enabled(torch.is_grad_enabled()), _functions_apart():
             graph = super().trace(root, concrete_args)
         if not torch.equal(numbers, torch.get_rng_state()):
             raise ConfigError(

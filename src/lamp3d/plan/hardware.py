@@ -13,7 +13,16 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lamp3d.errors import ConfigError
 from lamp3d.plan.amounts import parse_bytes
@@ -96,6 +105,12 @@ class Hardware(BaseModel):
     @classmethod
     def _bytes(cls, memory: Any) -> int:
         return parse_bytes(memory)
+
+    @model_validator(mode="after")
+    def _has_fp32(self) -> Hardware:
+        if "fp32" not in self.peak_tflops or set(self.sustained) != set(self.peak_tflops):
+            raise ValueError("peak_tflops and sustained want the same precisions, fp32 among them")
+        return self
 
     @property
     def usable_bytes(self) -> int:

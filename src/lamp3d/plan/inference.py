@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from lamp3d.graph import CellGraph, Stage, arithmetic, trace
 from lamp3d.graph.footprint import LiveBytes
 from lamp3d.graph.inputs import Shape
+from lamp3d.graph.shapes import fake_tensors
 from lamp3d.plan.amounts import format_bytes
 from lamp3d.plan.slabs import Slabs, longest_axes, slab_shape
 from lamp3d.plan.walk import Values, inputs_of, walk
@@ -139,7 +139,7 @@ def forward_bytes(
         return None, made
 
     live = LiveBytes()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), arithmetic(cpu, precision):
+    with fake_tensors(), torch.no_grad(), arithmetic(cpu, precision):
         values = inputs_of(graph, near, torch.empty, cpu, channels_last=channels_last)
         given = sum(value.nbytes for value in values.values())
         for _ in walk(graph, values, run):

@@ -19,9 +19,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lamp3d.errors import ConfigError
 from lamp3d.graph import CellGraph, lay_out_weights, trace
 from lamp3d.graph.allocator import freed_memory_kept
-from lamp3d.graph.inputs import InputShape, Shape, with_batch
+from lamp3d.graph.inputs import InputShape, Shape, input_text, with_batch
 from lamp3d.plan.cache import remembered
 from lamp3d.plan.hardware import (
     DeviceType,
@@ -164,8 +165,8 @@ class Meter(ABC):
             cases: that are computed at once; the seconds are the smallest micro-batch's share.
         """
         alike = replace(slabs, least=1)  # what is gathered changes nothing of what is timed
-        timing = self.timing(alike, precision, channels_last, split, cases or self.micro_batch)
         near, whole = self.work(self.near(alike), precision, channels_last, split), self.whole(precision, channels_last)
+        timing = self.timing(alike, precision, channels_last, split, cases or self.micro_batch)
         entire = None
         if slabs != alike and self.near(alike).mesh:  # else it is the whole volume that is timed
             entire = self.timing(Slabs(), precision, channels_last, split, self.micro_batch)
@@ -181,6 +182,17 @@ class Meter(ABC):
 
     def _work(self, slabs: Slabs, precision: str, channels_last: bool, split: bool) -> Work:
         shape = slab_shape(self.shape, slabs, self.divisor)
+        try:
+            return self._account(shape, precision, channels_last, split)
+        except Exception as error:
+            if shape == self.shape:
+                raise
+            raise ConfigError(
+                f"slabs are timed with {input_text(shape)}, and {type(self.network).__name__} does not take that (if "
+                f"it halves a volume more often, give it an attribute `divisor`, now {self.divisor})"
+            ) from error
+
+    def _account(self, shape: InputShape, precision: str, channels_last: bool, split: bool) -> Work:
         return account(
             self._graph_for(shape), shape, precision=precision, channels_last=channels_last, split=split,
             own_kernels=self.kind == "cpu",
@@ -315,14 +327,8 @@ class MeasuringMeter(Meter):
         shapes = self._affordable(wanted, precision, channels_last)
         if shapes[-1] == wanted:
             return self._time(wanted, precision, channels_last, split)
-        settings = {"precision": precision, "channels_last": channels_last, "split": split}
-        timings = [
-            (
-                self._time(shape, precision, channels_last, split),
-                account(self._graph_for(shape), shape, own_kernels=self.kind == "cpu", **settings),  # type: ignore[arg-type]
-            )
-            for shape in shapes
-        ]
+        how = precision, channels_last, split
+        timings = [(self._time(shape, *how), self._account(shape, *how)) for shape in shapes]
         return scale_timing(timings, self.work(slabs, precision, channels_last, split))
 
     def _time(self, shape: InputShape, precision: str, channels_last: bool, split: bool) -> Timing:
@@ -363,7 +369,7 @@ class MeasuringMeter(Meter):
         if self.graph.reads_shape or isinstance(wanted, dict):
             return [wanted]  # another volume might be another graph
         shapes = [wanted]
-        while (smaller := self._halved(shapes[-1])) is not None:
+        while (smaller := self._halved(shapes[-1])) is not None and self._takes(smaller):
             shapes.append(smaller)
         least = shapes[-1]
         if least == wanted:
@@ -372,6 +378,16 @@ class MeasuringMeter(Meter):
         voxels = (BUDGET_SECONDS if budget is None else budget) / (seconds * (self.repeats + 1)) * math.prod(least)
         largest = next((shape for shape in shapes if math.prod(shape) <= voxels), least)
         return [wanted] if largest == wanted else [least] * (largest != least) + [largest]
+
+    def _takes(self, shape: Shape) -> bool:
+        """Whether the network does, which one that tells its divisor need not be asked."""
+        if hasattr(self.network, "divisor"):
+            return True
+        try:
+            self._account(shape, "fp32", False, False)
+        except Exception:
+            return False
+        return True
 
     def _halved(self, shape: Shape) -> Shape | None:
         longest = max(range(2, len(shape)), key=lambda dim: shape[dim])

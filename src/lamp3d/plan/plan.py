@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from rich.box import SIMPLE_HEAD
@@ -14,7 +14,7 @@ from rich.table import Table
 from lamp3d.errors import ConfigError, PlanError
 from lamp3d.files import write_text
 from lamp3d.graph import Edge
-from lamp3d.graph.inputs import input_text
+from lamp3d.graph.inputs import input_text, volume_of
 from lamp3d.plan.amounts import format_bytes
 from lamp3d.plan.hardware import Link
 from lamp3d.plan.routes import Routes
@@ -24,6 +24,7 @@ from lamp3d.plan.simulate import TimeLine, Transfers, simulate
 Recompute = Literal["never", "always"] | tuple[tuple[str, ...], ...]
 """Which cells are computed again in backward: none, all, or those of some blocks; a block comes back as a whole."""
 Precision = Literal["fp32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 class StagePlan(BaseModel):
@@ -151,8 +152,8 @@ class Plan(BaseModel):
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """The shape of the first input, which is the only one of most networks."""
-        return next(iter(self.input_shape.values())) if isinstance(self.input_shape, dict) else self.input_shape
+        """The shape of the volume among the inputs; most networks have no other."""
+        return volume_of(self.input_shape)
 
     @property
     def pipe(self) -> int:
@@ -265,22 +266,22 @@ class Plan(BaseModel):
             return self.recompute
         return f"{sum(map(len, self.recompute))} cells in {len(self.recompute)} blocks"
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
-        write_text(path, self.model_dump_json(indent=1) + "\n")
+        write_text(Path(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: str | Path) -> Plan:
         """Read a plan from JSON.
 
         Raises:
             PlanError: the file is absent or not a plan.
         """
         try:
-            return cls.model_validate_json(path.read_text("utf-8"))
+            return cls.model_validate_json(Path(path).read_text("utf-8"))
         except FileNotFoundError:
             raise PlanError(f"no plan at {path}; make one with `lamp3d plan … --json {path}`.") from None
-        except ValidationError as error:
+        except (ValidationError, UnicodeDecodeError) as error:
             raise PlanError(f"{path} is not a plan that this version of lamp3d reads: {error}") from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,15 +11,15 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 
-from lamp3d.errors import PlanError
+from lamp3d.errors import ConfigError, PlanError
 from lamp3d.graph.buffers import refuse_batch_norm, training_batch_norm
-from lamp3d.graph.inputs import InputShape, batch_of, with_batch
+from lamp3d.graph.inputs import InputShape, batch_of, input_text, volume_of, with_batch
 from lamp3d.plan.advice import does_not_fit
 from lamp3d.plan.amounts import format_bytes, parse_bytes
 from lamp3d.plan.hardware import Hardware, load_hardware, load_link, local_link
 from lamp3d.plan.hardware import device_type as local_device_type
 from lamp3d.plan.meter import MeasuringMeter, Meter, ModelMeter, Way
-from lamp3d.plan.plan import DevicePlan, EdgePlan, Plan, Precision, Recompute, StagePlan, check_schedule
+from lamp3d.plan.plan import PRECISIONS, DevicePlan, EdgePlan, Plan, Precision, Recompute, StagePlan, check_schedule
 from lamp3d.plan.plan import recompute_setting as in_blocks
 from lamp3d.plan.profile import TimedLoss
 from lamp3d.plan.search import DOES_NOT_FIT, KEPT, Answer, Found, Request, Search, meshes
@@ -149,6 +149,10 @@ def find_plans(
     _check(devices, data, mesh, pipe, batch, micro_batches)
     if schedule is not None:
         check_schedule(schedule)
+    if precision not in (*PRECISIONS, "auto"):
+        raise ConfigError(f"precision is {', '.join(PRECISIONS)} or auto, not {precision!r}.")
+    if isinstance(recompute, str) and recompute not in ("never", "always"):
+        raise ConfigError(f"recompute is never, always, or blocks of cells, not {recompute!r}.")
     if training_batch_norm(network) is not None:
         if (data or 1) * (micro_batches or 1) > 1:
             refuse_batch_norm(network)
@@ -171,7 +175,7 @@ def find_plans(
     ways = meter.ways(meter.precisions if precision == "auto" else (precision,), channels_last)
     slower = [(p, not last) for p, last in ways if channels_last is None and (not last) in meter.layouts(p)]
     request = Request(
-        volume=tuple(next(iter(input_shape.values())) if isinstance(input_shape, Mapping) else input_shape),
+        volume=volume_of(input_shape),
         devices=devices,
         limit=meter.memory if memory is None else None if memory == "unlimited" else parse_bytes(memory),
         precision=ways[0][0],
@@ -244,6 +248,11 @@ def search_plans(meter: Meter, request: Request, *, advise: bool = True, kept: i
         PlanError: no plan fits.
     """
     answer = Search(meter, request, kept).answer()
+    if not answer.found:
+        raise PlanError(
+            f"{request.devices} devices cannot share {input_text(meter.input_shape)} as it is asked for; leave data, "
+            "space and pipe to the planner, or take fewer devices."
+        )
     if answer.best is None:
         few = {found.why for found in answer.found} - {DOES_NOT_FIT}
         if few and all(found.why in few for found in answer.found):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lamp3d.errors import ConfigError
 from lamp3d.plan.blocks import Blocks
 from lamp3d.plan.costs import StageCosts
 from lamp3d.plan.cut import Cut, best_cut, fitting_cut, least_memory
@@ -155,14 +156,14 @@ def options(request: Request) -> Iterator[Option]:
         slabs = longest_axes(request.volume, mesh, request.least_planes or 1)
         share = request.batch // data
         for micro_batches in _divisors(share) if request.micro_batches is None else (request.micro_batches,):
-            for schedule in _schedules(request, pipe):
+            for schedule in (schedules := _schedules(request, pipe)):
                 stages = len(PLACEMENTS[schedule](pipe))
                 unasked = request.pipe is None or request.micro_batches is None
                 if pipe > 1 and unasked and request.schedule is None and stages * micro_batches > MOST_PASSES:
                     continue
                 if pipe > MOST_FOLDED and stages > pipe and request.schedule is None:
                     continue
-                if pipe > 1 and micro_batches == 1 and schedule != "1f1b" and request.schedule is None:
+                if pipe > 1 and micro_batches == 1 and schedule != schedules[0] and request.schedule is None:
                     continue  # nothing to put in order
                 yield Option(data, slabs, pipe, min(share, micro_batches), schedule)
 
@@ -172,7 +173,8 @@ def meshes(request: Request) -> Iterator[tuple[int, tuple[int, ...], int]]:
     for data in _divisors(request.devices) if request.data is None else (request.data,):
         if request.devices % data or request.batch % data or (request.any_loss and data > 1 and request.data is None):
             continue
-        for mesh in _spaces(request.devices // data) if request.space is None else (request.space,):
+        unasked = _spaces(request.devices // data) if len(request.volume) == 5 else ((),)
+        for mesh in unasked if request.space is None else (request.space,):
             count = math.prod(mesh)
             pipe, rest = divmod(request.devices, data * count)
             if not rest and request.pipe in (None, pipe):
@@ -222,10 +224,12 @@ class Search:
         return self._answer(thorough=True) if answer.best is None else answer
 
     def _answer(self, *, thorough: bool) -> Answer:
-        every = (replace(option, slabs=self.gathering(option.slabs)) for option in options(self.request))
-        open_ = sorted((Found(option, self.bound(option)) for option in every), key=lambda found: found.bound)
+        open_ = sorted(map(self._opened, options(self.request)), key=lambda found: found.bound)
         done: list[Found] = []
         for found in open_:
+            if found.why:
+                done.append(found)
+                continue
             best = sorted(other.seconds for other in done if other.cut is not None)
             if len(best) >= self.kept and found.bound > best[self.kept - 1]:
                 why = f"cannot be faster than {found.bound:.3g} s"
@@ -236,6 +240,16 @@ class Search:
                 hopeless = 0.0  # it cannot win: it is shown beside the plan, and worth no effort
             done.append(self.try_out(found, hopeless, thorough=thorough))
         return Answer(tuple(sorted(done, key=lambda found: (found.seconds, found.bound))))
+
+    def _opened(self, option: Option) -> Found:
+        """An option with its bound; without a plan where the network does not take what its slabs would be."""
+        try:
+            option = replace(option, slabs=self.gathering(option.slabs))
+            return Found(option, self.bound(option))
+        except ConfigError as error:
+            if not option.slabs.mesh:
+                raise
+            return Found(option, math.inf, why=str(error))
 
     def _gathering(self, slabs: Slabs) -> Slabs:
         """The slabs, with those levels gathered that every rank has sooner computed than exchanged."""
@@ -325,7 +339,7 @@ class Search:
 
     def _frugal(self) -> Iterator[tuple[Option, StageCosts]]:
         """What needs the least memory: small micro-batches, few of them in flight, much computed again."""
-        every = list(options(self.request))
+        every = [option for option in options(self.request) if not self._opened(option).why]
         for option in every:
             others = [other for other in every if _mesh(other) == _mesh(option)]
             most = max(other.micro_batches for other in others)

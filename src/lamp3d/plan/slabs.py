@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph
-from lamp3d.graph.inputs import InputShape, Shape
+from lamp3d.graph.inputs import InputShape, Shape, volume_of
 from lamp3d.plan.hardware import Link
 from lamp3d.plan.profile import CellProfile, Profile, Timing
 from lamp3d.plan.work import CellWork, Work
@@ -45,7 +45,7 @@ def longest_axes(input_shape: InputShape, mesh: Sequence[int], least: int = 1) -
     """
     if not mesh:
         return Slabs((), (), least)
-    volume = next(iter(input_shape.values())) if isinstance(input_shape, Mapping) else input_shape
+    volume = volume_of(input_shape)
     if len(mesh) > 2 or len(volume) != 5:
         raise PlanError(f"a (B, C, D, H, W) volume is cut along one axis or two; space={tuple(mesh)} is not that.")
     longest = sorted((2, 3, 4), key=lambda dim: -volume[dim])[: len(mesh)]
@@ -61,7 +61,7 @@ def longest_axes(input_shape: InputShape, mesh: Sequence[int], least: int = 1) -
 def slab_shape(shape: Shape | dict[str, Shape], slabs: Slabs, divisor: int) -> Shape | dict[str, Shape]:
     """A shape that the network takes, near to that of a slab: at least two of the coarsest voxels, for norms."""
     volumes = shape if isinstance(shape, dict) else {"": shape}
-    extents = next(iter(volumes.values()))
+    extents = volume_of(volumes)
     sides = list(extents)
     for size, dim in zip(slabs.mesh, slabs.dims, strict=True):
         sides[dim] = min(extents[dim], max(2, math.ceil(extents[dim] / size / divisor)) * divisor)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from lamp3d.graph import CellGraph, DeferredWeights, Stage, arithmetic, laid_out
 from lamp3d.graph.footprint import LiveBytes
 from lamp3d.graph.inputs import InputShape
-from lamp3d.graph.shapes import ValueSpec, spec_of
+from lamp3d.graph.shapes import ValueSpec, fake_tensors, spec_of
 from lamp3d.plan.walk import Values, inputs_of, walk
 
 Sides = tuple[int, int, int]
@@ -132,7 +131,7 @@ def account(
     def run(stage: Stage, inputs: Values) -> tuple[CellWork, Values]:
         return _account_cell(stage, inputs, precision, channels_last, where, split, own_kernels)
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors():
         values = inputs_of(graph, input_shape, torch.empty, where, channels_last=channels_last)
         specs = {name: spec_of(value) for name, value in values.items()}
         cells = []
