@@ -414,6 +414,17 @@ def test_narrow_convolutions_and_small_ones_take_longer_than_their_arithmetic() 
     assert model_cells(work, device, "fp32").seconds == pytest.approx(issued * device.host_seconds)
 
 
+def test_small_cases_take_less_together_than_one_by_one_on_described_hardware() -> None:
+    """A small case keeps a GPU waiting for the host; several at once do not."""
+    with torch.device("meta"):
+        network = UNet(1, 3, filters=16)
+    one, many = (make_plan(network, (cases, 1, 64, 64, 64), hardware="h100-80g", precision="bf16") for cases in (1, 8))
+    assert many.micro_batches == 1
+    assert one.step_seconds < many.step_seconds < 3 * one.step_seconds
+    large = [make_plan(network, (cases, 1, 160, 160, 160), hardware="h100-80g") for cases in (1, 4)]
+    assert large[1].step_seconds == pytest.approx(4 * large[0].step_seconds, rel=0.1)
+
+
 def test_a_modelled_profile_grows_with_the_volume() -> None:
     network = UNet(1, 2, filters=4)
     seconds = []

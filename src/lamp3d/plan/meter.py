@@ -246,7 +246,11 @@ class ModelMeter(Meter):
         return Slabs()  # what a slab does is in proportion, by this model
 
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
-        return model_cells(self.work(self.near(slabs), precision, channels_last, split), self.hardware, precision)
+        work, times = self.work(self.near(slabs), precision, channels_last, split), cases / self.micro_batch
+        return model_cells(work, self.hardware, precision, times).share(1 / times)
+
+    def timed_cases(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> int:
+        return cases
 
     def layouts(self, precision: str) -> tuple[bool, ...]:
         return (precision == "bf16",)  # what cuDNN's kernels for tensor cores want; the model does not tell them apart

@@ -195,14 +195,20 @@ def profile_cells(
     return profile_of(account(graph, input_shape, device=module_device(graph.root), **settings), timing)  # type: ignore[arg-type]
 
 
-def model_cells(work: Work, hardware: Hardware, precision: str) -> Timing:
+def model_cells(work: Work, hardware: Hardware, precision: str, times: float = 1.0) -> Timing:
     """The seconds of cells on a device that is only described: operation by operation, arithmetic or memory.
 
     The host issues operations ahead of the device, which waits for it where it is the faster one.
+
+    Args:
+        work: what the cells do.
+        hardware: the device.
+        precision: ``"fp32"`` or ``"bf16"``.
+        times: as many cases at once as the cells are known for.
     """
 
     def total(operations: Sequence[Operation]) -> float:
-        device = sum(hardware.seconds(op.flops, op.moved, precision, op.channels) for op in operations)
+        device = sum(hardware.seconds(times * op.flops, times * op.moved, precision, op.channels) for op in operations)
         return max(device, len(operations) * hardware.host_seconds)
 
     return Timing(tuple(CellSeconds(total(c.forward), total(c.backward), total(c.weight)) for c in work.cells))
