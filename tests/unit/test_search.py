@@ -40,6 +40,10 @@ NVLINK = load_link("nvlink3")
 A100 = load_hardware("a100-80g")
 
 
+AT_ONCE = {"host_seconds": 0.0, "launch_seconds": 0.0}
+"""Operations begin at once, so that half a volume takes half the time."""
+
+
 class RandomMeter(ModelMeter):
     """Cells with any seconds."""
 
@@ -301,9 +305,10 @@ def test_levels_are_gathered_where_messages_take_longer_than_they(
     monkeypatch.setattr("lamp3d.plan.planner.load_link", lambda _: slow)
     with torch.device("meta"):
         network = net(1, 4, filters=16)
+    alone = load_hardware("v100-16g").model_copy(update=AT_ONCE)
 
     def plan(least: int | None) -> Plan:
-        return make_plan(network, (1, 1, 96, 96, 96), 2, space=2, hardware="v100-16g", least_planes=least)
+        return make_plan(network, (1, 1, 96, 96, 96), 2, space=2, hardware=alone, least_planes=least)
 
     best = plan(None)
     assert (best.least_planes > 1) == gathers
@@ -334,7 +339,7 @@ def test_what_a_gate_scales_is_shared() -> None:
     """A gate is a single voxel, which every rank has; the volume that it scales is cut like any other."""
     shape, whole, slabs = (1, 1, 96, 96, 96), Slabs(), Slabs((2,), (2,))
     with torch.device("meta"):
-        meter = ModelMeter(SEUNet(1, 4, filters=8), shape, 1, load_hardware("a100-80g"), load_link("nvlink4"))
+        meter = ModelMeter(SEUNet(1, 4, filters=8), shape, 1, A100.model_copy(update=AT_ONCE), load_link("nvlink4"))
     of_whole, of_slab = (meter.profile(cut, "fp32", False, False) for cut in (whole, slabs))
     scaled = 0
     for before, after in zip(of_whole.cells, of_slab.cells, strict=True):
@@ -414,6 +419,13 @@ def test_narrow_convolutions_and_small_ones_take_longer_than_their_arithmetic() 
     assert model_cells(work, device, "fp32").seconds == pytest.approx(issued * device.host_seconds)
 
 
+def test_what_waits_for_the_host_is_no_faster_in_slabs() -> None:
+    with torch.device("meta"):
+        meter = ModelMeter(UNet(1, 4, filters=8), (1, 1, 32, 32, 32), 1, A100, NVLINK)
+    of_whole, of_slab = (meter.profile(cut, "fp32", False, False) for cut in (Slabs(), Slabs((2,), (2,))))
+    assert of_slab.seconds >= of_whole.seconds > 0.9 * len(of_whole.cells) * A100.host_seconds
+
+
 def test_small_cases_take_less_together_than_one_by_one_on_described_hardware() -> None:
     """A small case keeps a GPU waiting for the host; several at once do not."""
     with torch.device("meta"):
@@ -422,7 +434,7 @@ def test_small_cases_take_less_together_than_one_by_one_on_described_hardware() 
     assert many.micro_batches == 1
     assert one.step_seconds < many.step_seconds < 3 * one.step_seconds
     large = [make_plan(network, (cases, 1, 160, 160, 160), hardware="h100-80g") for cases in (1, 4)]
-    assert large[1].step_seconds == pytest.approx(4 * large[0].step_seconds, rel=0.1)
+    assert 3 * large[0].step_seconds < large[1].step_seconds < 4 * large[0].step_seconds
 
 
 def test_a_modelled_profile_grows_with_the_volume() -> None:

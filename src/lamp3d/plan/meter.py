@@ -120,7 +120,7 @@ class Meter(ABC):
 
     @abstractmethod
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
-        """Seconds of all cells for a volume near to a slab's size, and so many cases at once.
+        """Seconds of all cells for what `near` says, at the pace of a slab, and so many cases at once.
 
         Returns: those of the smallest micro-batch; its share, if there are more cases.
         """
@@ -168,8 +168,8 @@ class Meter(ABC):
         near, whole = self.work(self.near(alike), precision, channels_last, split), self.whole(precision, channels_last)
         timing = self.timing(alike, precision, channels_last, split, cases or self.micro_batch)
         entire = None
-        if slabs != alike and self.near(alike).mesh:  # else it is the whole volume that is timed
-            entire = self.timing(Slabs(), precision, channels_last, split, self.micro_batch)
+        if slabs != alike:
+            entire = self.timing(Slabs(), precision, channels_last, split, cases or self.micro_batch)
         profile = shared(profile_of(near, timing), near, whole, self.graph, slabs, self.link, entire)
         part = sum(profile.value_bytes[name] for name in self.graph.outputs) / sum(
             whole.value_bytes[name] for name in self.graph.outputs
@@ -243,10 +243,11 @@ class ModelMeter(Meter):
         return self.hardware.precisions
 
     def near(self, slabs: Slabs) -> Slabs:
-        return Slabs()  # what a slab does is in proportion, by this model
+        return Slabs()  # of which a slab has a part
 
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
-        work, times = self.work(self.near(slabs), precision, channels_last, split), cases / self.micro_batch
+        work = self.work(self.near(slabs), precision, channels_last, split)
+        times = cases / self.micro_batch / slabs.count  # the host issues as many operations for a part as for all
         return model_cells(work, self.hardware, precision, times).share(1 / times)
 
     def timed_cases(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> int:
