@@ -178,6 +178,15 @@ def test_arithmetic_is_counted_as_it_is() -> None:
     assert cell.extents == (8, 8, 8)
 
 
+@pytest.mark.parametrize("layer", [nn.Conv3d, nn.ConvTranspose3d])
+def test_groups_of_channels_save_arithmetic_backward_too(layer: type[nn.Conv3d] | type[nn.ConvTranspose3d]) -> None:
+    network = nn.Sequential(nn.Conv3d(1, 8, 1), layer(8, 8, 2, 2, groups=4))
+    *_, cell = account(trace(network, (1, 1, 8, 8, 8)), (1, 1, 8, 8, 8), precision="fp32", channels_last=False).cells
+    forward = sum(operation.flops for operation in cell.forward)
+    assert forward == 2 * (4**3 if layer is nn.Conv3d else 8**3) * 8 * 8 * 8 // 4
+    assert sum(operation.flops for operation in cell.backward) == 2 * forward
+
+
 def test_every_description_of_hardware_can_be_planned_for_and_names_its_sources() -> None:
     assert {"v100-16g", "v100-32g", "a100-40g", "a100-80g", "h100-80g", "rtx3090", "rtx4090"} <= set(known_hardware())
     with torch.device("meta"):

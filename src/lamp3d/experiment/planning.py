@@ -13,7 +13,7 @@ from lamp3d.data import Batches, Case, CaseStore, read_dataset
 from lamp3d.experiment.config import ExperimentConfig
 from lamp3d.experiment.run import Run, cache_folder
 from lamp3d.plan import Plan, make_plan
-from lamp3d.plan.hardware import cpu_cores
+from lamp3d.plan.allowance import cpu_cores
 from lamp3d.sides import Shape3, padded_sides
 from lamp3d.train import CurriculumStage, HybridLoss, with_drawn_targets
 

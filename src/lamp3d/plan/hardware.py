@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from lamp3d.errors import ConfigError
+from lamp3d.plan.allowance import cpu_cores, memory_bytes
 from lamp3d.plan.amounts import parse_bytes
 
 DeviceType = Literal["cpu", "cuda"]
@@ -36,8 +37,6 @@ _DEVICES = _FOLDER / "devices"
 
 CUDA_RESERVED, CUDA_ALLOCATOR = 800_000_000, 1.05
 """Bytes that the context and the libraries take, and bytes that torch's allocator takes for one byte of tensors."""
-
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class Link(BaseModel):
@@ -217,14 +216,13 @@ def workers_per_gpu() -> int:
 
 
 def device_memory(kind: DeviceType, workers: int) -> int:
-    """Bytes that the tensors of each worker on this machine can have."""
+    """Bytes that the tensors of each of so many workers can have."""
     if kind == "cuda":
         least = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
         return round((least / workers_per_gpu() - CUDA_RESERVED) / CUDA_ALLOCATOR)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if _CGROUP_LIMIT.exists() and (text := _CGROUP_LIMIT.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    return max(1, round(total / workers - 500_000_000))  # less what Python and its libraries take
+    return max(
+        1, round(memory_bytes() / local_workers(workers) - 500_000_000)
+    )  # less what Python and its libraries take
 
 
 def device_name(kind: DeviceType) -> str:
@@ -238,14 +236,14 @@ def device_name(kind: DeviceType) -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
-def cpu_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def local_workers(workers: int) -> int:
+    """Of so many workers, those on this machine: all of them, if torchrun has not started some elsewhere."""
+    return min(workers, int(os.environ.get("LOCAL_WORLD_SIZE", workers)))
 
 
 def worker_threads(workers: int) -> int:
-    """Threads for each of ``workers`` processes on this CPU, so that together they do not exceed its cores."""
-    return max(1, cpu_cores() // workers)
+    """Threads for each of ``workers`` processes, so that those on this CPU together do not exceed its cores."""
+    return max(1, cpu_cores() // local_workers(workers))
 
 
 def has_fast_bf16(kind: DeviceType) -> bool:

@@ -23,16 +23,17 @@ from lamp3d.errors import ConfigError
 from lamp3d.graph import CellGraph, lay_out_weights, trace
 from lamp3d.graph.allocator import freed_memory_kept
 from lamp3d.graph.inputs import InputShape, Shape, input_text, with_batch
+from lamp3d.plan.allowance import cpu_cores
 from lamp3d.plan.cache import remembered
 from lamp3d.plan.hardware import (
     DeviceType,
     Hardware,
     Link,
-    cpu_cores,
     device_memory,
     device_name,
     device_type,
     has_fast_bf16,
+    local_workers,
     worker_threads,
 )
 from lamp3d.plan.neighbours import neighbours_at_work
@@ -416,8 +417,8 @@ class MeasuringMeter(Meter):
 
     @property
     def _neighbours(self) -> int:
-        """How many other workers compute at the same time, on cores of their own."""
-        return min(self.workers, cpu_cores()) - 1 if self.kind == "cpu" else 0
+        """How many other workers compute on this machine at the same time, on cores of their own."""
+        return min(local_workers(self.workers), cpu_cores()) - 1 if self.kind == "cpu" else 0
 
     def _twin(self, channels_last: bool) -> nn.Module:
         """A copy of the network on the device and in the layout."""

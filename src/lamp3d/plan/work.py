@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from lamp3d.graph import CellGraph, DeferredWeights, Stage, arithmetic, laid_out
 from lamp3d.graph.footprint import LiveBytes
@@ -239,9 +239,9 @@ class _Recorder(TorchDispatchMode):
         if func.is_view or packet in _FREE:
             return made
         tensors = {address(leaf): leaf for leaf in pytree.tree_leaves((args, kwargs, made)) if isinstance(leaf, Tensor)}
-        flops = flop_registry[packet](*args, **kwargs, out_val=made) if packet in flop_registry else 0
+        flops = _flops(packet, args, kwargs, made)
         moved = sum(tensor.nbytes for tensor in tensors.values())
-        self.operations.append(Operation(int(flops), moved, _channels(packet, args, made)))
+        self.operations.append(Operation(flops, moved, _channels(packet, args, made)))
         if packet is _ATEN.convolution and args[0].dim() == 5 and not args[6]:
             self._note_halo(*args)
         elif packet in _STATISTICS:
@@ -260,6 +260,14 @@ class _Recorder(TorchDispatchMode):
                 image.nbytes // extent * -(-planes // 2) for extent, planes in zip(image.shape[2:], reach, strict=True)
             )
             self.halos.append(Halo((depth, height, width), image.requires_grad))
+
+
+def _flops(packet: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> int:
+    if packet is _ATEN.convolution_backward:  # torch counts a weight's gradient as if there were one group
+        gradient, image, weight, *_ = args
+        once = conv_flop_count(list(image.shape), list(weight.shape), list(gradient.shape), args[7])
+        return sum(args[10][:2]) * once
+    return int(flop_registry[packet](*args, **kwargs, out_val=made)) if packet in flop_registry else 0
 
 
 def _channels(packet: Callable[..., Any], args: tuple[Any, ...], made: Any) -> int:
