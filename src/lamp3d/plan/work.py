@@ -266,7 +266,8 @@ def _flops(packet: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if packet is _ATEN.convolution_backward:  # torch counts a weight's gradient as if there were one group
         gradient, image, weight, *_ = args
         once = conv_flop_count(list(image.shape), list(weight.shape), list(gradient.shape), args[7])
-        return sum(args[10][:2]) * once
+        of_image, of_weight, _ = args[10]
+        return int(of_image + of_weight) * once
     return int(flop_registry[packet](*args, **kwargs, out_val=made)) if packet in flop_registry else 0
 
 
