@@ -158,7 +158,7 @@ class Predictor:
         mean: Tensor | None = None
         for axes, logits in zip(itertools.cycle(self.views), self._outputs(views), strict=False):
             if logits is not None:
-                logits = self._mirrored_back(logits, axes) / len(self.views)
+                logits = self._mirrored_back(logits, axes).div_(len(self.views))
                 mean = logits if mean is None else mean.add_(logits)
             if axes == self.views[-1]:
                 yield mean
@@ -167,7 +167,7 @@ class Predictor:
     def _mirrored_back(self, logits: Tensor, axes: Sequence[int]) -> Tensor:
         if LEFT_RIGHT_AXIS in axes and self.twins is not None:
             logits = logits[self.twins.to(logits.device)]
-        return logits.float().flip([1 + axis for axis in axes])
+        return logits.flip([1 + axis for axis in axes]).float()  # a copy in any case
 
     def _outputs(self, images: Iterable[Tensor]) -> Iterator[Tensor | None]:
         if self.window is None:

@@ -143,6 +143,11 @@ def test_a_plan_that_cannot_fit(lamp3d: CommandLine, refusal: Refusal, dataset: 
         (["plan", "--memory", "some"], ["'some' is not an amount of memory"]),
         (["plan", "--net", "resnet"], ["no network 'resnet'", "unet, seunet", "package.module:function"]),
         (["plan", "--net", "a.b:c", "--filters", "4"], ["a.b:c says itself how it is built: leave out --filters"]),
+        (["plan", "--net", "a.b:c", "--classes", "4"], ["says itself how many classes it has: leave out --classes"]),
+        (
+            ["verify", "--plan", "p.json", "--space", "2", "--recompute", "never"],
+            ["p.json says that itself: leave out --space, --recompute"],
+        ),
         (["plan", "--picture", "OUT/plan.xyz"], ["plan.xyz: pictures are .png, .pdf, .svg"]),
         (["evaluate", "RUN", "DATASET", "--tolerance-mm", "nan"], ["a tolerance of nan mm is not possible"]),
         (["predict", "DATASET", "SCAN", "--out", "OUT"], ["is not a run folder (no run.json)", "with --model"]),

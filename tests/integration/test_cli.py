@@ -168,6 +168,10 @@ def test_training_can_begin_with_the_weights_of_another_run(
     wide = run.config.model_copy(update={"network": run.config.network.model_copy(update={"filters": 4})})
     with pytest.raises(ConfigError, match="belongs to another network"):
         initial_weights(replace(run, config=wide))
+    replace(run, channels=("t1", "t2")).save_about(str(dataset), 2)
+    from_it = run.config.model_copy(update={"initial_weights": str(run.folder)})
+    with pytest.raises(ConfigError, match="has seen the channels t1, t2, and the scans have t2, t1"):
+        initial_weights(replace(run, channels=("t2", "t1"), config=from_it))
     missing = lamp3d("train", dataset, "initial_weights=nowhere", "--config", config, "--out", tmp_path / "other")
     assert "no model 'nowhere'" in missing.complaint()
 

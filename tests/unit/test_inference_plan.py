@@ -72,6 +72,24 @@ def test_a_forward_holds_what_was_said(kind: type[UNet | SEUNet]) -> None:
     assert said == pytest.approx(live.highest + volume.nbytes + weights, rel=0.01)
 
 
+def test_a_mean_over_mirror_images_holds_what_was_said() -> None:
+    network = UNet(1, 40, filters=2).eval()  # whose outputs are most of it
+    engine = Engine(network, make_plan(network, (1, 1, 32, 32, 32), channels_last=False, repeats=1))
+    twins = torch.tensor([0, *range(39, 0, -1)])
+    predictor = Predictor(engine, PreprocessConfig(window=(0, 1)), network.divisor, mirror_axes=(0, 1), twins=twins)
+    volume = torch.zeros(VOLUME[1:])
+    list(predictor.predict_prepared([volume]))
+    with LiveBytes() as live:
+        list(predictor.predict_prepared([volume]))
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    said, once = (
+        forward_bytes(network, VOLUME, Slabs(), precision="fp32", channels_last=False, mirrored=mirrored)
+        for mirrored in (True, False)
+    )
+    assert live.highest + volume.nbytes + weights == pytest.approx(said, rel=0.03)
+    assert said > 1.5 * once
+
+
 def test_slabs_hold_their_part_and_the_whole_output() -> None:
     network = UNet(1, 60, filters=2).eval()
     whole, half = (

@@ -23,6 +23,7 @@ from lamp3d.sides import check_sides
 from lamp3d.train import HybridLoss, LossConfig, with_drawn_targets
 
 OWN = ("unet", "seunet")
+USUAL_CLASSES = 10
 VERIFY_TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 
 Net = Annotated[
@@ -32,7 +33,7 @@ Net = Annotated[
     ),
 ]
 Filters = Annotated[Optional[int], typer.Option(min=1, help="Channels of the first block; default: 32, to verify 4.")]  # noqa: UP045
-Classes = Annotated[int, typer.Option(min=2, help="Organs and background.")]
+Classes = Annotated[Optional[int], typer.Option(min=2, help="Organs and background; default: 10.")]  # noqa: UP045
 Channels = Annotated[int, typer.Option(min=1, help="Of the images: 1 for CT.")]
 StemStride = Annotated[
     Optional[int],  # noqa: UP045
@@ -58,7 +59,7 @@ LinkOption = Annotated[Optional[str], typer.Option(help="What joins them: pcie4,
 def plan(
     net: Net = "unet",
     filters: Filters = None,
-    classes: Classes = 10,
+    classes: Classes = None,
     channels: Channels = 1,
     stem_stride: StemStride = None,
     volume: VolumeOption = "64",
@@ -80,15 +81,16 @@ def plan(
 ) -> None:
     """Does it fit, how is it split, what does it cost? Every way to use the devices is considered.
 
-    Seconds are those of a training step without the optimizer's; of lamp3d's networks on this machine with the loss.
+    Seconds are those of a training step without the optimizer's; on this machine with the loss, but for networks of
+    your own (package.module:function), whose loss is not known.
     """
     limit = None if memory is None else parse_bytes(memory)  # before the profiling, which takes a while
     make, shape = _network(net, filters, classes, channels, stem_stride, volume)
     loss = None
     if hardware is None:
         network = make()
-        if isinstance(network, Network):  # its logits are what lamp3d's loss takes
-            organs = [str(label) for label in range(1, classes)]
+        if isinstance(network, Network) and ":" not in net:  # whose logits are what lamp3d's loss takes, and how many
+            organs = [str(label) for label in range(1, USUAL_CLASSES if classes is None else classes)]
             loss = with_drawn_targets(HybridLoss(LossConfig(), organs, network.heads))
     else:
         with torch.device("meta"):
@@ -112,7 +114,7 @@ def plan(
 def verify_command(
     net: Net = "unet",
     filters: Filters = None,
-    classes: Classes = 10,
+    classes: Classes = None,
     channels: Channels = 1,
     stem_stride: StemStride = None,
     volume: VolumeOption = "32",
@@ -136,6 +138,12 @@ def verify_command(
             data=data, pipe=pipe, space=_slabs(space), precision="fp32",
         ).plan  # fmt: skip
     else:
+        own = {
+            "--micro-batches": micro_batches, "--schedule": schedule, "--data": data, "--pipe": pipe, "--space": space,
+            "--recompute": recompute,
+        }  # fmt: skip
+        if given := [name for name, value in own.items() if value is not None]:
+            raise ConfigError(f"{plan_path} says that itself: leave out {', '.join(given)}.")
         found = Plan.load(plan_path)
     console.print(found.table())
     reports = verify(make, found, dtype)
@@ -167,7 +175,7 @@ def verify_command(
 def _network(
     net: str,
     filters: int | None,
-    classes: int,
+    classes: int | None,
     channels: int,
     stem_stride: int | None,
     volume: str,
@@ -181,6 +189,8 @@ def _network(
     if net.endswith((".yaml", ".yml")):
         settings = load_config(Path(net)).network
     elif ":" in net:
+        if classes is not None:
+            raise ConfigError(f"--net {net} says itself how many classes it has: leave out --classes.")
         return partial(load_network, net), shape
     elif net in OWN:
         how = {"kind": net, "filters": filters or usual_filters, "stem_stride": stem_stride or 1}
@@ -190,6 +200,7 @@ def _network(
             f"no network {net!r}: {', '.join(OWN)}, package.module:function, or a configuration (.yaml), which may "
             "name one of MONAI's."
         )
+    classes = USUAL_CLASSES if classes is None else classes
     network = settings.build(classes, channels)
     check_sides("a volume", shape, network.divisor)
     return partial(settings.build, classes, channels), shape

@@ -99,7 +99,7 @@ def predict(
     check_window(window, network)
     sharing = None
     if window is None:
-        sharing = _sharing(network, usual, run.config.preprocess, list(scans.values()), devices)
+        sharing = _sharing(network, usual, run.config.preprocess, list(scans.values()), devices, mirror)
         settings["most_voxels"] = sharing.most_voxels
         Console().print(f"{sharing}.", highlight=False, soft_wrap=True)
     plan = _inference_plan(network, usual, devices, window, len(scans), sharing)
@@ -235,7 +235,7 @@ def _plan_to_predict_like(run: Run) -> Plan:
 
 
 def _sharing(
-    network: Network, usual: Plan, preprocess: PreprocessConfig, scans: Sequence[Files], devices: int
+    network: Network, usual: Plan, preprocess: PreprocessConfig, scans: Sequence[Files], devices: int, mirrored: bool
 ) -> Sharing:
     """How whole scans are best shared out, by their headers; where those say nothing, by the volumes of training."""
     grids = [grid for scan in scans if (grid := read_grid(scan[0])) is not None]
@@ -244,6 +244,7 @@ def _sharing(
     ways = share_out(
         network, (1, usual.image_shape[1], *sides), len(scans), devices,
         precision=usual.precision, channels_last=usual.channels_last, limit=device_memory(device_type(), devices),
+        mirrored=mirrored,
     )  # fmt: skip
     return ways[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lamp3d.errors import ConfigError
 from lamp3d.experiment.export import find_model
 from lamp3d.experiment.run import Run
 from lamp3d.train import Checkpoint, network_tensors
@@ -13,11 +14,16 @@ def initial_weights(run: Run) -> dict[str, Tensor]:
     """Of the run's parameters and buffers those that do not begin afresh, by name; output layers for other organs do.
 
     Raises:
-        ConfigError: there is no such model, or its network is another one.
+        ConfigError: there is no such model, its network is another one, or it has seen other channels.
     """
     if run.config.initial_weights is None:
         return {}
     source = Run.open(find_model(run.config.initial_weights))
+    if len(run.channels) == len(source.channels) > 1 and run.channels != source.channels:
+        raise ConfigError(
+            f"{run.config.initial_weights} has seen the channels {', '.join(source.channels)}, and the scans have "
+            f"{', '.join(run.channels)}: order or name them alike in dataset.json, or begin without initial_weights."
+        )
     checkpoint = Checkpoint(source.best)
     fresh = set() if source.organs == run.organs else _output_layers(run)
     network = run.outline()

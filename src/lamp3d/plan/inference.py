@@ -22,6 +22,9 @@ from lamp3d.plan.work import stand_ins
 EFFICIENCY = 0.8
 """Of devices that share one scan, against as many that have one each: 0.64 to 0.97 on two (benchmarks/spatial)."""
 
+MIRRORED = 3
+"""Outputs in fp32 beside a mirror image's: the mean so far, and that output with its sides exchanged, and turned."""
+
 
 @dataclass(frozen=True)
 class Sharing:
@@ -69,6 +72,7 @@ def share_out(
     precision: str,
     channels_last: bool,
     limit: int | None,
+    mirrored: bool = False,
 ) -> list[Sharing]:
     """All ways to predict whole volumes, the best one first.
 
@@ -83,6 +87,7 @@ def share_out(
         precision: ``"fp32"`` or ``"bf16"``.
         channels_last: memory layout of volumes.
         limit: bytes that a device has; None: any number.
+        mirrored: whether outputs are averaged over the scan's mirror images.
 
     Raises:
         ConfigError: the network cannot be traced, or does not accept such a volume.
@@ -96,7 +101,13 @@ def share_out(
                 at_once=at_once,
                 slabs=slabs,
                 peak_bytes=forward_bytes(
-                    network, volume, slabs, precision=precision, channels_last=channels_last, graph=graph
+                    network,
+                    volume,
+                    slabs,
+                    precision=precision,
+                    channels_last=channels_last,
+                    mirrored=mirrored,
+                    graph=graph,
                 ),
                 voxels=math.prod(volume[2:]),
                 limit=limit,
@@ -118,9 +129,12 @@ def forward_bytes(
     *,
     precision: str,
     channels_last: bool,
+    mirrored: bool = False,
     graph: CellGraph | None = None,
 ) -> int:
     """What a rank holds at the fullest moment of a forward without gradients, with its weights and the whole output.
+
+    With mirror images, the mean over those before waits, and an output is turned back and brought to fp32 beside it.
 
     Found on fake tensors, for a volume near to a slab's size, and brought to that of the thickest slab.
     """
@@ -145,10 +159,13 @@ def forward_bytes(
         for _ in walk(graph, values, run):
             pass
         output = sum(value.nbytes for value in outputs.values())
+        mean = 4 * sum(value.numel() for value in outputs.values()) if mirrored else 0
     part = _thickest(volume, slabs) / math.prod(near[2:])
     whole = math.prod(volume[2:]) / math.prod(near[2:]) if slabs.mesh else 0.0  # the slabs' outputs are put together
     weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
-    return round(weights + part * given + max(part * live.highest, (part + whole) * output))
+    means = mean * math.prod(volume[2:]) / math.prod(near[2:])
+    images = part * given * (2 if mirrored else 1)
+    return round(weights + images + max(part * live.highest + means, (part + whole) * output + MIRRORED * means))
 
 
 def _thickest(volume: Shape, slabs: Slabs) -> int:

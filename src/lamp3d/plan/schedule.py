@@ -12,6 +12,7 @@ The backward of a stage may be split in two: ``backward_input`` gives the gradie
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -216,6 +217,7 @@ PLACEMENTS: dict[str, Placement] = {
 """Where a schedule wants its stages: the rank of each, for K devices."""
 
 
+@functools.cache
 def splits_backward(schedule: str) -> bool:
     """Whether a schedule computes weight gradients apart."""
     stages = [StageTimes(rank) for rank in PLACEMENTS[schedule](1)]
