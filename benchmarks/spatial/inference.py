@@ -18,8 +18,8 @@ import lamp3d
 from benchmarks.harness import WORKERS, alone, images, network
 from lamp3d.graph.allocator import keep_freed_memory, peak_resident_bytes
 from lamp3d.graph.inputs import input_text
-from lamp3d.parallel.sharded import whole
 from lamp3d.plan import Plan, format_bytes, make_plan
+from lamp3d.space.sharded import whole
 
 SIDES = (512, 512, 133)
 WINDOWS = (64, 128)

@@ -25,9 +25,9 @@ from lamp3d.errors import ConfigError, PlanError
 from lamp3d.graph import trace
 from lamp3d.nets import Network, UShape
 from lamp3d.parallel import Engine
-from lamp3d.parallel.sharded import whole
 from lamp3d.scan import Scan
 from lamp3d.sides import check_sides, padded_sides
+from lamp3d.space.sharded import whole
 from lamp3d.volume import Volume
 
 WINDOW_OVERLAP = 0.5

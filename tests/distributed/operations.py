@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamp3d.errors import LampError
-from lamp3d.parallel.sharded import gathered_volume
-from lamp3d.parallel.slabs import own_targets  # noqa: F401 (declares the operations)
-from lamp3d.parallel.space.layout import Cut, Layout
-from lamp3d.parallel.space.ranks import Space
+from lamp3d.space.layout import Cut, Layout
+from lamp3d.space.ranks import Space
+from lamp3d.space.sharded import gathered_volume
+from lamp3d.space.slabs import own_targets  # noqa: F401 (declares the operations)
 from tests.plans import DEVICE
 
 Operation = tuple[str, dict[str, Any]]

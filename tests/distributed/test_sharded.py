@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from lamp3d import launch
 from lamp3d.graph.arithmetic import DeferredWeights, arithmetic
 from lamp3d.graph.footprint import LiveBytes
-from lamp3d.parallel.sharded import ShardedVolume, shard
-from lamp3d.parallel.space.layout import Layout
-from lamp3d.parallel.space.ranks import Space
-from lamp3d.parallel.space.saved import recomputed
+from lamp3d.space.layout import Layout
+from lamp3d.space.ranks import Space
+from lamp3d.space.saved import recomputed
+from lamp3d.space.sharded import ShardedVolume, shard
 from lamp3d.train import HybridLoss, LossConfig
 from tests.distributed.operations import Example, examples, serve
 from tests.full import FULL

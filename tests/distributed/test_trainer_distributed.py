@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import lamp3d
 from lamp3d.data import Batch
 from lamp3d.errors import LampError
-from lamp3d.parallel.sharded import whole
 from lamp3d.plan import Plan
+from lamp3d.space.sharded import whole
 from lamp3d.train import Checkpoint, HybridLoss, LossConfig, TrainConfig, Trainer, read_history
 
 ORGANS = ("Left",)

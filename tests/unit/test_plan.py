@@ -243,9 +243,10 @@ def test_impossible_plans_are_refused(settings: dict[str, int], says: str) -> No
 def test_volumes_are_cut_along_their_longest_axes(
     space: int | tuple[int, ...], devices: int, mesh: tuple[int, ...], dims: tuple[int, ...]
 ) -> None:
-    found = plan(InPlace(), (1, 1, 32, 64, 16), devices, space=space, recompute="never")
+    network = nn.Sequential(conv(1, 4), nn.Tanh(), conv(4, 4), nn.Tanh(), conv(4, 1))
+    found = plan(network, (1, 1, 32, 64, 16), devices, space=space, recompute="never")
     assert (found.space, found.space_dims, found.pipe) == (mesh, dims, devices // found.slabs)
-    whole = plan(InPlace(), (1, 1, 32, 64, 16), found.pipe, recompute="never")
+    whole = plan(network, (1, 1, 32, 64, 16), found.pipe, recompute="never")
     assert max(d.saved_bytes for d in found.per_device) < 0.8 * max(d.saved_bytes for d in whole.per_device)
 
 
@@ -391,6 +392,15 @@ def test_a_network_that_does_not_take_a_slabs_size_is_planned_without_slabs(capf
     knows = Deep()
     knows.divisor = 64  # type: ignore[assignment]
     assert make_plan(knows, shape, 2, repeats=1, space=2).space == (2,)
+
+
+def test_a_network_that_slabs_refuse_is_planned_without_them() -> None:
+    network = nn.Sequential(conv(1, 2), nn.Flatten(1, 2), nn.Unflatten(1, (2, 16)), conv(2, 2))
+    shape = (1, 1, 16, 8, 8)
+    plan = make_plan(network, shape, 2, repeats=1)
+    assert (plan.space, plan.pipe) == ((), 2)
+    with pytest.raises(PlanError, match=r"'flatten' on .* cannot be done exactly on a volume that is cut into slabs"):
+        make_plan(network, shape, 2, space=2, repeats=1)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from lamp3d.errors import ConfigError
 from lamp3d.graph.inputs import arguments, batch_of, shapes_by_name
 from lamp3d.parallel import Engine, launch, mean_over_cases
-from lamp3d.parallel.sharded import whole
 from lamp3d.plan import Plan, TimeLine
+from lamp3d.space.sharded import whole
 
 ZERO = 1e-5
 """Of the largest gradient: a gradient below that counts as zero, such as that of a bias in front of a norm."""

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from lamp3d.graph import Edge
-from lamp3d.parallel.slabs import placed
 from lamp3d.parallel.step import Program, Rank
 from lamp3d.parallel.transfer import Receipt
+from lamp3d.space.slabs import placed
 
 UNDER_WAY = 32
 """Sends to one destination, at most; bounds the memory of a rank that runs ahead of the next one."""

@@ -33,13 +33,13 @@ from lamp3d.parallel.handout import Handout, Inputs
 from lamp3d.parallel.mesh import Place
 from lamp3d.parallel.replicas import GradientSum
 from lamp3d.parallel.shares import own_share
-from lamp3d.parallel.slabs import described, own_targets, shard_input
 from lamp3d.parallel.stage import StageCells, StageRunner
 from lamp3d.parallel.step import LossFunction, MiniBatch, MiniBatchLoss, Program, Rank, concatenate
 from lamp3d.parallel.transfer import Transfer
 from lamp3d.plan import Action, Plan, TimeLine
 from lamp3d.plan.plan import blocks_of
 from lamp3d.plan.routes import Routes
+from lamp3d.space.slabs import described, own_targets, shard_input
 
 
 class Engine:

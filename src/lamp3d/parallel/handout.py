@@ -14,8 +14,8 @@ from lamp3d.graph.inputs import batch_of
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.mesh import Place
 from lamp3d.parallel.shares import micro_batch_sizes, own_share
-from lamp3d.parallel.slabs import own_slab
 from lamp3d.plan import Plan
+from lamp3d.space.slabs import own_slab
 
 Inputs = Tensor | Mapping[str, Tensor]
 """The tensor that a network takes, or the tensors by the names of its ``forward``'s parameters."""

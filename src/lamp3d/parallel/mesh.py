@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from lamp3d.errors import PlanError
 from lamp3d.parallel.groups import group_of
-from lamp3d.parallel.space.ranks import Space
 from lamp3d.plan import Plan
+from lamp3d.space.ranks import Space
 
 
 @dataclass(frozen=True)

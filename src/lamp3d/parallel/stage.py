@@ -16,10 +16,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from lamp3d.graph import DeferredWeights, Stage, ValueSpec, arithmetic, preserved_buffers
-from lamp3d.parallel.sharded import local_of
-from lamp3d.parallel.slabs import placed
-from lamp3d.parallel.space.ranks import Space
-from lamp3d.parallel.space.saved import recomputed
+from lamp3d.space.ranks import Space
+from lamp3d.space.saved import recomputed
+from lamp3d.space.sharded import local_of
+from lamp3d.space.slabs import placed
 
 Specs = Mapping[str, ValueSpec]
 """What every value looks like, by name."""

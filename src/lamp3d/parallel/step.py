@@ -15,12 +15,12 @@ from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph, Edge, ValueSpec
 from lamp3d.parallel.replicas import GradientSum
 from lamp3d.parallel.shares import check_batch
-from lamp3d.parallel.slabs import placed
-from lamp3d.parallel.space.ranks import Space
 from lamp3d.parallel.stage import StageCells, StageRunner
 from lamp3d.parallel.transfer import Receipt, Transfer
 from lamp3d.plan import Action
 from lamp3d.plan.routes import AHEAD, Message, Routes, user_ranks
+from lamp3d.space.ranks import Space
+from lamp3d.space.slabs import placed
 
 LossFunction = Callable[[Any, Any], Tensor]
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])

@@ -49,8 +49,9 @@ from lamp3d.plan.profile import (
     time_cells,
     time_loss,
 )
-from lamp3d.plan.slabs import Slabs, shared, slab_shape
+from lamp3d.plan.slabs import Slabs, longest_axes, shared, slab_shape
 from lamp3d.plan.work import Work, account
+from lamp3d.space.trial import refusal
 
 BUDGET_SECONDS = 20.0
 """What timing all cells may take; a volume that takes longer is timed on a smaller one."""
@@ -84,6 +85,8 @@ class Meter(ABC):
 
     Attributes:
         graph: the network's cells.
+        work: what they do, of a slab.
+        refusal: why the network cannot be run on volumes that are cut along so many axes; None if it can.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Meter(ABC):
         self.divisor: int = getattr(network, "divisor", 32)
         self.graph = trace(self.network, self.shape) if graph is None or graph.reads_shape else graph
         self.work = functools.cache(self._work)
+        self.refusal = functools.cache(self._refusal)
 
     @property
     def shape(self) -> Shape | dict[str, Shape]:
@@ -176,6 +180,12 @@ class Meter(ABC):
             whole.value_bytes[name] for name in self.graph.outputs
         )
         return profile.with_loss(self.loss_cost(precision, channels_last).share(part))
+
+    def _refusal(self, axes: int) -> str | None:
+        shapes = self.shape.values() if isinstance(self.shape, dict) else [self.shape]
+        dtype = next((parameter.dtype for parameter in self.network.parameters()), torch.float32)
+        halves = longest_axes(self.shape, (2,) * axes)
+        return refusal(self.graph, [(shape, dtype) for shape in shapes], halves.mesh, halves.dims)
 
     def loss_cost(self, precision: str, channels_last: bool) -> LossCost:
         """Of a micro-batch of whole volumes; nothing where the loss is not known."""

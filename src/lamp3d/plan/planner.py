@@ -256,7 +256,7 @@ def search_plans(meter: Meter, request: Request, *, advise: bool = True, kept: i
     if answer.best is None:
         few = {found.why for found in answer.found} - {DOES_NOT_FIT}
         if few and all(found.why in few for found in answer.found):
-            raise PlanError(f"{'; '.join(sorted(few))}.")
+            raise PlanError(f"{'; '.join(why.rstrip('.') for why in sorted(few))}.")
         raise PlanError(does_not_fit(meter, request, advise=advise))
     return Planning(_plan(answer.best, meter, request, type(meter.network).__name__), answer)
 

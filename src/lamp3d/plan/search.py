@@ -242,7 +242,9 @@ class Search:
         return Answer(tuple(sorted(done, key=lambda found: (found.seconds, found.bound))))
 
     def _opened(self, option: Option) -> Found:
-        """An option with its bound; without a plan where the network does not take what its slabs would be."""
+        """An option with its bound; without a plan where the network cannot be cut so, or takes no such slabs."""
+        if option.slabs.mesh and (why := self.meter.refusal(len(option.slabs.mesh))) is not None:
+            return Found(option, math.inf, why=why)
         try:
             option = replace(option, slabs=self.gathering(option.slabs))
             return Found(option, self.bound(option))

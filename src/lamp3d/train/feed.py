@@ -17,11 +17,11 @@ from torch.utils import _pytree as pytree
 from lamp3d.data import Batch, Batches
 from lamp3d.data.augment import Region
 from lamp3d.parallel import Engine
-from lamp3d.parallel.sharded import even_cut
-from lamp3d.parallel.slabs import slab_of
-from lamp3d.parallel.space.ranks import Space
 from lamp3d.plan.hardware import worker_threads
 from lamp3d.sides import Shape3
+from lamp3d.space.ranks import Space
+from lamp3d.space.sharded import even_cut
+from lamp3d.space.slabs import slab_of
 
 MOST_READERS = 12
 """Mini-batches that a rank reads at once; each takes its room in the machine's memory."""

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from lamp3d.errors import ConfigError
 from lamp3d.parallel import mean_over_cases
-from lamp3d.parallel.sharded import ShardedVolume
-from lamp3d.parallel.space.ranks import Space
+from lamp3d.space.ranks import Space
+from lamp3d.space.sharded import ShardedVolume
 
 CPU_PIECE_VOXELS = 1 << 13  # with ten classes some 300 kB: a core's own cache
 GPU_PIECE_VOXELS = 1 << 22  # enough work for a kernel, little beside the volume's activations

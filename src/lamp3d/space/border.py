@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from lamp3d.graph.arithmetic import DeferredWeights, deferring
 from lamp3d.graph.convolution import Call, Convolution, laid_out_as
-from lamp3d.parallel.sharded import ShardedVolume
-from lamp3d.parallel.space.collect import empty
-from lamp3d.parallel.space.layout import Cut, Layout, Window
-from lamp3d.parallel.space.ranks import Place, Space
+from lamp3d.space.collect import empty
+from lamp3d.space.layout import Cut, Layout, Window
+from lamp3d.space.ranks import Place, Space
+from lamp3d.space.sharded import ShardedVolume
 
 
 def convolve_slab(volume: ShardedVolume, call: Call, windows: Sequence[Window]) -> ShardedVolume | None:

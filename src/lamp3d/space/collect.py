@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamp3d.parallel.space.layout import Cut, Range, pieces
-from lamp3d.parallel.space.ranks import Space
+from lamp3d.space.layout import Cut, Range, pieces
+from lamp3d.space.ranks import Space
 
 
 def collect(local: Tensor, space: Space, cut: Cut, wanted: list[Range]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lamp3d.errors import PlanError
-from lamp3d.parallel.space.layout import Range
+from lamp3d.space.layout import Range
 
 
 class Own(NamedTuple):

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lamp3d.errors import PlanError
-from lamp3d.parallel.space.collect import collect
-from lamp3d.parallel.space.layout import Cut, Layout, even_bounds
-from lamp3d.parallel.space.ranks import Space
+from lamp3d.space.collect import collect
+from lamp3d.space.layout import Cut, Layout, even_bounds
+from lamp3d.space.ranks import Space
 
 Rule = Callable[..., Any]
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamp3d.graph.normalisation import Pool, normalised
-from lamp3d.parallel.sharded import ShardedVolume, refuse, rule
-from lamp3d.parallel.space.collect import all_sum
-from lamp3d.parallel.space.ranks import Space
+from lamp3d.space.collect import all_sum
+from lamp3d.space.ranks import Space
+from lamp3d.space.sharded import ShardedVolume, refuse, rule
 
 SPATIAL = {2, 3, 4}
 

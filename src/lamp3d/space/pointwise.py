@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from lamp3d.parallel.sharded import RULES, ShardedVolume, refuse, rule
-from lamp3d.parallel.space.layout import Layout
+from lamp3d.space.layout import Layout
+from lamp3d.space.sharded import RULES, ShardedVolume, refuse, rule
 
 _NAMES = """
     abs neg exp expm1 log log1p log2 sqrt rsqrt square reciprocal sign floor ceil round sin cos tanh sigmoid erf relu

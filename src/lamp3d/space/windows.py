@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from lamp3d.graph.arithmetic import compute
 from lamp3d.graph.convolution import Call, bind
-from lamp3d.parallel.sharded import ShardedVolume, even_layout, refuse, rule
-from lamp3d.parallel.space.border import convolve_slab
-from lamp3d.parallel.space.collect import collect
-from lamp3d.parallel.space.layout import Cut, Layout, Spread, Window
-from lamp3d.parallel.space.saved import Own, kept_apart
+from lamp3d.space.border import convolve_slab
+from lamp3d.space.collect import collect
+from lamp3d.space.layout import Cut, Layout, Spread, Window
+from lamp3d.space.saved import Own, kept_apart
+from lamp3d.space.sharded import ShardedVolume, even_layout, refuse, rule
 
 Local = Callable[[Tensor, list[int]], Tensor]
 """The operation on a tensor, with so much padding along each of D, H, W."""

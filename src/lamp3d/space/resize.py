@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
-from lamp3d.parallel.sharded import ShardedVolume, refuse, rule
-from lamp3d.parallel.space.collect import collect
-from lamp3d.parallel.space.layout import Layout, Range, even_bounds
-from lamp3d.parallel.space.windows import settled, spread_again
+from lamp3d.space.collect import collect
+from lamp3d.space.layout import Layout, Range, even_bounds
+from lamp3d.space.sharded import ShardedVolume, refuse, rule
+from lamp3d.space.windows import settled, spread_again
 
 
 @rule(F.interpolate)

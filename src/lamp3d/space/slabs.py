@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lamp3d.graph import ValueSpec, laid_out, spec_of
-from lamp3d.parallel.sharded import ShardedVolume, even_cut, shard
-from lamp3d.parallel.space import pointwise, resize, statistics, windows  # noqa: F401 (they declare the operations)
-from lamp3d.parallel.space.ranks import Space
+from lamp3d.space import pointwise, resize, statistics, windows  # noqa: F401 (they declare the operations)
+from lamp3d.space.ranks import Space
+from lamp3d.space.sharded import ShardedVolume, even_cut, shard
 
 
 def placed(local: Tensor, spec: ValueSpec, space: Space) -> Tensor:
