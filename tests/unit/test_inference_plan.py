@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from lamp3d.data import PreprocessConfig
 from lamp3d.data.preprocess import largest_shape
@@ -47,6 +48,22 @@ def test_no_device_is_idle_and_no_scan_cut_without_need(
     assert (best.at_once, best.slabs.mesh) == (at_once, slabs)
     assert best.fits
     assert best.most_voxels is None
+
+
+class LayerNormed(nn.Module):
+    """Moves the channels to the end and back, which is not done on slabs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv3d(1, 4, 1), nn.LayerNorm(4), nn.Conv3d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x).permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3))
+
+
+def test_what_slabs_refuse_is_predicted_whole() -> None:
+    ways = share_out(LayerNormed().eval(), VOLUME, 1, 2, precision="fp32", channels_last=False, limit=None)
+    assert [(way.at_once, way.slabs) for way in ways] == [(1, Slabs())]
 
 
 def test_a_scan_that_one_device_cannot_take_is_shared() -> None:

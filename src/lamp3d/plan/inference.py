@@ -18,6 +18,7 @@ from lamp3d.plan.amounts import format_bytes
 from lamp3d.plan.slabs import Slabs, longest_axes, slab_shape
 from lamp3d.plan.walk import Values, inputs_of, walk
 from lamp3d.plan.work import stand_ins
+from lamp3d.space.trial import refusal
 
 EFFICIENCY = 0.8
 """Of devices that share one scan, against as many that have one each: 0.64 to 0.97 on two (benchmarks/spatial)."""
@@ -93,8 +94,11 @@ def share_out(
         ConfigError: the network cannot be traced, or does not accept such a volume.
     """
     ways, graph = [], trace(network, volume)
+    halves = longest_axes(volume, (2,))
+    dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
+    whole = devices > 1 and refusal(graph, [(volume, dtype)], halves.mesh, halves.dims) is not None
     for at_once in numbers_at_once(scans, devices):
-        sharers = devices // at_once
+        sharers = 1 if whole else devices // at_once  # of what slabs refuse, stages lie on several devices
         slabs = longest_axes(volume, (sharers,) if sharers > 1 else ())
         ways.append(
             Sharing(
