@@ -197,6 +197,40 @@ def test_numbers_are_the_plain_networks() -> None:
         assert "it would change a slice in place" in refused["a slice changed"]
 
 
+class AsDeepAsTheVolume(nn.Module):
+    """Another graph for every depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv3d(1, 1, 3, padding=1)
+        self.double()
+
+    def forward(self, image: Tensor) -> Tensor:
+        for _ in range(image.shape[2] // 4):
+            image = image + self.layer(image).tanh()
+        return image
+
+
+@pytest.mark.parametrize("recompute", ["never", "always"])
+def test_alone_on_its_device_a_network_may_be_another_one_for_every_shape(recompute: str) -> None:
+    net = AsDeepAsTheVolume()
+    plain = copy.deepcopy(net)
+    engine = Engine(net, plan_at(net, (1, 1, 4, 4, 4), [0], 1, recompute=recompute))
+    for depth in (4, 12, 8, 4):
+        image = torch.randn(1, 1, depth, 4, 4, dtype=torch.double)
+        plain.zero_grad()
+        net.zero_grad()
+        expected = squares(plain(image), -image)
+        expected.backward()
+        torch.testing.assert_close(engine.step(image, -image, squares), expected.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(net.layer.weight.grad, plain.layer.weight.grad, rtol=1e-12, atol=1e-14)
+    cell = engine.graph.cells[0].name
+    in_blocks = Engine(AsDeepAsTheVolume(), plan_at(net, (1, 1, 4, 4, 4), [0], 1, recompute=((cell,),)))
+    with pytest.raises(PlanError, match=r"does something else with an input of .* one with the whole network on each"):
+        in_blocks.step(torch.randn(1, 1, 8, 4, 4, dtype=torch.double), torch.zeros(1).double(), squares)
+
+
 def test_a_share_is_what_the_mini_batch_is_cut_into() -> None:
     a, b = torch.arange(4), torch.arange(4) * 10
     assert own_share([a, b], 1, 2, listed=True)[0] is b

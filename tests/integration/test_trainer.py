@@ -289,6 +289,32 @@ def test_resume_without_a_checkpoint_begins(tmp_path: Path) -> None:
     assert len(read_history(tmp_path)) == 5
 
 
+class WithSpares(nn.Module):
+    """Parts that its forward does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.spare = network(), nn.Conv3d(3, 3, 1)
+        self.register_buffer("order", torch.arange(3))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.body(image)
+
+
+def test_what_a_network_does_not_use_is_kept_all_the_same(tmp_path: Path) -> None:
+    net, config = WithSpares(), settings()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    trainer(tmp_path / "run", config, net=net, validate=probe).fit()
+    for name in ("last", "best"):
+        kept = Checkpoint(tmp_path / "run" / f"{name}.safetensors")
+        kept.check_network(net)
+        weights = kept.read("model")
+        assert all(torch.equal(weights[key], before[key]) for key in ("spare.weight", "spare.bias", "order"))
+        assert not torch.equal(weights["body.0.weight"], before["body.0.weight"])
+    more = settings(curriculum=[*config.model_dump()["curriculum"], {"patch": 4, "batch": 2, "epochs": 1}])
+    trainer(tmp_path / "run", more, net=WithSpares()).fit(resume=True)
+
+
 def test_the_best_checkpoint_is_that_of_the_best_mean(tmp_path: Path) -> None:
     scores: Iterator[tuple[float, float]] = iter([(0.2, 0.4), (0.9, math.nan), (0.6, 0.6), (math.nan, math.nan)])
     seen: list[Tensor] = []

@@ -15,7 +15,7 @@ from lamp3d.cli.common import Devices, app, console, picture_option, say, sides,
 from lamp3d.errors import ConfigError
 from lamp3d.experiment import NetworkConfig, load_config, load_network, verify
 from lamp3d.files import write_text
-from lamp3d.nets import Network
+from lamp3d.nets import Network, hollow
 from lamp3d.plan import SCHEDULES, Plan, Planning, find_plans, format_bytes, parse_bytes
 from lamp3d.plan.hardware import known_hardware
 from lamp3d.report import cells_picture, time_line_picture
@@ -93,8 +93,7 @@ def plan(
             organs = [str(label) for label in range(1, USUAL_CLASSES if classes is None else classes)]
             loss = with_drawn_targets(HybridLoss(LossConfig(), organs, network.heads))
     else:
-        with torch.device("meta"):
-            network = make()
+        network = hollow(make)
     found = _find_plans(
         network, (batch, channels, *shape), devices, recompute, micro_batches=micro_batches, schedule=schedule,
         data=data, pipe=pipe, space=_slabs(space), precision=precision, memory=limit, hardware=hardware, link=link,

@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator, model_validator
 
 from lamp3d.data import AugmentConfig, PreprocessConfig, SplitConfig
 from lamp3d.errors import ConfigError
 from lamp3d.files import write_text
-from lamp3d.nets import FromMonai, Network, SEUNet, UNet
+from lamp3d.nets import FromMonai, Network, SEUNet, UNet, hollow
 from lamp3d.plan import parse_bytes
 from lamp3d.predict import PredictConfig
 from lamp3d.train import LossConfig, TrainConfig
@@ -84,8 +83,7 @@ class NetworkConfig(BaseModel):
 
     def outline(self, n_classes: int, in_channels: int = 1) -> Network:
         """The network without its weights, on the meta device: for its shapes and numbers."""
-        with torch.device("meta"):
-            return self.build(n_classes, in_channels)
+        return hollow(partial(self.build, n_classes, in_channels))
 
 
 class ExperimentConfig(BaseModel):

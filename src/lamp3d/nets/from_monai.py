@@ -54,7 +54,7 @@ class FromMonai(nn.Module):
             given[key] = channels
         try:
             self.network = make(**given, **arguments)
-        except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(f"{name} does not take these arguments: {error}") from error
 
     def forward(self, image: Tensor) -> Tensor:

@@ -366,15 +366,18 @@ class Engine:
         return self._programs[key]
 
     def _graph_for(self, shapes: tuple[Shape, ...]) -> tuple[CellGraph, dict[int, StageCells]]:
-        """The network's graph, traced anew for shapes that it looks at, with the same cells."""
+        """The network's graph, traced anew for shapes that it looks at; with the same cells, where these are shared."""
         key = shapes if self.graph.reads_shape else None
         if key not in self._graphs:
             by_name = dict(zip(self.graph.input_names, shapes, strict=True))
             graph = trace(self._network, by_name)
-            if [(cell.name, cell.nodes) for cell in graph.cells] != [(c.name, c.nodes) for c in self.graph.cells]:
+            alone = len(self.plan.stages) == 1 and isinstance(self.plan.recompute, str)  # whatever the cells are
+            if not alone and [(c.name, c.nodes) for c in graph.cells] != [(c.name, c.nodes) for c in self.graph.cells]:
                 raise PlanError(
                     f"{self.plan.network} does something else with an input of {input_text(by_name)} than with "
-                    f"{input_text(self.plan.input_shape)}, for which the plan was made; make a plan for this shape."
+                    f"{input_text(self.plan.input_shape)}, for which the plan was made; make a plan for this shape, or "
+                    "one with the whole network on each device (pipe=1, no cells recomputed, or all), where any will "
+                    "do. With `lamp3d train` that is one device, or several and a batch of as many."
                 )
             self._graphs[key] = graph, self._stages(graph)
         return self._graphs[key]

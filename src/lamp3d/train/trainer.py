@@ -44,7 +44,7 @@ class _Stage:
 
     engine: Engine
     kept: dict[str, Tensor]
-    """Its parameters and persistent buffers."""
+    """Its parameters and persistent buffers; on the first rank also those that no rank's stages use."""
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
 
@@ -162,6 +162,10 @@ class Trainer:
         engine = Engine(self.network, self.plans[self.state.stage])
         names = network_tensors(self.network)
         kept = {name: t for name, t in {**engine.parameters, **engine.buffers}.items() if name in names}
+        if engine.rank == 0:  # what no stage uses belongs to the network all the same
+            root = engine.graph.root
+            used = {name for name, _ in (*root.named_parameters(), *root.named_buffers())}
+            kept |= {name: tensor for name, tensor in names.items() if name not in used}
         checkpoint = Checkpoint(self.last)
         copy_tensors(kept, checkpoint.read("model", kept))
         optimizer = make_optimizer(engine.parameters, self.config)
