@@ -238,11 +238,12 @@ class ModelMeter(Meter):
     ):
         super().__init__(network, input_shape, micro_batch, link, hardware.device_type, graph)
         self.hardware, self.loss = hardware, loss
+        self._modelled: dict[tuple[object, ...], Timing] = {}
 
     def on(self, hardware: Hardware, link: Link) -> ModelMeter:
         """The same cells on other devices; what they do need not be found again."""
         other = copy.copy(self)
-        other.hardware, other.link, other.kind = hardware, link, hardware.device_type
+        other.hardware, other.link, other.kind, other._modelled = hardware, link, hardware.device_type, {}
         return other
 
     @property
@@ -257,9 +258,12 @@ class ModelMeter(Meter):
         return Slabs()  # of which a slab has a part
 
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
-        work = self.work(self.near(slabs), precision, channels_last, split)
         times = cases / self.micro_batch / slabs.count  # the host issues as many operations for a part as for all
-        return model_cells(work, self.hardware, precision, times).share(1 / times)
+        asked = precision, channels_last, split, times
+        if asked not in self._modelled:
+            work = self.work(Slabs(), precision, channels_last, split)
+            self._modelled[asked] = model_cells(work, self.hardware, precision, times).share(1 / times)
+        return self._modelled[asked]
 
     def timed_cases(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> int:
         return cases
