@@ -253,9 +253,10 @@ def fitting_cut(costs: StageCosts, schedule: str, devices: int, limit: int | Non
 def _fitting(
     program: _Program, cut_at: CutAt, limit: int | None, tolerance: float, *, thorough: bool = True
 ) -> Cut | None:
-    """A cut that fits; its slowest rank is within a factor ``tolerance`` of the least possible; None if none fits.
+    """A cut that fits; None if none is found.
 
-    The search bounds a rank's memory from above; what it finds is then played through.
+    Its slowest rank is within a factor ``tolerance`` of the least possible. The search bounds a rank's memory from
+    above; what it finds is then played through. Where that fails, a ``thorough`` one goes by memory alone.
     """
     if limit is None:
         return None if (starts := program.cut(math.inf, tolerance)) is None else cut_at(tuple(starts))
