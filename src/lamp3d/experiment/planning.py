@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lamp3d.data import Batches, Case, CaseStore, read_dataset
+from lamp3d.errors import ConfigError, PlanError
 from lamp3d.experiment.config import ExperimentConfig
 from lamp3d.experiment.run import Run, cache_folder
+from lamp3d.graph import trace
+from lamp3d.nets import Network
 from lamp3d.plan import Plan, make_plan
 from lamp3d.plan.allowance import cpu_cores
 from lamp3d.sides import Shape3, padded_sides
@@ -154,12 +158,16 @@ def stage_plan(
         cases: that are trained on.
         devices: worker processes.
         memory: limit per device.
+
+    Raises:
+        PlanError: none fits, or the network is another one for volumes of other sizes and would have to be divided.
     """
     stage = run.config.train.curriculum[index]
     torch.manual_seed(run.config.train.seed)
     network = run.network()
     loss = run.config.loss.model_copy(update={"class_weights": {}})  # they change no seconds
-    return make_plan(
+    make = partial(
+        make_plan,
         network,
         (stage.batch, store.channels, *_largest_input(stage, store, cases, network.divisor)),
         devices,
@@ -173,6 +181,35 @@ def stage_plan(
         memory=memory,
         loss=with_drawn_targets(HybridLoss(loss, run.organs, network.heads)),
     )
+    plan = make()
+    if len(plan.stages) == 1 or not is_another_when_larger(network, plan.image_shape):
+        return plan
+    try:
+        return make(pipe=1)
+    except PlanError as error:
+        raise PlanError(
+            f"stage {index + 1}: {run.config.network.name or run.config.network.kind} is another network for volumes "
+            "of other sizes, such as those that it is validated with, so that it cannot be divided among devices. Take "
+            f"--devices 1, or a batch of {devices} or a multiple of that for this stage. ({error})"
+        ) from error
+
+
+def is_another_when_larger(network: Network, shape: Sequence[int]) -> bool:
+    """Whether a network's cells depend on the volume's size, so that a division into stages holds for one size alone.
+
+    Args:
+        network: asked in its present mode.
+        shape: (B, C, D, H, W) that it takes.
+    """
+    graph = trace(network, shape)
+    if not graph.reads_shape:
+        return False
+    batch, channels, *sides = shape
+    try:
+        larger = trace(network, (batch, channels, *(2 * side for side in sides)))
+    except ConfigError:
+        return False  # it takes one size, with which all has to be done
+    return [(cell.name, cell.nodes) for cell in graph.cells] != [(cell.name, cell.nodes) for cell in larger.cells]
 
 
 def _largest_input(stage: CurriculumStage, store: CaseStore, cases: tuple[Case, ...], divisor: int) -> Shape3:

@@ -376,8 +376,7 @@ class Engine:
                 raise PlanError(
                     f"{self.plan.network} does something else with an input of {input_text(by_name)} than with "
                     f"{input_text(self.plan.input_shape)}, for which the plan was made; make a plan for this shape, or "
-                    "one with the whole network on each device (pipe=1, no cells recomputed, or all), where any will "
-                    "do. With `lamp3d train` that is one device, or several and a batch of as many."
+                    "one with the whole network on each device (pipe=1, recompute never or always), where any will do."
                 )
             self._graphs[key] = graph, self._stages(graph)
         return self._graphs[key]

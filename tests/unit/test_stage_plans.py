@@ -1,0 +1,55 @@
+"""Plans of curriculum stages, for networks that are not the same for every volume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import Tensor, nn
+
+from lamp3d.data import CaseStore, Dataset
+from lamp3d.errors import PlanError
+from lamp3d.experiment import ExperimentConfig
+from lamp3d.experiment.planning import is_another_when_larger, stage_plan
+from lamp3d.experiment.run import Run
+from lamp3d.nets import SEUNet, UNet
+
+
+class AsDeepAsTheVolume(nn.Module):
+    """Another graph for every depth, with an operation that slabs refuse."""
+
+    heads, divisor, in_channels = 1, 8, 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Conv3d(1, 2, 1), nn.Conv3d(2, 2, 3, padding=1), nn.Conv3d(2, 4, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = self.first(image).permute(0, 2, 3, 4, 1).permute(0, 4, 1, 2, 3)
+        for _ in range(image.shape[2] // 8):
+            image = image + self.layer(image).tanh()
+        return self.last(image)
+
+
+def test_networks_that_are_another_when_larger_are_noticed() -> None:
+    shape = (1, 1, 32, 32, 32)
+    assert is_another_when_larger(AsDeepAsTheVolume(), shape)  # type: ignore[arg-type]
+    assert not is_another_when_larger(UNet(1, 2, filters=2), shape)
+    assert not is_another_when_larger(SEUNet(1, 2, filters=2), shape)
+
+
+def test_such_a_network_is_not_divided(
+    tiny: Callable[..., Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [{"patch": 16, "batch": batch, "epochs": 1} for batch in (2, 1)]
+    config = ExperimentConfig.model_validate({"train": {"precision": "fp32", "curriculum": stages}})
+    content = tiny()
+    run = Run(tmp_path, config, content.root, content.organs, content.channels)
+    store = CaseStore(content, config.preprocess, tmp_path / "cache")
+    monkeypatch.setattr(Run, "network", lambda _: AsDeepAsTheVolume())
+    plan = stage_plan(run, 0, store, content.cases, 2, memory=None)
+    assert (plan.data, len(plan.stages)) == (2, 1)
+    with pytest.raises(PlanError, match=r"stage 2: unet is another network for volumes of other sizes.* --devices 1"):
+        stage_plan(run, 1, store, content.cases, 2, memory=None)
+    assert len(stage_plan(run, 1, store, content.cases, 1, memory=None).stages) == 1
