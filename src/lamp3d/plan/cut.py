@@ -247,7 +247,8 @@ def _moved(starts: list[int], n: int) -> Iterator[tuple[int, ...]]:
 @_collection_paused()
 def fitting_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, link: Link) -> Cut | None:
     """A cut that fits, with the least slowest rank of those that the search finds to fit; None if there is none."""
-    return _fitting(_Program(costs, schedule, devices), _cuts(costs, schedule, devices, link), limit, 1.0)
+    program, cut_at = _Program(costs, schedule, devices), _cuts(costs, schedule, devices, link)
+    return _fitting(program, cut_at, limit, 1.0, thorough=False)
 
 
 def _fitting(

@@ -341,12 +341,13 @@ class Search:
 
     def _frugal(self) -> Iterator[tuple[Option, StageCosts]]:
         """What needs the least memory: small micro-batches, few of them in flight, much computed again."""
-        every = [option for option in options(self.request) if not self._opened(option).why]
+        every = list(options(self.request))
         for option in every:
             others = [other for other in every if _mesh(other) == _mesh(option)]
             most = max(other.micro_batches for other in others)
             schedules = {other.schedule for other in others}
-            if option.micro_batches == most and option.schedule == ("1f1b" if "1f1b" in schedules else min(schedules)):
+            frugal = "1f1b" if "1f1b" in schedules else min(schedules)
+            if (option.micro_batches, option.schedule) == (most, frugal) and not self._opened(option).why:
                 for recompute in self._frugal_ways(option):
                     yield option, self.costs(option, recompute)
 
