@@ -228,6 +228,8 @@ def test_a_killed_worker_costs_no_more_than_an_epoch(
     run = tmp_path / "run"
     # With the plans of the run that it will be compared with: plans are timed, and another one may round differently.
     shutil.copytree(trained / "plans", run / "plans")
+    for settings in ("run.json", "config.yaml"):  # whose the plans are
+        shutil.copy(trained / settings, run / settings)
     arguments = [
         "train",
         str(dataset),

@@ -568,6 +568,7 @@ def test_what_a_loss_has_alive_counts() -> None:
 
 def test_a_volume_that_takes_long_is_timed_on_a_smaller_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMP3D_CACHE", str(tmp_path))
+    monkeypatch.setattr("lamp3d.plan.meter.worker_threads", lambda _: 1)  # two, beside other tests, wait for each other
     network, shape = UNet(1, 2, filters=2), (1, 1, 64, 64, 64)
     meter = MeasuringMeter(network, shape, 1, NVLINK, workers=1, repeats=1)
     real = meter.profile(Slabs(), "fp32", False, False)
