@@ -82,6 +82,17 @@ class Conditioned(nn.Module):
         return self.d(x * self.scale(code)[:, :, None, None, None] + x)  # type: ignore[no-any-return]
 
 
+class Aged(nn.Module):
+    """A vector before the volume."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.age, self.first, self.last = nn.Linear(3, 4), conv(1, 4), conv(4, 1)
+
+    def forward(self, age: Tensor, image: Tensor) -> Tensor:
+        return self.last((self.first(image) + self.age(age)[:, :, None, None, None]).relu())
+
+
 class Shuffled(nn.Module):
     """Moves planes about, which no slab can do by itself."""
 

@@ -24,7 +24,7 @@ from lamp3d.nets import UNet
 from lamp3d.plan import Plan, format_bytes, make_plan, parse_bytes
 from lamp3d.plan.costs import StageCosts
 from lamp3d.plan.profile import Profile, profile_cells
-from tests.networks import Branches, Counting, InPlace, conv
+from tests.networks import Aged, Branches, Counting, InPlace, conv
 
 SMALL = (4, 1, 4, 5, 6)
 SHAPE = (4, 1, 16, 16, 32)
@@ -337,17 +337,6 @@ def test_profiling_notes_values_once_however_many_cells_save_them() -> None:
     savers = [cell.name for cell in profile.cells if "act" in cell.saved_values]
     assert len(savers) >= 2  # the activation saves its output, the next convolution its input: the same bytes
     assert profile.value_bytes["act"] == 4 * 4 * 4 * 4 * 5 * 6
-
-
-class Aged(nn.Module):
-    """A vector before the volume."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.age, self.first, self.last = nn.Linear(3, 4), conv(1, 4), conv(4, 2)
-
-    def forward(self, age: Tensor, image: Tensor) -> Tensor:
-        return self.last((self.first(image) + self.age(age)[:, :, None, None, None]).relu())
 
 
 def test_what_is_no_volume_is_planned_without_slabs_and_a_volume_is_found_wherever_it_is() -> None:

@@ -90,7 +90,7 @@ def plan(
     if hardware is None:
         network = make()
         if isinstance(network, Network) and ":" not in net:  # whose logits are what lamp3d's loss takes, and how many
-            organs = [str(label) for label in range(1, USUAL_CLASSES if classes is None else classes)]
+            organs = [str(label) for label in range(1, classes or USUAL_CLASSES)]
             loss = with_drawn_targets(HybridLoss(LossConfig(), organs, network.heads))
     else:
         network = hollow(make)
@@ -199,7 +199,7 @@ def _network(
             f"no network {net!r}: {', '.join(OWN)}, package.module:function, or a configuration (.yaml), which may "
             "name one of MONAI's."
         )
-    classes = USUAL_CLASSES if classes is None else classes
+    classes = classes or USUAL_CLASSES
     network = settings.build(classes, channels)
     check_sides("a volume", shape, network.divisor)
     return partial(settings.build, classes, channels), shape

@@ -209,7 +209,7 @@ def is_another_when_larger(network: Network, shape: Sequence[int]) -> bool:
         larger = trace(network, (batch, channels, *(2 * side for side in sides)))
     except ConfigError:
         return False  # it takes one size, with which all has to be done
-    return [(cell.name, cell.nodes) for cell in graph.cells] != [(cell.name, cell.nodes) for cell in larger.cells]
+    return graph.cells != larger.cells
 
 
 def _largest_input(stage: CurriculumStage, store: CaseStore, cases: tuple[Case, ...], divisor: int) -> Shape3:

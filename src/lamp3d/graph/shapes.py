@@ -49,6 +49,11 @@ def module_device(network: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def module_dtype(network: nn.Module) -> torch.dtype:
+    """The data type of the network's first parameter, and so of its inputs; float32 where there is none."""
+    return next((parameter.dtype for parameter in network.parameters()), torch.float32)
+
+
 class _Runner(nn.Module):
     """An interpreter as a module, so that its graph's parameters can be stood in for."""
 

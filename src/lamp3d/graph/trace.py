@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from lamp3d.errors import ConfigError
 from lamp3d.graph.cells import Cell, CellGraph
 from lamp3d.graph.inputs import InputShape, Shape, input_text, shapes_by_name
-from lamp3d.graph.shapes import dry_run, module_device
+from lamp3d.graph.shapes import dry_run, module_device, module_dtype
 from lamp3d.graph.tracer import ShapedTracer, attribute
 
 
@@ -59,7 +59,7 @@ def trace(network: nn.Module, input_shape: InputShape) -> CellGraph:
 def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.GraphModule, bool, bool]:
     """The traced network, whether it has looked at the input's shape, and whether the other mode is another graph."""
     twin = _twin(network)
-    dtype = next((parameter.dtype for parameter in twin.parameters()), torch.float32)
+    dtype = module_dtype(twin)
 
     def traced(*, other_mode: bool) -> tuple[fx.GraphModule, bool]:
         for module, original in zip(twin.modules(), network.modules(), strict=True):
@@ -142,7 +142,7 @@ class _Recorder(fx.Interpreter):
         self.keep: list[Any] = []  # every result: a freed storage's address may be used again
 
     def dry_run(self, network: nn.Module, input_shapes: dict[str, Shape]) -> None:
-        dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
+        dtype = module_dtype(network)
         try:
             dry_run(self, [(shape, dtype) for shape in input_shapes.values()])
         except ConfigError:

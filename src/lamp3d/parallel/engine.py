@@ -372,7 +372,7 @@ class Engine:
             by_name = dict(zip(self.graph.input_names, shapes, strict=True))
             graph = trace(self._network, by_name)
             alone = len(self.plan.stages) == 1 and isinstance(self.plan.recompute, str)  # whatever the cells are
-            if not alone and [(c.name, c.nodes) for c in graph.cells] != [(c.name, c.nodes) for c in self.graph.cells]:
+            if not alone and graph.cells != self.graph.cells:
                 raise PlanError(
                     f"{self.plan.network} does something else with an input of {input_text(by_name)} than with "
                     f"{input_text(self.plan.input_shape)}, for which the plan was made; make a plan for this shape, or "

@@ -95,8 +95,7 @@ def share_out(
     """
     ways, graph = [], trace(network, volume)
     halves = longest_axes(volume, (2,))
-    dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
-    whole = devices > 1 and refusal(graph, [(volume, dtype)], halves.mesh, halves.dims) is not None
+    whole = devices > 1 and refusal(graph, volume, halves.mesh, halves.dims) is not None
     for at_once in numbers_at_once(scans, devices):
         sharers = 1 if whole else devices // at_once  # of what slabs refuse, stages lie on several devices
         slabs = longest_axes(volume, (sharers,) if sharers > 1 else ())

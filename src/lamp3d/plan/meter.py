@@ -182,10 +182,8 @@ class Meter(ABC):
         return profile.with_loss(self.loss_cost(precision, channels_last).share(part))
 
     def _refusal(self, axes: int) -> str | None:
-        shapes = self.shape.values() if isinstance(self.shape, dict) else [self.shape]
-        dtype = next((parameter.dtype for parameter in self.network.parameters()), torch.float32)
         halves = longest_axes(self.shape, (2,) * axes)
-        return refusal(self.graph, [(shape, dtype) for shape in shapes], halves.mesh, halves.dims)
+        return refusal(self.graph, self.shape, halves.mesh, halves.dims)
 
     def loss_cost(self, precision: str, channels_last: bool) -> LossCost:
         """Of a micro-batch of whole volumes; nothing where the loss is not known."""

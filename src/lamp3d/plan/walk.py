@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lamp3d.graph import CellGraph, Stage, laid_out
 from lamp3d.graph.inputs import InputShape
+from lamp3d.graph.shapes import module_dtype
 
 Found = TypeVar("Found")
 Values = dict[str, Tensor]
@@ -32,7 +33,7 @@ def inputs_of(
         device: on which they are to lie.
         channels_last: how they are laid out.
     """
-    dtype = next((parameter.dtype for parameter in graph.root.parameters()), torch.float32)
+    dtype = module_dtype(graph.root)
     shapes = input_shape if isinstance(input_shape, Mapping) else {graph.input_names[0]: input_shape}
     made = {}
     for value, name in zip(graph.inputs, graph.input_names, strict=True):
