@@ -14,6 +14,7 @@ from lamp3d import SEUNet, UNet
 from lamp3d.graph import DeferredWeights, arithmetic, infer_specs, laid_out, lay_out_weights, trace
 from lamp3d.graph.allocator import limit_freed_memory, make_room
 from lamp3d.graph.convolution import Convolution, Kernel, bind
+from lamp3d.graph.onednn import Reading, outgrows_its_room
 from lamp3d.plan.hardware import has_fast_bf16
 
 CPU = torch.device("cpu")
@@ -96,6 +97,48 @@ def test_bf16_is_close_to_fp32_on_volumes_of_any_size(layer: nn.Conv3d, split: b
         exact, reduced = gradients(layer, image, "fp32"), gradients(layer, image, "bf16", split=split)
         for expected, found in zip(exact, reduced, strict=True):
             assert (found - expected).abs().max() <= 0.03 * expected.abs().max(), shape
+
+
+LARGE_AND_FEW_PLANES = [
+    (nn.Conv3d(32, 32, 3, padding=1), (3, 64, 64)),
+    (nn.Conv3d(16, 16, (1, 3, 3), padding=(0, 1, 1), bias=False), (1, 112, 96)),
+    (nn.Conv3d(16, 8, 3, padding=1, stride=(1, 2, 2)), (5, 300, 90)),
+    (nn.ConvTranspose3d(16, 16, 2, stride=2), (2, 160, 48)),
+    (nn.Conv3d(600, 40, (1, 3, 3), padding=(0, 1, 1), stride=(1, 1, 2)), (41, 87, 7)),  # turned it is no better
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), LARGE_AND_FEW_PLANES, ids=str)
+@pytest.mark.parametrize("room", [True, False])
+def test_bf16_is_close_to_fp32_where_planes_are_large_and_few(
+    layer: nn.Conv3d, shape: tuple[int, ...], room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamp3d.graph.convolution.make_room", lambda *tensors: room)
+    monkeypatch.setattr("lamp3d.graph.convolution.PIECES", 2)
+    image = laid_out(torch.randn(1, layer.in_channels, *shape, generator=torch.Generator().manual_seed(0)), True)
+    for split in (False, True):
+        for expected, found in zip(
+            gradients(layer, image, "fp32"), gradients(layer, image, "bf16", split=split), strict=True
+        ):
+            assert (found - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_volumes_that_outgrow_onednns_room_are_known() -> None:
+    def outgrows(channels: int, *shape: int, widths: tuple[int, int, int] = (3, 3, 3)) -> bool:
+        settings = ([1] * 3, [width // 2 for width in widths], [1] * 3, False, [0] * 3, 1)
+        image, weight = (torch.empty(1, channels, *extents, device="meta") for extents in (shape, widths))
+        return outgrows_its_room(Reading.of(image, weight.expand(channels, -1, -1, -1, -1), settings))
+
+    # Found wrong, or crashing, on a CPU with AMX and one thread.
+    assert outgrows(16, 8, 96, 96)
+    assert outgrows(16, 1, 96, 96, widths=(1, 3, 3))
+    assert outgrows(16, 16, 512, 16)
+    assert outgrows(32, 3, 60, 64)
+    assert outgrows(320, 3, 24, 8)
+    # Found right, and too large to be treated specially for nothing.
+    for shape in ((48, 96, 96), (64, 64, 64), (16, 96, 96), (128, 128, 128), (352, 256, 288)):
+        assert not outgrows(16, *shape)
+        assert not outgrows(64, *shape) or shape[0] == 16
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)

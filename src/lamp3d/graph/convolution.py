@@ -7,7 +7,8 @@ docs/decisions/arithmetic.md.
   called by its own name instead; for gradients it has none, but torch takes it when given oneDNN's own kind of tensor.
   A pointwise convolution of channels-last values, which meets the same fate, is a matrix product.
 * In bf16 oneDNN's gradient of the weight reads and writes memory that is not its own where the volume is hardly larger
-  than the kernel. Such volumes, the deepest levels of a network on small patches, are computed in fp32.
+  than the kernel. Such volumes, the deepest levels of a network on small patches, are computed in fp32. With AMX it
+  does so where planes are large and few. There depth and height change places.
 * For large ones it takes copies of the image and of the result's gradient. Where there is no room for them, the
   gradients by pieces of the volume are added up.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lamp3d.graph.allocator import make_room
+from lamp3d.graph.onednn import Reading, outgrows_its_room
 
 Mask = tuple[bool, bool, bool]
 """Which gradients are wanted: the image's, the weight's, the bias's."""
@@ -40,6 +42,8 @@ class Kernel(Enum):
     TORCHS_CHOICE = auto()
     ONEDNN = auto()
     MATRIX_PRODUCT = auto()
+    TURNED = auto()
+    """torch's choice, but the weight's gradient with depth and height in each other's place."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,9 @@ class Convolution:
 
     def _gradients(self, gradient: Tensor, image: Tensor, weight: Tensor, mask: Mask) -> list[Tensor | None]:
         weight = weight.to(self.computed)
+        if self.kernel is Kernel.TURNED and any(mask[1:]):  # the bias's gradient comes from the same code
+            found = self._gradients(gradient, image, weight, (mask[0], False, False))
+            return [found[0], *self._parameters_turned(gradient, image, weight, mask)]
         if self.kernel is Kernel.MATRIX_PRODUCT:
             out, values = gradient.movedim(1, -1), image.movedim(1, -1)
             rows = out.reshape(-1, out.shape[-1])
@@ -112,7 +119,7 @@ class Convolution:
                 rows.sum(0) if mask[2] else None,
             ]
         bias_sizes = [gradient.shape[1]]
-        if self.kernel is Kernel.TORCHS_CHOICE or isinstance(image, FakeTensor):
+        if self.kernel in (Kernel.TORCHS_CHOICE, Kernel.TURNED) or isinstance(image, FakeTensor):
             return list(
                 torch.ops.aten.convolution_backward(gradient, image, weight, bias_sizes, *self.settings, list(mask))
             )
@@ -124,6 +131,19 @@ class Convolution:
             laid_out_as(weight, of_weight) if mask[1] else None,
             of_bias,
         ]
+
+    def _parameters_turned(
+        self, gradient: Tensor, image: Tensor, weight: Tensor, mask: Mask
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Their gradients with depth and height in each other's place, or if that is no better, in fp32."""
+        gradient, image, weight = (laid_out_as(t, t.transpose(2, 3)) for t in (gradient, image, weight))
+        settings = tuple([each[1], each[0], *each[2:]] if isinstance(each, list) else each for each in self.settings)
+        turned = Convolution.of(image, weight, None, settings, self.computed)
+        if turned.kernel is Kernel.TURNED:
+            turned = Convolution.of(image, weight, None, settings, torch.float32)
+            gradient, image = gradient.float(), image.float()
+        _, of_weight, of_bias = turned._gradients(gradient, image, weight, (False, *mask[1:]))
+        return None if of_weight is None else of_weight.transpose(2, 3), of_bias
 
     def _is_in_pieces(self, image: Tensor) -> bool:
         transposed = self.settings[3]
@@ -141,11 +161,10 @@ class Convolution:
             first, last = begin * stride[0] - padding[0], (end - 1) * stride[0] - padding[0] + reach
             beyond = (0, 0, 0, 0, max(-first, 0), max(last - planes, 0))
             piece = F.pad(image[:, :, max(first, 0) : min(last, planes)], beyond)
-            _, found, _ = torch.ops.aten.convolution_backward(
-                gradient[:, :, begin:end], piece, weight, None, stride, unpadded, dilation, transposed, output_padding,
-                groups, [False, True, False],
-            )  # fmt: skip
-            total += found
+            settings = (stride, unpadded, dilation, transposed, output_padding, groups)
+            of_piece = Convolution.of(piece, weight, None, settings, self.computed)
+            _, found, _ = of_piece._gradients(gradient[:, :, begin:end], piece, weight, (False, True, False))
+            total += cast(Tensor, found)
         return total.to(weight.dtype)
 
 
@@ -228,6 +247,8 @@ _BINDERS: dict[Callable[..., Any], Callable[..., Call | None]] = {
 def _kernel(
     image: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...], computed: torch.dtype
 ) -> Kernel:
+    if image.device.type == "cpu" and computed == torch.bfloat16 and image.dim() == 5:
+        return Kernel.TURNED if outgrows_its_room(Reading.of(image, weight, settings)) else Kernel.TORCHS_CHOICE
     if image.device.type != "cpu" or computed != torch.float32 or not torch._C._has_mkldnn:
         return Kernel.TORCHS_CHOICE
     chosen = torch._C._select_conv_backend(image.to(computed), weight, bias, *settings)
