@@ -1,5 +1,6 @@
 """Checkpoint files: what goes in comes out, in one piece or not at all, and only into the right network."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,22 @@ def test_optimizer_state_goes_on_exactly(tmp_path: Path, kind: str) -> None:
     other = TrainConfig(curriculum=config.curriculum, optimizer="adamw" if kind == "rmsprop" else "rmsprop")
     with pytest.raises(ConfigError, match="optimizer that began it"):
         restore_optimizer(make_optimizer(parameters(resumed), other), parameters(resumed), state)
+
+
+def test_adamw_is_torchs_whatever_the_layout_of_gradients() -> None:
+    config = TrainConfig(curriculum=(CurriculumStage(patch=8, epochs=1),), optimizer="adamw")
+    ours = nn.Conv3d(4, 8, 3).to(memory_format=torch.channels_last_3d)
+    theirs = copy.deepcopy(ours)
+    fused = make_optimizer(dict(ours.named_parameters()), config)
+    plain = torch.optim.AdamW(theirs.parameters(), weight_decay=0.0, fused=False, foreach=False)
+    for _ in range(3):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            one.grad = torch.randn(one.shape)  # contiguous
+            other.grad = one.grad.clone()
+        fused.step()
+        plain.step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_weight_decay_spares_norms_and_biases() -> None:

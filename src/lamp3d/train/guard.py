@@ -56,7 +56,7 @@ def check_step(engine: Engine, names: Sequence[str], loss: Tensor) -> StepCheck:
     own = [(place[name], p.grad) for name, p in counted if p.grad is not None]
     if own:
         places, gradients = zip(*own, strict=True)
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+        norms = [torch.linalg.vector_norm(gradient).double() for gradient in gradients]
         shared[list(places)] = torch.stack(norms).cpu().square()
     shared[len(names)] = 0 * loss.detach().cpu()  # zero, or not a number
     shared[len(names) + 1 + engine.rank] = engine.peak_bytes()

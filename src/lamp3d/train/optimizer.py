@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,17 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) 
         return torch.optim.RMSprop(groups)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
-    return torch.optim.AdamW(groups)
+    adamw = torch.optim.AdamW(groups, fused=True)  # one pass over each parameter, in a quarter of the time
+    adamw.register_step_pre_hook(_lay_out_gradients)
+    return adamw
+
+
+def _lay_out_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """As the parameters are: torch's fused kernels read both from end to end, whatever their layouts."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -56,8 +67,10 @@ def restore_optimizer(
         if name not in parameters:
             continue  # another rank's
         parameter = parameters[name]
-        # The step count stays on the CPU, where the optimizers read it; the rest is shaped like the parameter.
-        restored = tensor.clone() if key == "step" else torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+        if key == "step":  # read by the CPU, except by fused kernels
+            restored = tensor.clone().to(parameter.device if optimizer.defaults.get("fused") else "cpu")
+        else:
+            restored = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         optimizer.state[parameter][key] = restored
 
 
