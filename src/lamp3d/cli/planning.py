@@ -26,6 +26,9 @@ OWN = ("unet", "seunet")
 USUAL_CLASSES = 10
 VERIFY_TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 
+MORE_ROUNDING = 10
+"""Times what one device rounds in float32, several may round: other kernels, and sums in another order."""
+
 Net = Annotated[
     str,
     typer.Option(
@@ -146,16 +149,14 @@ def verify_command(
         found = Plan.load(plan_path)
     console.print(found.table())
     reports = verify(make, found, dtype)
-    tolerance = VERIFY_TOLERANCES[dtype]
+    apart = _largest([report.differences for report in reports])
+    rounding = _largest([report.rounding for report in reports])
     table = Table(title=f"One device against {found.devices}, in {dtype}")
-    for column in ("largest relative difference of", "", "parameter"):
-        table.add_column(column, justify="left" if column else "right")
-    gradients = {n: d for report in reports for n, d in report.differences.items() if n not in ("output", "loss")}
-    worst = max(gradients, key=lambda name: gradients[name])
-    rows = {key: max(r.differences[key] for r in reports if key in r.differences) for key in ("output", "loss")}
-    for key, difference in rows.items():
-        table.add_row(key, f"{difference:.1e}", "")
-    table.add_row(f"the {len(gradients)} gradients", f"{gradients[worst]:.1e}", worst)
+    for column in ("largest relative difference of", "", *(["one device"] if dtype == "float32" else []), "parameter"):
+        table.add_column(column, justify="left" if column[:3] in ("lar", "par") else "right")
+    for what, (difference, where) in apart.items():
+        one_device = [f"{rounding[what][0]:.1e}"] if dtype == "float32" else []
+        table.add_row(what, f"{difference:.1e}", *one_device, where)
     console.print(table)
     for rank, report in enumerate(reports):
         sent, peak = format_bytes(report.bytes_sent), format_bytes(report.peak_bytes)
@@ -166,9 +167,19 @@ def verify_command(
         trace = timeline.with_suffix(".json")
         write_text(trace, json.dumps(reports[0].line.chrome_trace()))
         say(f"Time lines: {timeline}; for chrome://tracing: {trace}")
-    if not max(*rows.values(), gradients[worst]) <= tolerance:
-        stop(f"the largest difference is beyond {tolerance:g}.", 1)
-    say(f"All within {tolerance:g}.")
+    limits = {what: max(VERIFY_TOLERANCES[dtype], MORE_ROUNDING * rounding[what][0]) for what in apart}
+    beyond = [f"{what} beyond {limit:.0e}" for what, limit in limits.items() if not apart[what][0] <= limit]
+    if beyond:
+        stop(f"too far apart: {', '.join(beyond)}.", 1)
+    say(f"All within {max(limits.values()):.0e}.")
+
+
+def _largest(differences: list[dict[str, float]]) -> dict[str, tuple[float, str]]:
+    """Of output, loss and gradients the largest, and of the gradients, whose it is."""
+    everything = [(name, value) for of_rank in differences for name, value in of_rank.items()]
+    largest = {what: (max(value for name, value in everything if name == what), "") for what in ("output", "loss")}
+    worst = max((value, name) for name, value in everything if name not in largest)
+    return largest | {"gradients": worst}
 
 
 def _network(

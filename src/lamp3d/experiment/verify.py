@@ -6,6 +6,7 @@ import copy
 import importlib
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from lamp3d.plan import Plan, TimeLine
 from lamp3d.space.sharded import whole
 
 ZERO = 1e-5
-"""Of the largest gradient: a gradient below that counts as zero, such as that of a bias in front of a norm."""
+"""Of the largest gradient: a gradient below that counts as zero."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,16 @@ class RankReport:
 
     Attributes:
         differences: largest relative difference of "output" (where the rank holds it), "loss", and the gradient of each
-            of the rank's parameters.
+            of the rank's parameters from one device's, computed in float64.
+        rounding: in float32 also one device's differs from that, where sums cancel by more than one expects; in float64
+            zeros.
         bytes_sent: by this rank, in one training step.
         peak_bytes: of the worker, the step on one device not included.
         line: the time line of all ranks' second step (the first one warms up).
     """
 
     differences: dict[str, float]
+    rounding: dict[str, float]
     bytes_sent: int
     peak_bytes: int
     line: TimeLine
@@ -100,23 +104,67 @@ def _work(make_network: Callable[[], nn.Module], plan: Plan, dtype: str) -> Rank
     line = engine.time_line()
     output = engine.forward(inputs if engine.reads_input else None)
 
-    network, targets = network.to(engine.device), targets.to(engine.device)
-    args, kwargs = arguments(network, {name: tensor.to(engine.device) for name, tensor in inputs.items()})
-    plain_output = network(*args, **kwargs)
-    plain_loss = _loss(plain_output, targets)
-    torch.autograd.backward(plain_loss)
-    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-    floor = ZERO * max((float(gradient.abs().max()) for gradient in gradients.values()), default=0.0)
-    differences = {"loss": _relative(loss, plain_loss.detach().double().cpu())}
-    if output is not None:
-        output = pytree.tree_map(whole, output)
-        pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(plain_output), strict=True)
-        differences["output"] = max(_relative(a, b.detach()) for a, b in pairs)
-    for name, parameter in engine.parameters.items():
-        expected = gradients.get(name, torch.zeros_like(parameter))
-        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        differences[name] = _relative(found, expected, floor)
-    return RankReport(differences, bytes_sent, peak_bytes, line)
+    plain = _on_one_device(network.to(engine.device), inputs, targets)
+    exact = plain if dtype == "float64" else _on_one_device(network.double(), inputs, targets)
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in engine.parameters.items()
+    }
+    here = [] if output is None else pytree.tree_leaves(pytree.tree_map(whole, output))
+    found = _Step(here, loss, gradients)
+    return RankReport(found.differences(exact), plain.differences(exact), bytes_sent, peak_bytes, line)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What comes out of a step: output (if it is here), loss, and gradients by parameter."""
+
+    output: list[Tensor]
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+    def differences(self, exact: _Step) -> dict[str, float]:
+        """As :attr:`RankReport.differences` has them.
+
+        A gradient counts as large as the largest of its layer, which a sum that cancels does not say itself.
+        """
+        sizes = {name: float(gradient.abs().max()) for name, gradient in exact.gradients.items()}
+        of_layer: dict[str, float] = defaultdict(lambda: ZERO * max(sizes.values(), default=0.0))
+        for name, size in sizes.items():
+            of_layer[_layer(name)] = max(of_layer[_layer(name)], size)
+        found = {"loss": _relative(self.loss, exact.loss)}
+        if self.output:
+            pairs = zip(self.output, exact.output, strict=True)
+            found["output"] = max(_relative(ours, theirs) for ours, theirs in pairs)
+        return found | {
+            name: _relative(gradient, exact.gradients[name], of_layer[_layer(name)])
+            for name, gradient in self.gradients.items()
+        }
+
+
+def _on_one_device(network: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> _Step:
+    network.zero_grad()
+    first = next(network.parameters())
+    args, kwargs = arguments(network, {name: tensor.to(first) for name, tensor in inputs.items()})
+    output = network(*args, **kwargs)
+    loss = _loss(output, targets.to(first))
+    torch.autograd.backward(loss)
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in network.named_parameters()
+    }
+    return _Step([leaf.detach() for leaf in pytree.tree_leaves(output)], loss.detach(), gradients)
+
+
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _relative(found: Tensor, expected: Tensor, size: float = 0.0) -> float:
+    """The largest difference, relative to the largest expected value (or ``size``); infinite if it is not a number."""
+    found, expected = found.detach().double().cpu(), expected.double().cpu()
+    apart = (found - expected).abs().max() / expected.abs().max().clamp_min(max(size, 1e-30))
+    return float(apart.nan_to_num(nan=float("inf")))
 
 
 @mean_over_cases
@@ -128,8 +176,3 @@ def _loss(output: Any, targets: Tensor) -> Tensor:
             errors = (leaf - goal).square().mean(tuple(range(1, leaf.dim())))
             losses.append((errors + 0.1).sqrt().mean())
     return torch.stack(losses).sum()
-
-
-def _relative(found: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
-    """The largest difference, relative to the largest expected value (at least ``floor``)."""
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(floor))
