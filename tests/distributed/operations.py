@@ -116,12 +116,13 @@ def resizes(draw: st.DrawFn) -> Operation:
 @st.composite
 def simple(draw: st.DrawFn) -> Operation:
     norm = {"affine": draw(st.booleans())}
+    channels = draw(st.sampled_from([(0, 0), (1, -1), (-2, 2)]))  # as many as before
     return draw(
         st.sampled_from([
             ("instance_norm", norm), ("batch_norm", norm), ("group_norm", norm), ("squeeze", {}), ("softmax", {}),
             ("largest", {}), ("leaky_relu", {"inplace": draw(st.booleans())}), ("gate", {}), ("halves", {}),
             ("moments", {}),
-            ("pad", {"amounts": tuple(draw(st.lists(st.integers(-2, 3), min_size=6, max_size=6)))}),
+            ("pad", {"amounts": (*draw(st.lists(st.integers(-2, 3), min_size=6, max_size=6)), *channels)}),
             ("slice", {"begin": draw(_triple(0, 2)), "end": draw(_triple(0, 2))}),
         ])
     )  # fmt: skip

@@ -237,7 +237,7 @@ def test_the_network_of_a_configuration_is_planned_for(lamp3d: CommandLine, conf
         done = lamp3d("plan", "--net", net, *options, "--json", tmp_path / f"{len(found)}.json")
         assert done.code == 0, done.err
         found.append(Plan.load(tmp_path / f"{len(found)}.json"))
-    assert [plan.network for plan in found] == ["UNet", "FromMonai"]
+    assert [plan.network for plan in found] == ["UNet", "BasicUNet"]
     assert "no configuration at nowhere.yaml" in lamp3d("plan", "--net", "nowhere.yaml").complaint()
 
 

@@ -191,6 +191,8 @@ def test_an_outline_has_no_weights_whatever_the_constructor_looks_at() -> None:
         ({"kind": "unet", "name": "DynUNet"}, "goes with the name"),
         ({"kind": "monai", "name": "DynUNet", "filters": 8}, "has no use for filters"),
         ({"kind": "unet", "divisor": 8}, "has no use for divisor"),
+        ({"kind": "own"}, "with your function's"),
+        ({"kind": "own", "name": "mine:make", "filters": 8}, "has no use for filters"),
     ],
 )
 def test_settings_of_another_kind_of_network_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -340,12 +340,26 @@ def _checkpointed(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
         (_drawn, "draws random numbers"),
         (_checkpointed(True), r"use_checkpoint=False"),
         (_checkpointed(False), r"use_checkpoint=False"),
+        (lambda net, image: torch.tensor(net.conv(image)) * 2, "makes a new tensor of the numbers"),
+        (lambda net, image: torch.as_tensor([net.conv(image)]), "makes a new tensor of the numbers"),
     ],
 )
 def test_what_a_graph_would_do_otherwise_is_refused(code: Callable[[nn.Module, Tensor], Tensor], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         trace(_Forward(code), (1, 1, 8, 8, 8))
     checkpoint(nn.Linear(2, 2), torch.ones(2), use_reentrant=False).sum().backward()  # as ever
+
+
+def test_what_leaves_a_tensor_a_tensor_is_traced() -> None:
+    """MONAI's HighResNet does; torch would end the process."""
+
+    def code(net: nn.Module, image: Tensor) -> Tensor:
+        made = net.conv(image)
+        return made + torch.as_tensor(made) * torch.as_tensor(made, dtype=torch.float64) + torch.as_tensor([2.0])
+
+    network, image = _Forward(code).double(), torch.randn(1, 1, 8, 8, 8, dtype=torch.float64)
+    (found,) = pytree.tree_leaves(run_stages(trace(network, tuple(image.shape)), [0], image))
+    torch.testing.assert_close(found, network(image))
 
 
 def test_cells_of_a_layer_that_is_used_twice_have_two_names() -> None:

@@ -216,3 +216,5 @@ def test_errors_name_the_classes() -> None:
     logits, labels, annotated = example()
     with pytest.raises(ConfigError, match=r"3 channels.*4 classes"):
         hybrid()(logits[:, :3], (labels, annotated[:, :3]))
+    with pytest.raises(ConfigError, match=r"6 dimensions.*deep supervision off"):
+        hybrid()(logits[:, None], (labels, annotated))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lamp3d.data.preprocess import PreprocessConfig
 from lamp3d.errors import ConfigError
-from lamp3d.nets import FromMonai, UNet
+from lamp3d.nets import UNet, from_monai
 from lamp3d.parallel import Engine
 from lamp3d.plan import make_plan
 from lamp3d.predict import PredictConfig, Predictor, check_window, single_parts, with_largest_parts
@@ -129,7 +129,7 @@ def test_the_engine_on_one_device_gives_the_networks_own_logits():
     torch.testing.assert_close(windows[1], whole[1])
 
 
-HALVES_FIVE_TIMES = FromMonai("UNet", {"channels": [2] * 6, "strides": [2] * 5}, 1, 2, divisor=32)
+HALVES_FIVE_TIMES = from_monai("UNet", {"channels": [2] * 6, "strides": [2] * 5}, 1, 2, divisor=32)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ HALVES_FIVE_TIMES = FromMonai("UNet", {"channels": [2] * 6, "strides": [2] * 5},
         ((32, 32, 32), UNet(1, 2, filters=2, stem_stride=2), "a single voxel at the coarsest level"),
         (
             (32, 32, 32),
-            FromMonai("UNet", {"channels": [2] * 6, "strides": [2] * 5}, 1, 2, 32),
-            "FromMonai does not accept an input of 1×1×32×32×32",
+            from_monai("UNet", {"channels": [2] * 6, "strides": [2] * 5}, 1, 2, 32),
+            "UNet does not accept an input of 1×1×32×32×32",
         ),
     ],
 )

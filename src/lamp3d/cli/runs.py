@@ -107,6 +107,11 @@ def predict_command(
     if not scans:
         raise ConfigError("no scans: give a run folder and at least one scan, or --model NAME and scans.")
     opened = Run.open(run)
+    if model is not None and opened.config.network.kind == "own":
+        raise ConfigError(
+            f"{model} names code to make its network, {opened.config.network.name}, and models are not to run any: if "
+            f"you trust it, lamp3d predict {run} SCAN."
+        )
     done = predict(
         opened,
         _scans_by_name(scans, len(opened.channels)),

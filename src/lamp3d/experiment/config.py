@@ -14,17 +14,17 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_
 from lamp3d.data import AugmentConfig, PreprocessConfig, SplitConfig
 from lamp3d.errors import ConfigError
 from lamp3d.files import write_text
-from lamp3d.nets import FromMonai, Network, SEUNet, UNet, hollow
+from lamp3d.nets import Network, SEUNet, UNet, from_function, from_monai, hollow
 from lamp3d.plan import parse_bytes
 from lamp3d.predict import PredictConfig
 from lamp3d.train import LossConfig, TrainConfig
 
 
 class NetworkConfig(BaseModel):
-    """Which network, and how large: one of lamp3d's, or any of MONAI's.
+    """Which network, and how large: one of lamp3d's, any of MONAI's, or your own.
 
     Args:
-        kind: "unet" or "seunet" (paper §2.2), or "monai", of which only the last three settings say more.
+        kind: "unet" or "seunet" (paper §2.2), or "monai" or "own", of which only the last three settings say more.
         filters: f, channels of the first block (paper: 32, 64, 128), or those of all five levels, such as
             [16, 32, 64, 128, 192].
         norm: "instance", "batch" or "group".
@@ -32,14 +32,15 @@ class NetworkConfig(BaseModel):
         max_filters: upper limit of the channels; None: 16 f.
         deep_supervision: how many coarser decoder levels give logits too, for training only.
         se_reduction: of the squeeze-and-excitation, "seunet" only.
-        name: of a class in `monai.networks.nets`, such as "DynUNet".
-        arguments: of its constructor, beside dimensions and channels.
+        name: of a class in `monai.networks.nets`, such as "DynUNet"; of your own, package.module:function, which is
+            called with `in_channels` and `out_channels`.
+        arguments: beside dimensions and channels.
         divisor: what the sides of its volumes must be multiples of.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["unet", "seunet", "monai"] = "unet"
+    kind: Literal["unet", "seunet", "monai", "own"] = "unet"
     filters: PositiveInt | tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt] = 32
     norm: Literal["instance", "batch", "group"] = "instance"
     stem_stride: Literal[1, 2] = 1
@@ -52,14 +53,12 @@ class NetworkConfig(BaseModel):
 
     @model_validator(mode="after")
     def _is_whole(self) -> NetworkConfig:
-        of_monai = {"name", "arguments", "divisor"}
-        if (self.kind == "monai") != (self.name is not None):
-            raise ValueError("kind: monai goes with the name of one of its networks, and only that")
-        others = (
-            self.model_fields_set
-            - {"kind"}
-            - (of_monai if self.kind == "monai" else set(type(self).model_fields) - of_monai)
-        )
+        of_others = {"name", "arguments", "divisor"}
+        is_others = self.kind in ("monai", "own")
+        if is_others != (self.name is not None):
+            raise ValueError("kind: monai goes with the name of one of its networks, kind: own with your function's")
+        of_ours = set(type(self).model_fields) - of_others
+        others = self.model_fields_set - {"kind"} - (of_others if is_others else of_ours)
         if self.kind != "seunet":
             others |= self.model_fields_set & {"se_reduction"}
         if changed := sorted(key for key in others if getattr(self, key) != type(self).model_fields[key].default):
@@ -69,7 +68,8 @@ class NetworkConfig(BaseModel):
     def build(self, n_classes: int, in_channels: int = 1) -> Network:
         """The network with as many outputs as classes, with fresh weights from torch's random state."""
         if self.name is not None:
-            return FromMonai(self.name, self.arguments, in_channels, n_classes, self.divisor)
+            make_other = from_monai if self.kind == "monai" else from_function
+            return make_other(self.name, self.arguments, in_channels, n_classes, self.divisor)
         make = UNet if self.kind == "unet" else partial(SEUNet, se_reduction=self.se_reduction)
         return make(
             in_channels,

@@ -44,8 +44,14 @@ def export(run: Run, dest: Path, *, name: str, data: str, licence: str) -> Path:
         ``dest``.
 
     Raises:
-        ConfigError: the folder is not empty, the run has no weights, or half precision changes its output.
+        ConfigError: the folder is not empty, the run has no weights, its network is not lamp3d's or MONAI's, or half
+            precision changes its output.
     """
+    if run.config.network.kind == "own":
+        raise ConfigError(
+            f"{run.folder} has a network of your own ({run.config.network.name}), and an exported model does without "
+            "your code: hand on the run folder together with it."
+        )
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ConfigError(f"{dest} is not empty, and nothing in it is replaced; give a new folder.")
     if not run.best.exists():

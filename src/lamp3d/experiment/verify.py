@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lamp3d.errors import ConfigError
 from lamp3d.graph.inputs import arguments, batch_of, shapes_by_name
+from lamp3d.nets import imported
 from lamp3d.parallel import Engine, launch, mean_over_cases
 from lamp3d.plan import Plan, TimeLine
 from lamp3d.space.sharded import whole
@@ -55,13 +53,7 @@ def load_network(path: str) -> nn.Module:
     Raises:
         ConfigError: there is no such thing, or it gives no module.
     """
-    module, _, name = path.partition(":")
-    if "" not in sys.path and os.getcwd() not in sys.path:  # as `python -m` does
-        sys.path.insert(0, os.getcwd())
-    try:
-        network = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"no network {path!r} ({error}); write it as package.module:function.") from error
+    network = imported(path)()
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{path} gives {type(network).__name__}, not a torch.nn.Module.")
     return network

@@ -17,6 +17,11 @@ InputShape = Sequence[int] | Mapping[str, Sequence[int]]
 each: the batch comes first in all of them. Parameters without a shape keep their defaults."""
 
 
+def title_of(network: nn.Module) -> str:
+    """What to call a network: its own ``title``, which networks around another's have, or that of its class."""
+    return str(getattr(network, "title", type(network).__name__))
+
+
 def shapes_by_name(shape: InputShape, network: nn.Module) -> dict[str, Shape]:
     """The shape of each input; a single one belongs to ``forward``'s first parameter."""
     if isinstance(shape, Mapping):

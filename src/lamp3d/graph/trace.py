@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from lamp3d.errors import ConfigError
 from lamp3d.graph.cells import Cell, CellGraph
-from lamp3d.graph.inputs import InputShape, Shape, input_text, shapes_by_name
+from lamp3d.graph.inputs import InputShape, Shape, input_text, shapes_by_name, title_of
 from lamp3d.graph.shapes import dry_run, module_device, module_dtype
 from lamp3d.graph.tracer import ShapedTracer, attribute
 
@@ -77,15 +77,15 @@ def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.Grap
         graph, reads_shape = traced(other_mode=False)
     except (fx.proxy.TraceError, DataDependentOutputException) as error:
         raise ConfigError(
-            f"{type(network).__name__} cannot be traced by torch.fx: {error}. Its forward must not branch on the "
+            f"{title_of(network)} cannot be traced by torch.fx: {error}. Its forward must not branch on the "
             "values of a tensor."
         ) from error
     except TypeError as error:  # it takes something else
         raise ConfigError(
-            f"{type(network).__name__} cannot be called with the inputs {', '.join(input_shapes)}: {error}"
+            f"{title_of(network)} cannot be called with the inputs {', '.join(input_shapes)}: {error}"
         ) from error
     except ConfigError as error:
-        raise ConfigError(f"{type(network).__name__} cannot be traced: {error}") from error
+        raise ConfigError(f"{title_of(network)} cannot be traced: {error}") from error
     except Exception as error:
         raise _does_not_accept(network, input_shapes, error) from error
     graph.training = network.training
@@ -191,7 +191,7 @@ class _Recorder(fx.Interpreter):
 
 def _does_not_accept(network: nn.Module, input_shapes: dict[str, Shape], error: Exception) -> ConfigError:
     shown = input_text(input_shapes if len(input_shapes) > 1 else next(iter(input_shapes.values())))
-    return ConfigError(f"{type(network).__name__} does not accept an input of {shown}: {error}")
+    return ConfigError(f"{title_of(network)} does not accept an input of {shown}: {error}")
 
 
 def _tensors(value: Any) -> list[Tensor]:

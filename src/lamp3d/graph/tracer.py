@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -171,36 +171,61 @@ def _modes() -> tuple[bool, ...]:
 
 @contextmanager
 def _functions_apart() -> Iterator[None]:
-    """Within it, a stand-in that is given to what takes tensors apart from torch's operators is refused.
+    """Within it, a stand-in that is given to what takes tensors apart from torch's operators is taken care of.
 
-    These are functions with a backward of their own, and checkpoints: torch would end the process.
+    Functions with a backward of their own, checkpoints, and what makes tensors of numbers: torch would end the process.
     """
     frame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
-    places: list[tuple[Any, str]] = [(torch.autograd.Function, "apply")]
+    places: list[tuple[Any, str, Callable[..., Any]]] = [
+        (torch.autograd.Function, "apply", partial(_refusing, OWN_BACKWARD)),
+        (torch, "as_tensor", _converting),
+        (torch, "asarray", partial(_refusing, NEW_TENSOR)),
+        (torch, "tensor", partial(_refusing, NEW_TENSOR)),
+    ]
     if hasattr(frame, "save_inputs"):
-        places.append((frame, "save_inputs"))
+        places.append((frame, "save_inputs", partial(_refusing, OWN_BACKWARD)))
     with ExitStack() as stack:
-        for owner, name in places:
+        for owner, name, instead_of in places:
             plain = owner.__dict__[name]
             stack.callback(setattr, owner, name, plain)
             if isinstance(plain, classmethod):  # not bound to its class: subclasses use it
-                setattr(owner, name, classmethod(_checked(plain.__func__)))
+                setattr(owner, name, classmethod(instead_of(plain.__func__)))
             else:
-                setattr(owner, name, _checked(plain))
+                setattr(owner, name, instead_of(plain))
         yield
 
 
-def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+OWN_BACKWARD = (
+    "its forward calls a function with a backward of its own. If that is activation checkpointing, turn it off "
+    "(use_checkpoint=False): lamp3d recomputes by itself where memory is short."
+)
+NEW_TENSOR = (
+    "its forward makes a new tensor of the numbers in one that it has computed, which a graph of it would not; use "
+    "x.detach() or x.clone()."
+)
+
+
+def _refusing(why: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def refusing(*args: Any, **kwargs: Any) -> Any:
         if any(type(leaf) is _ShapedProxy for leaf in pytree.tree_leaves((args, kwargs))):
-            raise ConfigError(
-                "its forward calls a function with a backward of its own. If that is activation checkpointing, turn it "
-                "off (use_checkpoint=False): lamp3d recomputes by itself where memory is short."
-            )
+            raise ConfigError(why)
         return function(*args, **kwargs)
 
-    return checked
+    return refusing
+
+
+def _converting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What leaves a tensor a tensor, perhaps of another type or elsewhere."""
+
+    @wraps(function)
+    def converting(data: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(data) is not _ShapedProxy:
+            return _refusing(NEW_TENSOR, function)(data, *args, **kwargs)
+        there = {key: value for key, value in kwargs.items() if value is not None}
+        return data.to(*args, **there) if args or there else data
+
+    return converting
 
 
 class _ShapedProxy(fx.Proxy):

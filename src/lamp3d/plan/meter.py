@@ -22,7 +22,7 @@ from torch import nn
 from lamp3d.errors import ConfigError
 from lamp3d.graph import CellGraph, lay_out_weights, trace
 from lamp3d.graph.allocator import freed_memory_kept
-from lamp3d.graph.inputs import InputShape, Shape, input_text, with_batch
+from lamp3d.graph.inputs import InputShape, Shape, input_text, title_of, with_batch
 from lamp3d.plan.allowance import cpu_cores
 from lamp3d.plan.cache import remembered
 from lamp3d.plan.hardware import (
@@ -197,7 +197,7 @@ class Meter(ABC):
             if shape == self.shape:
                 raise
             raise ConfigError(
-                f"slabs are timed with {input_text(shape)}, and {type(self.network).__name__} does not take that (if "
+                f"slabs are timed with {input_text(shape)}, and {title_of(self.network)} does not take that (if "
                 f"it halves a volume more often, give it an attribute `divisor`, now {self.divisor})"
             ) from error
 

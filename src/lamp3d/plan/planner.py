@@ -13,7 +13,7 @@ from torch import nn
 
 from lamp3d.errors import ConfigError, PlanError
 from lamp3d.graph.buffers import refuse_batch_norm, training_batch_norm
-from lamp3d.graph.inputs import InputShape, batch_of, input_text, volume_of, with_batch
+from lamp3d.graph.inputs import InputShape, batch_of, input_text, title_of, volume_of, with_batch
 from lamp3d.plan.advice import does_not_fit
 from lamp3d.plan.amounts import format_bytes, parse_bytes
 from lamp3d.plan.hardware import Hardware, load_hardware, load_link, local_link
@@ -258,7 +258,7 @@ def search_plans(meter: Meter, request: Request, *, advise: bool = True, kept: i
         if few and all(found.why in few for found in answer.found):
             raise PlanError(f"{'; '.join(why.rstrip('.') for why in sorted(few))}.")
         raise PlanError(does_not_fit(meter, request, advise=advise))
-    return Planning(_plan(answer.best, meter, request, type(meter.network).__name__), answer)
+    return Planning(_plan(answer.best, meter, request, title_of(meter.network)), answer)
 
 
 def _check(

@@ -84,10 +84,11 @@ def _three(value: Any) -> list[Any]:
 
 @rule(F.pad)
 def pad(input: ShardedVolume, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> ShardedVolume:
-    """``torch.nn.functional.pad`` over space; negative numbers crop."""
+    """``torch.nn.functional.pad`` over space and channels; negative numbers crop."""
     amounts = [*pad, *[0] * (10 - len(pad))]
-    if any(amounts[6:]):
-        raise refuse("pad", "it pads batch or channels")
+    channels = amounts[6:8]
+    if any(amounts[8:]):
+        raise refuse("pad", "it pads the batch")
     if not any(amounts):  # a copy, as torch makes it
         return ShardedVolume(input.local.clone(), input.placement, input.space)
     around = {dim: (amounts[2 * (4 - dim)], amounts[2 * (4 - dim) + 1]) for dim in (2, 3, 4)}
@@ -109,8 +110,8 @@ def pad(input: ShardedVolume, pad: Sequence[int], mode: str = "constant", value:
             here = volume.space.coordinate[cut.axis]
             before, after = before * (here == 0), after * (here == len(cut.slabs) - 1)
         missing[2 * (4 - dim) : 2 * (4 - dim) + 2] = before, after
-    if any(missing):
-        local = F.pad(local, missing, mode, value)
+    if any(missing) or any(channels):
+        local = F.pad(local, [*missing, *channels] if any(channels) else missing, mode, value)
     return settled(local, extents, sorted(cuts, key=lambda cut: cut.axis), volume)
 
 

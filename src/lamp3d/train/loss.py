@@ -119,10 +119,15 @@ class HybridLoss(nn.Module):
             0-dim tensor.
 
         Raises:
-            ConfigError: the network's number of output channels is not the number of classes.
+            ConfigError: the network's number of output channels is not the number of classes, or it gives more levels.
         """
         labels, annotated = targets
         classes = len(self.class_weights)
+        if logits.dim() != 5:
+            raise ConfigError(
+                f"The network gives a tensor of {logits.dim()} dimensions and not logits (B, C, D, H, W): switch "
+                "its deep supervision off."
+            )
         if logits.shape[1] != self.heads * classes:
             raise ConfigError(
                 f"The network gives {logits.shape[1]} channels, but there are {classes} classes "

@@ -1,0 +1,131 @@
+"""Networks that others have written: MONAI's by name, or any that a function makes."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lamp3d.errors import ConfigError
+
+_GIVEN = {"spatial_dims": 3, "dimensions": 3}
+_IN = ("in_channels", "in_chans")
+_OUT = ("out_channels", "num_classes", "out_chans")
+
+
+class Wrapped(nn.Module):
+    """Another's network, with what lamp3d wants to know of networks.
+
+    Args:
+        network: from images (B, in_channels, D, H, W) to logits (B, C, D, H, W).
+        title: what it is called.
+        in_channels: of the images.
+        divisor: what the sides of its volumes must be multiples of.
+    """
+
+    heads = 1
+    """Logits of one level only."""
+
+    def __init__(self, network: nn.Module, title: str, in_channels: int, divisor: int) -> None:
+        super().__init__()
+        self.network = network
+        self.title, self.in_channels, self.divisor = title, in_channels, divisor
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, C, D, H, W) of an image (B, in_channels, D, H, W).
+
+        Raises:
+            ConfigError: the network gives several outputs.
+        """
+        logits = self.network(image)
+        if isinstance(logits, list | tuple | dict):
+            if isinstance(logits, dict) or len(logits) != 1:
+                raise ConfigError(
+                    f"{self.title} gives {len(logits)} outputs, and training takes the logits of one level: switch its "
+                    "deep supervision off in network.arguments."
+                )
+            (logits,) = logits
+        return logits  # type: ignore[no-any-return]
+
+
+def from_monai(name: str, arguments: Mapping[str, Any], in_channels: int, out_channels: int, divisor: int) -> Wrapped:
+    """A network of `monai.networks.nets`.
+
+    Args:
+        name: of the class, such as "DynUNet".
+        arguments: of its constructor, beside dimensions and channels.
+        in_channels: of the images.
+        out_channels: of the logits, the background included.
+        divisor: what the sides of its volumes must be multiples of.
+
+    Raises:
+        ConfigError: there is no such class, or it does not take these arguments.
+    """
+    import monai.networks.nets  # takes seconds, for those who want none of them
+
+    known = {n for n, c in vars(monai.networks.nets).items() if inspect.isclass(c) and issubclass(c, nn.Module)}
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 3)
+        raise ConfigError(f"MONAI has no network {name!r}{'; close to it: ' + ', '.join(close) if close else ''}.")
+    make = getattr(monai.networks.nets, name)
+    takes = inspect.signature(make).parameters
+    given = {key: value for key, value in _GIVEN.items() if key in takes}
+    for keys, channels in ((_IN, in_channels), (_OUT, out_channels)):
+        key = next((key for key in keys if key in takes), None)
+        if key is None:
+            raise ConfigError(f"{name} takes none of {', '.join(keys)}: it is no network for segmentation.")
+        given[key] = channels
+    try:
+        network = make(**given, **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"{name} does not take these arguments: {error}") from error
+    return Wrapped(network, name, in_channels, divisor)
+
+
+def from_function(
+    path: str, arguments: Mapping[str, Any], in_channels: int, out_channels: int, divisor: int
+) -> Wrapped:
+    """A network that ``package.module:function`` makes, called with `in_channels`, `out_channels` and the arguments.
+
+    Args:
+        path: where the function, or the class, is.
+        arguments: beside the channels.
+        in_channels, out_channels, divisor: as :func:`from_monai`'s.
+
+    Raises:
+        ConfigError: there is no such function, it does not take these arguments, or it gives no module.
+    """
+    make = imported(path)
+    given = {"in_channels": in_channels, "out_channels": out_channels} | dict(arguments)
+    try:
+        inspect.signature(make).bind(**given)
+    except TypeError as error:
+        raise ConfigError(f"{path} is called with {', '.join(given)}, and does not take that: {error}.") from error
+    network = make(**given)
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"{path} gives {type(network).__name__}, not a torch.nn.Module.")
+    return Wrapped(network, type(network).__name__, in_channels, divisor)
+
+
+def imported(path: str) -> Callable[..., Any]:
+    """The function of ``package.module:function``; the module may also lie in the present folder.
+
+    Raises:
+        ConfigError: there is no such thing.
+    """
+    module, _, name = path.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:  # as `python -m` does
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"no network {path!r} ({error}); write it as package.module:function.") from error
+    if not callable(found):
+        raise ConfigError(f"{path} is no function that makes a network, but {type(found).__name__}.")
+    return found  # type: ignore[no-any-return]

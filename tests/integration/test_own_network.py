@@ -1,0 +1,94 @@
+"""A network that a user's own function makes: trained on two devices, predicted with, and not handed on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lamp3d.errors import ConfigError
+from lamp3d.experiment import NetworkConfig
+from lamp3d.train import Checkpoint
+from tests.integration.conftest import CommandLine
+
+CODE = """
+from torch import nn
+
+
+class Plain(nn.Module):
+    def __init__(self, inner, in_channels, out_channels, outputs):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv3d(in_channels, inner, 3, padding=1), nn.InstanceNorm3d(inner), nn.ReLU())
+        self.heads = nn.ModuleList(nn.Conv3d(inner, out_channels, 1) for _ in range(outputs))
+
+    def forward(self, x):
+        x = self.body(x)
+        return [head(x) for head in self.heads]
+
+
+def make(in_channels, out_channels, inner=4, outputs=1):
+    return Plain(inner, in_channels, out_channels, outputs)
+
+
+def no_network(in_channels, out_channels):
+    return "a network"
+"""
+
+
+def test_an_own_network_from_training_to_prediction(
+    lamp3d: CommandLine, dataset: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lamp3d.folder / "own_nets.py").write_text(CODE, "utf-8")  # where the commands run
+    settings, run = tmp_path / "own.yaml", tmp_path / "run"
+    own = 'network: {kind: own, name: "own_nets:make", arguments: {inner: 3}, divisor: 2}'
+    settings.write_text(config.read_text("utf-8").replace("network: {kind: unet, filters: 2}", own), "utf-8")
+    done = lamp3d("train", dataset, "--config", settings, "--out", run, "--devices", 2)
+    assert done.code == 0, done.err
+    assert "Plain, mini-batch" in done.out
+    assert Checkpoint(run / "best.safetensors").read("model")["network.heads.0.weight"].shape == (10, 3, 1, 1, 1)
+    scan = next((dataset / "images").iterdir())
+    done = lamp3d("predict", run, scan, "--out", tmp_path / "labels", "--devices", 2)
+    assert done.code == 0, done.err
+    assert len(list((tmp_path / "labels").iterdir())) == 1
+
+    refused = lamp3d("predict", "--model", run, scan, "--out", tmp_path / "others")
+    assert refused.code != 0
+    assert "names code to make its network, own_nets:make" in refused.err
+    refused = lamp3d("export", run, tmp_path / "model", "--name", "a", "--data", "b", "--licence", "c")
+    assert refused.code != 0
+    assert "a network of your own (own_nets:make)" in refused.err
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("own_nets_here:make", {"iner": 3}, "called with in_channels, out_channels, iner"),
+        ("own_nets_here:mak", {}, "no network 'own_nets_here:mak'"),
+        ("no_such_module:make", {}, "no network 'no_such_module:make'"),
+        ("own_nets_here", {}, "write it as package.module:function"),
+        ("own_nets_here:no_network", {}, r"gives str, not a torch\.nn\.Module"),
+        ("own_nets_here:__name__", {}, "is no function that makes a network, but str"),
+    ],
+)
+def test_what_makes_no_network_is_said(
+    name: str, arguments: dict[str, int], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_nets_here.py").write_text(CODE, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        NetworkConfig(kind="own", name=name, arguments=arguments).build(2)
+
+
+def test_one_output_is_taken_out_of_its_list_and_several_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_nets_too.py").write_text(CODE, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    image = torch.zeros(1, 1, 4, 4, 4)
+    build = NetworkConfig(kind="own", name="own_nets_too:make").build
+    assert build(3)(image).shape == (1, 3, 4, 4, 4)
+    several = NetworkConfig(kind="own", name="own_nets_too:make", arguments={"outputs": 2}).build(3)
+    with pytest.raises(ConfigError, match=r"Plain gives 2 outputs.*deep supervision off"):
+        several(image)
