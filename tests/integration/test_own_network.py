@@ -13,6 +13,7 @@ from lamp3d.train import Checkpoint
 from tests.integration.conftest import CommandLine
 
 CODE = """
+import torch
 from torch import nn
 
 
@@ -29,6 +30,16 @@ class Plain(nn.Module):
 
 def make(in_channels, out_channels, inner=4, outputs=1):
     return Plain(inner, in_channels, out_channels, outputs)
+
+
+class Fixed(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=1)
+        self.where = nn.Parameter(torch.zeros(1, 1, 16, 16, 32))
+
+    def forward(self, x):
+        return self.conv(x) + self.where
 
 
 def no_network(in_channels, out_channels):
@@ -59,6 +70,20 @@ def test_an_own_network_from_training_to_prediction(
     assert refused.code != 0
     assert "a network of your own (own_nets:make)" in refused.err
     assert not (tmp_path / "model").exists()
+
+
+def test_a_network_of_one_size_is_refused_before_it_is_trained(
+    lamp3d: CommandLine, dataset: Path, config: Path, tmp_path: Path
+) -> None:
+    (lamp3d.folder / "own_fixed.py").write_text(CODE, "utf-8")
+    settings, run = tmp_path / "fixed.yaml", tmp_path / "run"
+    own = 'network: {kind: own, name: "own_fixed:Fixed", divisor: 16}'
+    settings.write_text(config.read_text("utf-8").replace("network: {kind: unet, filters: 2}", own), "utf-8")
+    stages = "train.curriculum=[{patch: [16, 16, 32], epochs: 1}]"
+    done = lamp3d("train", dataset, stages, "--config", settings, "--out", run)
+    assert done.code != 0
+    assert "validation predicts whole volumes, and Fixed does not take the largest" in done.err
+    assert not run.exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,12 @@ from lamp3d.experiment.initial import initial_weights
 from lamp3d.experiment.planning import plan_stages, stage_batches, stage_plan
 from lamp3d.experiment.run import Run, cache_folder
 from lamp3d.files import claimed
+from lamp3d.graph import trace
+from lamp3d.graph.inputs import title_of
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, format_bytes
 from lamp3d.predict import Predictor, single_parts
+from lamp3d.sides import padded_sides
 from lamp3d.train import Checkpoint, CurriculumStage, HybridLoss, Trainer, copy_tensors, network_tensors, resumable
 
 MOST_NAMED = 8
@@ -87,6 +91,7 @@ def train(
         run, store, train_cases, (*train_cases, *validation_cases), devices,
         kept=_kept_plans(run, devices) if resume else {}, show=show,
     )  # fmt: skip
+    _check_validation(run, store, validation_cases)
     if not begun:
         _point_out(unusual_contours(store, (*train_cases, *validation_cases)), console)
     with claimed(out / ".lock") as mine:
@@ -98,6 +103,21 @@ def train(
             plan.save(run.plan_path(index))
         _train(run, store, train_cases, devices, resume, auto_replan, console)
     return run
+
+
+def _check_validation(run: Run, store: CaseStore, cases: tuple[Case, ...]) -> None:
+    """Whether the network takes what validation predicts, whole volumes; networks of one fixed size do not."""
+    if not cases or run.config.network.name is None:  # lamp3d's own do
+        return
+    network = run.outline()
+    sides = max((padded_sides(store.shape(case), network.divisor) for case in cases), key=math.prod)
+    try:
+        trace(network, (1, network.in_channels, *sides))
+    except ConfigError as error:
+        raise ConfigError(
+            f"validation predicts whole volumes, and {title_of(network)} does not take the largest: {error}. Choose a "
+            "network that takes any size; or train without validation cases, and predict with --window."
+        ) from error
 
 
 def _train(
