@@ -252,3 +252,8 @@ def test_verify_tells_of_a_network_that_a_plan_changes(lamp3d: CommandLine) -> N
     done = lamp3d("verify", "--net", "mine:absent", "--volume", "8")
     assert done.code == 2
     assert "write it as package.module:function" in done.err
+    (lamp3d.folder / "asking.py").write_text("def make(in_channels, out_channels): ...\n")
+    done = lamp3d("verify", "--net", "asking:make", "--volume", "8")
+    assert done.code == 2
+    assert "called without arguments here" in done.err
+    assert "kind: own, name: asking:make" in done.err

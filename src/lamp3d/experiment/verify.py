@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,15 @@ def load_network(path: str) -> nn.Module:
     Raises:
         ConfigError: there is no such thing, or it gives no module.
     """
-    network = imported(path)()
+    make = imported(path)
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise ConfigError(
+            f"{path} is called without arguments here ({error}): give --net a configuration (.yaml) that says "
+            f"them, with network: {{kind: own, name: {path}}}."
+        ) from error
+    network = make()
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{path} gives {type(network).__name__}, not a torch.nn.Module.")
     return network

@@ -20,7 +20,7 @@ class Reading(NamedTuple):
     Attributes:
         read: extents of what is read; of a transposed convolution, which is one the other way round, its result.
         made: extents of the other.
-        kernel, stride, padding: by axis.
+        kernel, stride, padding: by axis; the kernel with what dilation leaves out.
         channels: of what is read, and of the other.
     """
 
@@ -35,9 +35,9 @@ class Reading(NamedTuple):
     def of(cls, image: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Reading:
         """That of torch's convolution with these arguments."""
         stride, padding, dilation, transposed, beyond, _ = settings
-        here, kernel = _extents(image.shape[2:]), _extents(weight.shape[2:])
-        reach = [step * (width - 1) + 1 for step, width in zip(dilation, kernel, strict=True)]
-        axes = zip(here, stride, padding, reach, beyond, strict=True)
+        here = _extents(image.shape[2:])
+        kernel = _extents([step * (width - 1) + 1 for step, width in zip(dilation, weight.shape[2:], strict=True)])
+        axes = zip(here, stride, padding, kernel, beyond, strict=True)
         if transposed:
             there = [(extent - 1) * step - 2 * pad + width + more for extent, step, pad, width, more in axes]
             read, made, channels = _extents(there), here, (weight.shape[1], image.shape[1])
