@@ -48,7 +48,7 @@ def no_network(in_channels, out_channels):
 
 
 def test_an_own_network_from_training_to_prediction(
-    lamp3d: CommandLine, dataset: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lamp3d: CommandLine, dataset: Path, config: Path, tmp_path: Path
 ) -> None:
     (lamp3d.folder / "own_nets.py").write_text(CODE, "utf-8")  # where the commands run
     settings, run = tmp_path / "own.yaml", tmp_path / "run"

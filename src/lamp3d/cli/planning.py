@@ -13,9 +13,9 @@ from torch import nn
 
 from lamp3d.cli.common import Devices, app, console, picture_option, say, sides, stop
 from lamp3d.errors import ConfigError
-from lamp3d.experiment import NetworkConfig, load_config, load_network, verify
+from lamp3d.experiment import NetworkConfig, load_config, verify
 from lamp3d.files import write_text
-from lamp3d.nets import Network, hollow
+from lamp3d.nets import Network, hollow, made_by
 from lamp3d.plan import SCHEDULES, Plan, Planning, find_plans, format_bytes, parse_bytes
 from lamp3d.plan.hardware import known_hardware
 from lamp3d.report import cells_picture, time_line_picture
@@ -152,8 +152,10 @@ def verify_command(
     apart = _largest([report.differences for report in reports])
     rounding = _largest([report.rounding for report in reports])
     table = Table(title=f"One device against {found.devices}, in {dtype}")
-    for column in ("largest relative difference of", "", *(["one device"] if dtype == "float32" else []), "parameter"):
-        table.add_column(column, justify="left" if column[:3] in ("lar", "par") else "right")
+    table.add_column("largest relative difference of")
+    for column in ("", "one device") if dtype == "float32" else ("",):
+        table.add_column(column, justify="right")
+    table.add_column("parameter")
     for what, (difference, where) in apart.items():
         one_device = [f"{rounding[what][0]:.1e}"] if dtype == "float32" else []
         table.add_row(what, f"{difference:.1e}", *one_device, where)
@@ -201,7 +203,7 @@ def _network(
     elif ":" in net:
         if classes is not None:
             raise ConfigError(f"--net {net} says itself how many classes it has: leave out --classes.")
-        return partial(load_network, net), shape
+        return partial(made_by, net), shape
     elif net in OWN:
         how = {"kind": net, "filters": filters or usual_filters, "stem_stride": stem_stride or 1}
         settings = NetworkConfig.model_validate(how)

@@ -6,7 +6,7 @@ from lamp3d.experiment.inference import evaluate, predict
 from lamp3d.experiment.planning import Forecast, forecast
 from lamp3d.experiment.run import Run
 from lamp3d.experiment.training import train
-from lamp3d.experiment.verify import load_network, verify
+from lamp3d.experiment.verify import verify
 
 __all__ = [
     "ExperimentConfig",
@@ -18,7 +18,6 @@ __all__ = [
     "find_model",
     "forecast",
     "load_config",
-    "load_network",
     "predict",
     "train",
     "verify",

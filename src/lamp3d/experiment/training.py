@@ -20,11 +20,10 @@ from lamp3d.experiment.initial import initial_weights
 from lamp3d.experiment.planning import plan_stages, stage_batches, stage_plan
 from lamp3d.experiment.run import Run, cache_folder
 from lamp3d.files import claimed
-from lamp3d.graph import trace
 from lamp3d.graph.inputs import title_of
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, format_bytes
-from lamp3d.predict import Predictor, single_parts
+from lamp3d.predict import Predictor, check_window, single_parts
 from lamp3d.sides import padded_sides
 from lamp3d.train import Checkpoint, CurriculumStage, HybridLoss, Trainer, copy_tensors, network_tensors, resumable
 
@@ -112,7 +111,7 @@ def _check_validation(run: Run, store: CaseStore, cases: tuple[Case, ...]) -> No
     network = run.outline()
     sides = max((padded_sides(store.shape(case), network.divisor) for case in cases), key=math.prod)
     try:
-        trace(network, (1, network.in_channels, *sides))
+        check_window(sides, network)
     except ConfigError as error:
         raise ConfigError(
             f"validation predicts whole volumes, and {title_of(network)} does not take the largest: {error}. Choose a "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from torch.utils import _pytree as pytree
 
 from lamp3d.errors import ConfigError
 from lamp3d.graph.inputs import arguments, batch_of, shapes_by_name
-from lamp3d.nets import imported
 from lamp3d.parallel import Engine, launch, mean_over_cases
 from lamp3d.plan import Plan, TimeLine
 from lamp3d.space.sharded import whole
@@ -44,28 +42,6 @@ class RankReport:
     bytes_sent: int
     peak_bytes: int
     line: TimeLine
-
-
-def load_network(path: str) -> nn.Module:
-    """A network from ``package.module:function`` (called without arguments) or ``package.module:CLASS``.
-
-    The module may also lie in the present folder.
-
-    Raises:
-        ConfigError: there is no such thing, or it gives no module.
-    """
-    make = imported(path)
-    try:
-        inspect.signature(make).bind()
-    except TypeError as error:
-        raise ConfigError(
-            f"{path} is called without arguments here ({error}): give --net a configuration (.yaml) that says "
-            f"them, with network: {{kind: own, name: {path}}}."
-        ) from error
-    network = make()
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"{path} gives {type(network).__name__}, not a torch.nn.Module.")
-    return network
 
 
 def verify(

@@ -108,8 +108,8 @@ class Convolution:
     def _gradients(self, gradient: Tensor, image: Tensor, weight: Tensor, mask: Mask) -> list[Tensor | None]:
         weight = weight.to(self.computed)
         if self.kernel is Kernel.TURNED and any(mask[1:]):  # the bias's gradient comes from the same code
-            found = self._gradients(gradient, image, weight, (mask[0], False, False))
-            return [found[0], *self._parameters_turned(gradient, image, weight, mask)]
+            of_image = self._gradients(gradient, image, weight, (True, False, False))[0] if mask[0] else None
+            return [of_image, *self._parameters_turned(gradient, image, weight, mask)]
         if self.kernel is Kernel.MATRIX_PRODUCT:
             out, values = gradient.movedim(1, -1), image.movedim(1, -1)
             rows = out.reshape(-1, out.shape[-1])
@@ -147,21 +147,20 @@ class Convolution:
 
     def _is_in_pieces(self, image: Tensor) -> bool:
         transposed = self.settings[3]
-        return image.device.type == "cpu" and self.computed == torch.bfloat16 and image.dim() == 5 and not transposed
+        return _is_volume_in_bf16(image, self.computed) and not transposed
 
     def _weight_by_pieces(self, gradient: Tensor, image: Tensor, weight: Tensor) -> Tensor:
         """The weight's gradient without copies of the volume, the sum of what groups of planes give."""
         weight = weight.to(self.computed)
         stride, padding, dilation, transposed, output_padding, groups = self.settings
         reach, planes, made = dilation[0] * (weight.shape[2] - 1) + 1, image.shape[2], gradient.shape[2]
-        unpadded = [0, *padding[1:]]
+        settings = (stride, [0, *padding[1:]], dilation, transposed, output_padding, groups)
         total = torch.zeros_like(weight, dtype=torch.float32)
         pieces = max(1, min(PIECES, made // reach))  # none is hardly larger than the kernel
         for begin, end in pairwise(made * i // pieces for i in range(pieces + 1)):
             first, last = begin * stride[0] - padding[0], (end - 1) * stride[0] - padding[0] + reach
             beyond = (0, 0, 0, 0, max(-first, 0), max(last - planes, 0))
             piece = F.pad(image[:, :, max(first, 0) : min(last, planes)], beyond)
-            settings = (stride, unpadded, dilation, transposed, output_padding, groups)
             of_piece = Convolution.of(piece, weight, None, settings, self.computed)
             _, found, _ = of_piece._gradients(gradient[:, :, begin:end], piece, weight, (False, True, False))
             total += cast(Tensor, found)
@@ -244,10 +243,15 @@ _BINDERS: dict[Callable[..., Any], Callable[..., Call | None]] = {
 }
 
 
+def _is_volume_in_bf16(image: Tensor, computed: torch.dtype) -> bool:
+    """Whether oneDNN's gradients of weights in bf16 are at work."""
+    return image.device.type == "cpu" and computed == torch.bfloat16 and image.dim() == 5
+
+
 def _kernel(
     image: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...], computed: torch.dtype
 ) -> Kernel:
-    if image.device.type == "cpu" and computed == torch.bfloat16 and image.dim() == 5:
+    if _is_volume_in_bf16(image, computed):
         return Kernel.TURNED if outgrows_its_room(Reading.of(image, weight, settings)) else Kernel.TORCHS_CHOICE
     if image.device.type != "cpu" or computed != torch.float32 or not torch._C._has_mkldnn:
         return Kernel.TORCHS_CHOICE

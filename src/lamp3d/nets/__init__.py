@@ -1,7 +1,7 @@
 """Plain segmentation networks, which know nothing of devices."""
 
 from lamp3d.nets.hollow import hollow
-from lamp3d.nets.others import Wrapped, from_function, from_monai, imported
+from lamp3d.nets.others import Wrapped, from_function, from_monai, made_by
 from lamp3d.nets.seunet import SEUNet
 from lamp3d.nets.unet import UNet
 from lamp3d.nets.ushape import NormName, UShape
@@ -19,5 +19,5 @@ __all__ = [
     "from_function",
     "from_monai",
     "hollow",
-    "imported",
+    "made_by",
 ]

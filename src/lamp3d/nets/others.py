@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -101,24 +102,35 @@ def from_function(
     Raises:
         ConfigError: there is no such function, it does not take these arguments, or it gives no module.
     """
-    make = imported(path)
-    given = {"in_channels": in_channels, "out_channels": out_channels} | dict(arguments)
-    try:
-        inspect.signature(make).bind(**given)
-    except TypeError as error:
-        raise ConfigError(f"{path} is called with {', '.join(given)}, and does not take that: {error}.") from error
-    network = make(**given)
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"{path} gives {type(network).__name__}, not a torch.nn.Module.")
+    network = made_by(path, {"in_channels": in_channels, "out_channels": out_channels, **arguments})
     return Wrapped(network, type(network).__name__, in_channels, divisor)
 
 
-def imported(path: str) -> Callable[..., Any]:
-    """The function of ``package.module:function``; the module may also lie in the present folder.
+def made_by(path: str, arguments: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
+    """What ``package.module:function`` (or a class) makes of the arguments; the module may lie in the present folder.
 
     Raises:
-        ConfigError: there is no such thing.
+        ConfigError: there is no such function, it does not take these arguments, or it gives no module.
     """
+    make = _imported(path)
+    try:
+        inspect.signature(make).bind(**arguments)
+    except TypeError as error:
+        if arguments:
+            message = f"{path} is called with {', '.join(arguments)}, and does not take that: {error}."
+        else:
+            message = (
+                f"{path} is called without arguments here ({error}): give --net a configuration (.yaml) that says "
+                f"them, with network: {{kind: own, name: {path}}}."
+            )
+        raise ConfigError(message) from error
+    network = make(**arguments)
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"{path} gives {type(network).__name__}, not a torch.nn.Module.")
+    return network
+
+
+def _imported(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:  # as `python -m` does
         sys.path.insert(0, os.getcwd())
