@@ -26,7 +26,7 @@ from lamp3d.graph import trace
 from lamp3d.nets import Network, UShape
 from lamp3d.parallel import Engine
 from lamp3d.scan import Scan
-from lamp3d.sides import check_sides, padded_sides
+from lamp3d.sides import Shape3, Sides, check_sides, padded_sides
 from lamp3d.space.sharded import whole
 from lamp3d.volume import Volume
 
@@ -40,12 +40,20 @@ class PredictConfig(BaseModel):
         mirror: average the output over the scan's mirror images, along the axes that training flips; takes twice as
             long an axis.
         largest_part: organs of which only the largest connected part is kept: those that are one piece in everybody.
+        window: "whole" volumes at once, or the sides of a sliding window in voxels, for validation too: where whole
+            volumes do not fit, and for networks that take but one size.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mirror: bool = False
     largest_part: tuple[str, ...] = ()
+    window: Sides = "whole"
+
+    @property
+    def window_shape(self) -> Shape3 | None:
+        """Voxels of a window; None for whole volumes."""
+        return None if self.window == "whole" else self.window
 
 
 def single_parts(config: PredictConfig, organs: Sequence[str]) -> tuple[int, ...]:
@@ -59,7 +67,7 @@ def single_parts(config: PredictConfig, organs: Sequence[str]) -> tuple[int, ...
     return tuple(1 + organs.index(organ) for organ in config.largest_part)
 
 
-def check_window(window: tuple[int, int, int] | None, network: Network) -> None:
+def check_window(window: Shape3 | None, network: Network) -> None:
     """Whether a network can take such windows.
 
     Raises:
@@ -95,7 +103,7 @@ class Predictor:
         engine: Engine,
         preprocess: PreprocessConfig,
         divisor: int,
-        window: tuple[int, int, int] | None = None,
+        window: Shape3 | None = None,
         classes: int | None = None,
         mirror_axes: Sequence[int] = (),
         twins: Tensor | None = None,
@@ -189,7 +197,7 @@ class Predictor:
             logits = whole(logits)
             yield logits[0, : self.classes, :depth, :height, :width] if self.holds_result else None
 
-    def _by_window(self, image: Tensor, window: tuple[int, int, int]) -> Tensor | None:
+    def _by_window(self, image: Tensor, window: Shape3) -> Tensor | None:
         from monai.inferers import sliding_window_inference  # a second, for those who predict whole volumes
 
         engine = self.engine

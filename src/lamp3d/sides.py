@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, PositiveInt
 
 from lamp3d.errors import ConfigError
 
 Shape3 = tuple[int, int, int]
+
+
+def _sides(given: Any) -> Any:
+    sides = [given] * 3 if isinstance(given, int) else given
+    if sides != "whole" and not (
+        isinstance(sides, Sequence) and len(sides) == 3 and all(isinstance(side, int) and side > 0 for side in sides)
+    ):
+        raise ValueError("give one number of voxels, three of them (D, H, W), or whole")
+    return sides
+
+
+Sides = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt] | Literal["whole"], BeforeValidator(_sides)]
+"""In a configuration: (D, H, W) in voxels, or one number for all three; or "whole" (cropped) volumes."""
 
 
 def padded_sides(sides: Sequence[int], divisor: int) -> Shape3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_an_own_network_from_training_to_prediction(
     assert not (tmp_path / "model").exists()
 
 
-def test_a_network_of_one_size_is_refused_before_it_is_trained(
+def test_a_network_of_one_size_needs_windows_and_is_trained_with_them(
     lamp3d: CommandLine, dataset: Path, config: Path, tmp_path: Path
 ) -> None:
     (lamp3d.folder / "own_fixed.py").write_text(CODE, "utf-8")
@@ -84,6 +85,23 @@ def test_a_network_of_one_size_is_refused_before_it_is_trained(
     assert done.code != 0
     assert "validation predicts whole volumes, and Fixed does not take the largest" in done.err
     assert not run.exists()
+    done = lamp3d("train", dataset, stages, "predict.window=[16, 16, 16]", "--config", settings, "--out", run)
+    assert done.code != 0
+    assert "Fixed does not accept an input of 1×1×16×16×16" in done.err
+    assert not run.exists()
+
+    done = lamp3d("train", dataset, stages, "predict.window=[16, 16, 32]", "--config", settings, "--out", run)
+    assert done.code == 0, done.err
+    assert "Dice" in done.out
+    scan = next((dataset / "images").iterdir())
+    done = lamp3d("predict", run, scan, "--out", tmp_path / "labels", "--devices", 2)
+    assert done.code == 0, done.err
+    done = lamp3d("evaluate", run, dataset)
+    assert done.code == 0, done.err
+    assert json.loads((run / "results.json").read_text("utf-8"))["settings"]["window"] == [16, 16, 32]
+    done = lamp3d("predict", run, scan, "--out", tmp_path / "others", "--window", "whole")
+    assert done.code != 0
+    assert "Fixed does not accept an input of" in done.err
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,14 @@ from lamp3d.data import write_phantom_dataset
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
 from lamp3d.experiment import ExperimentConfig, Run, evaluate, export, find_model, forecast, load_config, predict, train
+from lamp3d.experiment.inference import Window
 from lamp3d.report import time_line_picture, write_report
 from lamp3d.scan import scan_files, scan_name
 
-WindowOption = Annotated[str, typer.Option(help="'whole', or the side of a sliding window, such as 64 or 64x64x32.")]
+WindowOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="'whole', or the side of a sliding window, such as 64 or 64x64x32; default: as the config."),
+]
 MirrorOption = Annotated[
     Optional[bool],  # noqa: UP045
     typer.Option("--mirror/--no-mirror", help="Average over mirror images of the scan; default: as the run's config."),
@@ -97,7 +101,7 @@ def predict_command(
         Optional[str],  # noqa: UP045
         typer.Option(help="Instead of a run: a model that comes with lamp3d, or the folder of an exported one."),
     ] = None,
-    window: WindowOption = "whole",
+    window: WindowOption = None,
     devices: Devices = 1,
     mirror: MirrorOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace label maps that are there.")] = False,
@@ -142,7 +146,7 @@ def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     dataset: Annotated[Path, typer.Argument(help="Folder in Decathlon layout.")],
     split: Annotated[str, typer.Option(help="Which cases.")] = "validation",
-    window: WindowOption = "whole",
+    window: WindowOption = None,
     devices: Devices = 1,
     mirror: MirrorOption = None,
     tolerance_mm: Annotated[float, typer.Option(help="Of the surface Dice.")] = 2.0,
@@ -187,8 +191,10 @@ def bench(
     raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
 
 
-def _window(text: str) -> tuple[int, int, int] | None:
-    return None if text == "whole" else sides(text)
+def _window(text: str | None) -> Window:
+    if text is None:
+        return None
+    return "whole" if text == "whole" else sides(text)
 
 
 def _results_table(results: Results) -> Table:

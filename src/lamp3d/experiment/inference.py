@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -20,7 +20,7 @@ from lamp3d.data.store import check_label
 from lamp3d.errors import ConfigError, DatasetError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
 from lamp3d.experiment.run import Run
-from lamp3d.nets import Network
+from lamp3d.nets import Network, UShape
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, make_plan
 from lamp3d.plan.hardware import device_memory, device_type, has_fast_bf16
@@ -28,11 +28,12 @@ from lamp3d.plan.inference import Sharing, numbers_at_once, share_out
 from lamp3d.plan.slabs import Slabs
 from lamp3d.predict import Predictor, check_window, single_parts
 from lamp3d.scan import read_scan
-from lamp3d.sides import padded_sides
+from lamp3d.sides import Shape3, padded_sides
 from lamp3d.train import Checkpoint, load_weights
 from lamp3d.volume import read_grid, read_volume, write_nifti
 
-Window = tuple[int, int, int] | None
+Window = Shape3 | Literal["whole"] | None
+"""Sides of a sliding window, or whole volumes; None: as the run's configuration says."""
 
 Files = tuple[Path, ...]
 """Of one scan, as `lamp3d.scan.read_scan` takes them."""
@@ -72,7 +73,7 @@ def predict(
         run: whose best weights predict.
         scans: NIfTI files or DICOM folders, one with all channels or one a channel; by the names of their label maps.
         out: the folder.
-        window: sides of a sliding window; None: whole volumes.
+        window: sides of a sliding window, or "whole" volumes; None: as the run's configuration says.
         devices: worker processes.
         mirror: average over the scan's mirror images; None: as the run's configuration says.
         overwrite: whether label maps that are there already may be replaced.
@@ -96,15 +97,16 @@ def predict(
         raise ConfigError(f"no scan at {', '.join(absent[:3])}.")
     out.mkdir(parents=True, exist_ok=True)
     network, usual = run.network().eval(), _plan_to_predict_like(run)
-    check_window(window, network)
+    sides = _window_sides(run, window)
+    check_window(sides, network)
     sharing = None
-    if window is None:
+    if sides is None:
         sharing = _sharing(network, usual, run.config.preprocess, list(scans.values()), devices, mirror)
         settings["most_voxels"] = sharing.most_voxels
         Console().print(f"{sharing}.", highlight=False, soft_wrap=True)
-    plan = _inference_plan(network, usual, devices, window, len(scans), sharing)
+    plan = _inference_plan(network, usual, devices, sides, len(scans), sharing)
     pairs = list(zip(scans.values(), targets, strict=True))
-    results = launch(_predict_worker, devices, (run.folder, plan, pairs, {"window": window, **settings}))
+    results = launch(_predict_worker, devices, (run.folder, plan, pairs, {"window": sides, **settings}))
     predictions = []
     for index, target in enumerate(targets):
         parts = [parts[index] for parts in results if index in parts]
@@ -129,7 +131,7 @@ def evaluate(
         run: whose best weights predict.
         dataset_root: folder in Decathlon layout with the organs that the run was trained on.
         split: "validation", "test", …
-        window: sides of a sliding window; None: whole volumes.
+        window: sides of a sliding window, or "whole" volumes; None: as the run's configuration says.
         devices: worker processes.
         mirror: average over the scans' mirror images; None: as the run's configuration says.
         tolerance_mm: of the surface Dice.
@@ -178,7 +180,7 @@ def evaluate(
             "dataset": str(dataset.root.resolve()),
             "checkpoint": run.best.name,
             "checkpoint_epochs": Checkpoint(run.best).progress.get("epochs"),
-            "window": "whole" if window is None else list(window),
+            "window": list(_window_sides(run, window) or ()) or "whole",
             "devices": devices,
             "mirror": mirror,
             "largest_part": list(run.config.predict.largest_part),
@@ -228,6 +230,12 @@ def _predictor_settings(run: Run, mirror: bool) -> dict[str, Any]:
     }
 
 
+def _window_sides(run: Run, window: Window) -> Shape3 | None:
+    if window is None:
+        return run.config.predict.window_shape
+    return None if window == "whole" else window
+
+
 def _plan_to_predict_like(run: Run) -> Plan:
     """The last stage's; but in fp32 where bf16 is emulated, which takes fifty times as long."""
     last = run.plans()[-1]
@@ -250,7 +258,7 @@ def _sharing(
 
 
 def _inference_plan(
-    network: Network, usual: Plan, devices: int, window: Window, scans: int, sharing: Sharing | None
+    network: Network, usual: Plan, devices: int, window: Shape3 | None, scans: int, sharing: Sharing | None
 ) -> Plan:
     """The usual plan where it is one for single volumes in the same way, otherwise one of its own.
 
@@ -261,10 +269,11 @@ def _inference_plan(
     if (devices, data, slabs.mesh, slabs.dims, device_type()) != (
         usual.devices, usual.data, usual.space, usual.space_dims, usual.device_type,
     ):  # fmt: skip
-        # There is one way to cut a network into one stage, so that a small volume shows it as well as a large one.
+        # There is one way to cut a network into one stage, so that a small volume shows it as well as a large one,
+        # where the network takes both.
         sides = [2 * network.divisor] * 3
-        if data * slabs.count < devices:
-            sides = list(usual.image_shape[2:])
+        if data * slabs.count < devices or not isinstance(network, UShape):
+            sides = list(window or usual.image_shape[2:])
         for size, dim in zip(slabs.mesh, slabs.dims, strict=True):
             sides[dim - 2] *= size + 1  # the longest
         same_layout = usual.channels_last if usual.device_type == device_type() else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -72,6 +72,7 @@ def train(
     loss = config.loss.resolved_for([case.annotated for case in train_cases], dataset.organs)
     config = config.model_copy(update={"loss": loss})
     single_parts(config.predict, dataset.organs)  # or it says which organ is not there
+    check_window(config.predict.window_shape, config.network.outline(dataset.n_classes, len(dataset.channels)))
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
     config = config.model_copy(update={"preprocess": store.config})
     run = Run(out, config, dataset.root.resolve(), dataset.organs, dataset.channels)
@@ -105,8 +106,8 @@ def train(
 
 
 def _check_validation(run: Run, store: CaseStore, cases: tuple[Case, ...]) -> None:
-    """Whether the network takes what validation predicts, whole volumes; networks of one fixed size do not."""
-    if not cases or run.config.network.name is None:  # lamp3d's own do
+    """Whether the network takes the whole volumes that validation predicts; networks of one fixed size do not."""
+    if not cases or run.config.predict.window_shape is not None or run.config.network.name is None:  # lamp3d's own do
         return
     network = run.outline()
     sides = max((padded_sides(store.shape(case), network.divisor) for case in cases), key=math.prod)
@@ -114,8 +115,8 @@ def _check_validation(run: Run, store: CaseStore, cases: tuple[Case, ...]) -> No
         check_window(sides, network)
     except ConfigError as error:
         raise ConfigError(
-            f"validation predicts whole volumes, and {title_of(network)} does not take the largest: {error}. Choose a "
-            "network that takes any size; or train without validation cases, and predict with --window."
+            f"validation predicts whole volumes, and {title_of(network)} does not take the largest: {error}. Give the "
+            "size that it takes as predict.window, for sliding windows, or choose a network that takes any."
         ) from error
 
 
@@ -218,13 +219,17 @@ def _train_worker(out: Path, resume: bool) -> None:
         return stage_batches(config, stage, store, dataset.split("train"), network.divisor, epoch)
 
     cases = _validation_cases(dataset)
-    validate = partial(_validate, store=store, cases=cases, divisor=network.divisor) if cases else None
+    window, classes = config.predict.window_shape, dataset.n_classes
+    predictor = partial(Predictor, preprocess=store.config, divisor=network.divisor, window=window, classes=classes)
+    validate = partial(_validate, store=store, cases=cases, make_predictor=predictor) if cases else None
     loss = HybridLoss(config.loss, dataset.organs, network.heads)
     Trainer(network, run.plans(), config.train, loss, batches, validate, out).fit(resume)
 
 
-def _validate(engine: Engine, *, store: CaseStore, cases: tuple[Case, ...], divisor: int) -> dict[str, float]:
-    """Mean Dice of each organ over the cases where it is annotated, whole volumes through the engine (all ranks)."""
+def _validate(
+    engine: Engine, *, store: CaseStore, cases: tuple[Case, ...], make_predictor: Callable[[Engine], Predictor]
+) -> dict[str, float]:
+    """Mean Dice of each organ over the cases where it is annotated, predicted by the engine (all ranks)."""
 
     def image(case: Case) -> Tensor:
         if not engine.reads_input:
@@ -233,7 +238,7 @@ def _validate(engine: Engine, *, store: CaseStore, cases: tuple[Case, ...], divi
         assert pixels is not None
         return pixels
 
-    predictor = Predictor(engine, store.config, divisor, classes=store.dataset.n_classes)
+    predictor = make_predictor(engine)
     own = cases[engine.replica :: engine.plan.data]  # replicas share the cases
     scores: dict[str, Tensor] = {}
     for case, logits in zip(own, predictor.predict_prepared(image(case) for case in own), strict=True):

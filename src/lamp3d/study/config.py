@@ -23,7 +23,7 @@ class Row(BaseModel):
         network, input: what tables call them; rows of one network stand together.
         settings: keys of the experiment configuration, such as ``network.filters``, and what they are in this row.
         seeds: of the runs; None: the study's.
-        window: sides of the sliding window that it is evaluated with; None: whole volumes.
+        window: sides of the sliding window that it is evaluated with; None: as its settings say (``predict.window``).
         windows: of sliding-window predictions that are timed; None: the study's.
         control_of: another row's name: the two have seen the same number of voxels, and are compared in pairs.
     """

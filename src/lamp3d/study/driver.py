@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -240,7 +240,7 @@ def _timings(study: StudyConfig, row: Row, run: Run) -> RowTimings:
     dataset = run.read_dataset()
     cases, first = dataset.split(VALIDATION), max(study.timed_devices)
     timings = []
-    windows: list[Window | None] = [None, *study.windows_of(row)]
+    windows: list[Window | Literal["whole"]] = ["whole", *study.windows_of(row)]
     for devices in study.timed_devices:
         scans = {case.name: case.images for case in cases[first - devices : first + study.timed_cases]}
         for window in windows:
@@ -248,7 +248,7 @@ def _timings(study: StudyConfig, row: Row, run: Run) -> RowTimings:
             found = predict(run, scans, target, window=window, devices=devices, overwrite=True)
             timings.append(
                 Timing(
-                    window="whole" if window is None else "x".join(map(str, window)),
+                    window=window if window == "whole" else "x".join(map(str, window)),
                     devices=devices,
                     seconds=tuple(prediction.seconds for prediction in found[devices:] or found),
                     peak_bytes=max(peak for prediction in found for peak in prediction.peak_bytes),

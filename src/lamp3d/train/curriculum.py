@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
 from lamp3d.plan import check_schedule
+from lamp3d.sides import Shape3, Sides
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -21,7 +22,7 @@ class CurriculumStage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    patch: tuple[PositiveInt, PositiveInt, PositiveInt] | Literal["whole"]
+    patch: Sides
     """Voxels along each axis, or one number for all three; or "whole" (cropped) volumes."""
     batch: PositiveInt = 1
     """Cases a step."""
@@ -43,11 +44,6 @@ class CurriculumStage(BaseModel):
     recompute: Literal["never", "always"] | None = None
     """Whether activations are computed a second time in the backward pass, to save memory; None: where it must be."""
 
-    @field_validator("patch", mode="before")
-    @classmethod
-    def _cube(cls, patch: Any) -> Any:
-        return (patch, patch, patch) if isinstance(patch, int) else patch
-
     @field_validator("schedule")
     @classmethod
     def _is_a_schedule(cls, name: str | None) -> str | None:
@@ -56,7 +52,7 @@ class CurriculumStage(BaseModel):
         return name
 
     @property
-    def patch_shape(self) -> tuple[int, int, int] | None:
+    def patch_shape(self) -> Shape3 | None:
         """Voxels of a patch; None for whole volumes."""
         return None if self.patch == "whole" else self.patch
 
