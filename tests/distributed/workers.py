@@ -555,9 +555,11 @@ def check_refusals() -> dict[str, Finding]:
     engine = Engine(sided, plan_at(sided, SMALL, list(range(world())), 2))
     sided.eval()
     try:
-        engine.forward(images if engine.reads_input else None)
+        output = engine.forward(images if engine.reads_input else None)
     except PlanError as error:
         findings["mode"] = Finding(says=str(error))
+    else:
+        findings["mode"] = Finding(errors={"output": float((output - sided(images)).abs().max())})
     engine._flush()
     return findings
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lamp3d.data import CaseStore, Dataset
 from lamp3d.errors import PlanError
 from lamp3d.experiment import ExperimentConfig
-from lamp3d.experiment.planning import is_another_when_larger, stage_plan
+from lamp3d.experiment.planning import is_another_when_validated, stage_plan
 from lamp3d.experiment.run import Run
 from lamp3d.nets import SEUNet, UNet
 
@@ -34,9 +34,9 @@ class AsDeepAsTheVolume(nn.Module):
 
 def test_networks_that_are_another_when_larger_are_noticed() -> None:
     shape = (1, 1, 32, 32, 32)
-    assert is_another_when_larger(AsDeepAsTheVolume(), shape)  # type: ignore[arg-type]
-    assert not is_another_when_larger(UNet(1, 2, filters=2), shape)
-    assert not is_another_when_larger(SEUNet(1, 2, filters=2), shape)
+    assert is_another_when_validated(AsDeepAsTheVolume(), shape)  # type: ignore[arg-type]
+    assert not is_another_when_validated(UNet(1, 2, filters=2), shape)
+    assert not is_another_when_validated(SEUNet(1, 2, filters=2), shape)
 
 
 def test_such_a_network_is_not_divided(
@@ -50,6 +50,9 @@ def test_such_a_network_is_not_divided(
     monkeypatch.setattr(Run, "network", lambda _: AsDeepAsTheVolume())
     plan = stage_plan(run, 0, store, content.cases, 2, memory=None)
     assert (plan.data, len(plan.stages)) == (2, 1)
-    with pytest.raises(PlanError, match=r"stage 2: unet is another network for volumes of other sizes.* --devices 1"):
+    with pytest.raises(
+        PlanError,
+        match=r"stage 2: unet is another network in validation .* --devices 1",
+    ):
         stage_plan(run, 1, store, content.cases, 2, memory=None)
     assert len(stage_plan(run, 1, store, content.cases, 1, memory=None).stages) == 1

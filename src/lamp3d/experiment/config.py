@@ -24,7 +24,8 @@ class NetworkConfig(BaseModel):
     """Which network, and how large: one of lamp3d's, any of MONAI's, or your own.
 
     Args:
-        kind: "unet" or "seunet" (paper §2.2), or "monai" or "own", of which only the last three settings say more.
+        kind: "unet" or "seunet" (paper §2.2), or "monai" or "own", of which only deep supervision and the last three
+            settings say more.
         filters: f, channels of the first block (paper: 32, 64, 128), or those of all five levels, such as
             [16, 32, 64, 128, 192].
         norm: "instance", "batch" or "group".
@@ -53,12 +54,12 @@ class NetworkConfig(BaseModel):
 
     @model_validator(mode="after")
     def _is_whole(self) -> NetworkConfig:
-        of_others = {"name", "arguments", "divisor"}
+        of_others = {"name", "arguments", "divisor"}  # alone
         is_others = self.kind in ("monai", "own")
         if is_others != (self.name is not None):
             raise ValueError("kind: monai goes with the name of one of its networks, kind: own with your function's")
         of_ours = set(type(self).model_fields) - of_others
-        others = self.model_fields_set - {"kind"} - (of_others if is_others else of_ours)
+        others = self.model_fields_set - {"kind", "deep_supervision"} - (of_others if is_others else of_ours)
         if self.kind != "seunet":
             others |= self.model_fields_set & {"se_reduction"}
         if changed := sorted(key for key in others if getattr(self, key) != type(self).model_fields[key].default):
@@ -69,7 +70,8 @@ class NetworkConfig(BaseModel):
         """The network with as many outputs as classes, with fresh weights from torch's random state."""
         if self.name is not None:
             make_other = from_monai if self.kind == "monai" else from_function
-            return make_other(self.name, self.arguments, in_channels, n_classes, self.divisor)
+            heads = 1 + self.deep_supervision
+            return make_other(self.name, self.arguments, in_channels, n_classes, self.divisor, heads)
         make = UNet if self.kind == "unet" else partial(SEUNet, se_reduction=self.se_reduction)
         return make(
             in_channels,

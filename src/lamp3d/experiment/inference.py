@@ -20,6 +20,7 @@ from lamp3d.data.store import check_label
 from lamp3d.errors import ConfigError, DatasetError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
 from lamp3d.experiment.run import Run
+from lamp3d.graph import trace
 from lamp3d.nets import Network, UShape
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, make_plan
@@ -260,7 +261,7 @@ def _sharing(
 def _inference_plan(
     network: Network, usual: Plan, devices: int, window: Shape3 | None, scans: int, sharing: Sharing | None
 ) -> Plan:
-    """The usual plan where it is one for single volumes in the same way, otherwise one of its own.
+    """The usual plan where it is one for single volumes of this network in the same way, otherwise one of its own.
 
     Windows follow each other through pipelines, of which there are as many as keep all devices busy.
     """
@@ -268,7 +269,7 @@ def _inference_plan(
     slabs = Slabs() if sharing is None else sharing.slabs
     if (devices, data, slabs.mesh, slabs.dims, device_type()) != (
         usual.devices, usual.data, usual.space, usual.space_dims, usual.device_type,
-    ):  # fmt: skip
+    ) or not _has_cells_of(usual, network):  # fmt: skip
         # There is one way to cut a network into one stage, so that a small volume shows it as well as a large one,
         # where the network takes both.
         sides = [2 * network.divisor] * 3
@@ -284,6 +285,14 @@ def _inference_plan(
         )  # fmt: skip
     in_flight = 1 if window is None else 2 * devices // data
     return usual.model_copy(update={"micro_batches": in_flight, "recompute": "never"})
+
+
+def _has_cells_of(plan: Plan, network: Network) -> bool:
+    """Whether the network is divided in this plan: in evaluation, some are others than in training."""
+    if isinstance(network, UShape):
+        return True
+    cells = [cell.name for cell in trace(network, plan.image_shape).cells]
+    return cells == [cell for stage in plan.stages for cell in stage.cells]
 
 
 def _predict_worker(

@@ -182,34 +182,39 @@ def stage_plan(
         loss=with_drawn_targets(HybridLoss(loss, run.organs, network.heads)),
     )
     plan = make()
-    if len(plan.stages) == 1 or not is_another_when_larger(network, plan.image_shape):
+    any_graph = len(plan.stages) == 1 and isinstance(plan.recompute, str)
+    if any_graph or not is_another_when_validated(network, plan.image_shape):
         return plan
     try:
-        return make(pipe=1)
+        plan = make(pipe=1)
+        return plan if isinstance(plan.recompute, str) else make(pipe=1, recompute="always")
     except PlanError as error:
         raise PlanError(
-            f"stage {index + 1}: {run.config.network.name or run.config.network.kind} is another network for volumes "
-            "of other sizes, such as those that it is validated with, so that it cannot be divided among devices. Take "
+            f"stage {index + 1}: {run.config.network.name or run.config.network.kind} is another network in validation "
+            "(in evaluation mode, or for volumes of other sizes), so that it cannot be divided among devices. Take "
             f"--devices 1, or a batch of {devices} or a multiple of that for this stage. ({error})"
         ) from error
 
 
-def is_another_when_larger(network: Network, shape: Sequence[int]) -> bool:
-    """Whether a network's cells depend on the volume's size, so that a division into stages holds for one size alone.
+def is_another_when_validated(network: Network, shape: Sequence[int]) -> bool:
+    """Whether a network's cells depend on its mode or the volume's size: a division into stages holds for one alone.
 
     Args:
-        network: asked in its present mode.
+        network: in training mode.
         shape: (B, C, D, H, W) that it takes.
     """
     graph = trace(network, shape)
-    if not graph.reads_shape:
-        return False
-    batch, channels, *sides = shape
+    shapes = [tuple(shape)]
+    if graph.reads_shape:
+        batch, channels, *sides = shape
+        shapes.append((batch, channels, *(2 * side for side in sides)))
+    network.eval()
     try:
-        larger = trace(network, (batch, channels, *(2 * side for side in sides)))
+        return not all(trace(network, of).is_divided_like(graph) for of in shapes)
     except ConfigError:
         return False  # it takes one size, with which all has to be done
-    return graph.cells != larger.cells
+    finally:
+        network.train()
 
 
 def _largest_input(stage: CurriculumStage, store: CaseStore, cases: tuple[Case, ...], divisor: int) -> Shape3:

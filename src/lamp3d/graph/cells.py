@@ -113,6 +113,10 @@ class CellGraph:
                 edges.append(Edge(node.name, maker, tuple(sorted(users))))
         return tuple(edges)
 
+    def is_divided_like(self, other: CellGraph) -> bool:
+        """Whether a plan for the other holds for this one: the same cells, and the same values between them."""
+        return (self.cells, self.edges, self.outputs) == (other.cells, other.edges, other.outputs)
+
     def collect(self, values: Mapping[str, Tensor]) -> Any:
         """The network's output (a tensor, or the tuple, list or dict that it returns) from its values by name."""
         return _filled(self._output_structure, values)

@@ -7,11 +7,13 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lamp3d.errors import ConfigError
 
@@ -28,34 +30,49 @@ class Wrapped(nn.Module):
         title: what it is called.
         in_channels: of the images.
         divisor: what the sides of its volumes must be multiples of.
+        heads: levels of logits to train with, of those that the network gives: a list from fine to coarse (nnU-Net's
+            networks), or a stack behind the batch (MONAI's DynUNet, in training).
     """
 
-    heads = 1
-    """Logits of one level only."""
-
-    def __init__(self, network: nn.Module, title: str, in_channels: int, divisor: int) -> None:
+    def __init__(self, network: nn.Module, title: str, in_channels: int, divisor: int, heads: int = 1) -> None:
         super().__init__()
         self.network = network
-        self.title, self.in_channels, self.divisor = title, in_channels, divisor
+        self.title, self.in_channels, self.divisor, self.heads = title, in_channels, divisor, heads
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits (B, C, D, H, W) of an image (B, in_channels, D, H, W).
+        """Logits (B, heads * C, D, H, W) of an image (B, in_channels, D, H, W); (B, C, …) where there is but one level.
 
         Raises:
-            ConfigError: the network gives several outputs.
+            ConfigError: the network gives another number of levels.
         """
-        logits = self.network(image)
-        if isinstance(logits, list | tuple | dict):
-            if isinstance(logits, dict) or len(logits) != 1:
-                raise ConfigError(
-                    f"{self.title} gives {len(logits)} outputs, and training takes the logits of one level: switch its "
-                    "deep supervision off in network.arguments."
-                )
-            (logits,) = logits
-        return logits  # type: ignore[no-any-return]
+        levels = self._levels(self.network(image))
+        if len(levels) == 1 and not (self.training and self.heads > 1):
+            return levels[0]
+        if self.heads == 1 or len(levels) < self.heads:
+            raise ConfigError(
+                f"{self.title} gives {len(levels)} level(s) of logits, and network.deep_supervision: {self.heads - 1} "
+                f"wants {self.heads}: set it to the number of coarser levels to train with, or switch deep supervision "
+                "on or off in network.arguments."
+            )
+        finest, *coarse = levels[: self.heads]
+        return torch.cat([finest, *(_brought_to(finest, level) for level in coarse)], dim=1)
+
+    def _levels(self, logits: Any) -> Sequence[Tensor]:
+        if isinstance(logits, dict):
+            raise ConfigError(f"{self.title} gives {', '.join(map(str, logits))}, and not logits (B, C, D, H, W).")
+        if isinstance(logits, list | tuple):
+            return logits
+        return logits.unbind(1) if logits.dim() == 6 else (logits,)
 
 
-def from_monai(name: str, arguments: Mapping[str, Any], in_channels: int, out_channels: int, divisor: int) -> Wrapped:
+def _brought_to(fine: Tensor, coarse: Tensor) -> Tensor:
+    sides = fine.shape[2:]
+    return coarse if coarse.shape[2:] == sides else F.interpolate(coarse, size=sides, mode="trilinear")
+
+
+def from_monai(
+    name: str, arguments: Mapping[str, Any], in_channels: int, out_channels: int, divisor: int, heads: int = 1
+) -> Wrapped:
     """A network of `monai.networks.nets`.
 
     Args:
@@ -64,6 +81,7 @@ def from_monai(name: str, arguments: Mapping[str, Any], in_channels: int, out_ch
         in_channels: of the images.
         out_channels: of the logits, the background included.
         divisor: what the sides of its volumes must be multiples of.
+        heads: levels of logits to train with.
 
     Raises:
         ConfigError: there is no such class, or it does not take these arguments.
@@ -86,24 +104,24 @@ def from_monai(name: str, arguments: Mapping[str, Any], in_channels: int, out_ch
         network = make(**given, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"{name} does not take these arguments: {error}") from error
-    return Wrapped(network, name, in_channels, divisor)
+    return Wrapped(network, name, in_channels, divisor, heads)
 
 
 def from_function(
-    path: str, arguments: Mapping[str, Any], in_channels: int, out_channels: int, divisor: int
+    path: str, arguments: Mapping[str, Any], in_channels: int, out_channels: int, divisor: int, heads: int = 1
 ) -> Wrapped:
     """A network that ``package.module:function`` makes, called with `in_channels`, `out_channels` and the arguments.
 
     Args:
         path: where the function, or the class, is.
         arguments: beside the channels.
-        in_channels, out_channels, divisor: as :func:`from_monai`'s.
+        in_channels, out_channels, divisor, heads: as :func:`from_monai`'s.
 
     Raises:
         ConfigError: there is no such function, it does not take these arguments, or it gives no module.
     """
     network = made_by(path, {"in_channels": in_channels, "out_channels": out_channels, **arguments})
-    return Wrapped(network, type(network).__name__, in_channels, divisor)
+    return Wrapped(network, type(network).__name__, in_channels, divisor, heads)
 
 
 def made_by(path: str, arguments: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:

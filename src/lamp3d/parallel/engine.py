@@ -100,9 +100,9 @@ class Engine:
         self._stage_parameters = {i: list(cells.whole.parameters_by_name().values()) for i, cells in own.items()}
         self._announcer = Announcer(self._place.pipeline)
         self._handout = Handout(self.graph, plan, self._place, self.device, self._announcer)
-        self._graphs: dict[tuple[Shape, ...] | None, tuple[CellGraph, dict[int, StageCells]]] = {}
+        self._graphs: dict[tuple[object, ...], tuple[CellGraph, dict[int, StageCells]]] = {}
         if not self.graph.reads_shape:
-            self._graphs[None] = self.graph, own
+            self._graphs[None, self._mode] = self.graph, own
         self._programs: dict[tuple[object, ...], Program] = {}
         self._schedules: dict[tuple[object, ...], tuple[list[list[Action]], Routes]] = {}
         self._times: list[tuple[Action, float, float]] = []
@@ -344,15 +344,8 @@ class Engine:
         Raises:
             PlanError: the network is another one for this shape, or in the mode that it is in.
         """
-        if self.graph.changes_with_mode and self._network.training != self.graph.training:
-            traced, present = ("training", "evaluation") if self.graph.training else ("evaluation", "training")
-            raise PlanError(
-                f"{self.plan.network} computes something else in {present} than in {traced}, in which mode it was when "
-                f"this engine was made; call network.{'train' if self.graph.training else 'eval'}(), or make a plan "
-                f"and an engine for {present} as well."
-            )
         trainable = tuple(parameter.requires_grad for parameter in self.graph.root.parameters())
-        key = (spec, trainable)
+        key = (spec, trainable, self._mode)
         if key not in self._programs:
             plan = self.plan
             graph, stages = self._graph_for(tuple(shape for shape, _ in spec))
@@ -366,20 +359,27 @@ class Engine:
         return self._programs[key]
 
     def _graph_for(self, shapes: tuple[Shape, ...]) -> tuple[CellGraph, dict[int, StageCells]]:
-        """The network's graph, traced anew for shapes that it looks at; with the same cells, where these are shared."""
-        key = shapes if self.graph.reads_shape else None
+        """The network's graph, traced anew for shapes and modes that it looks at; divided alike, where it is shared."""
+        key = (shapes if self.graph.reads_shape else None, self._mode)
         if key not in self._graphs:
             by_name = dict(zip(self.graph.input_names, shapes, strict=True))
             graph = trace(self._network, by_name)
             alone = len(self.plan.stages) == 1 and isinstance(self.plan.recompute, str)  # whatever the cells are
-            if not alone and graph.cells != self.graph.cells:
+            if not alone and not graph.is_divided_like(self.graph):
+                now, then = (" in training" if of.training else " in evaluation" for of in (graph, self.graph))
+                now, then = (now, then) if now != then else ("", "")
                 raise PlanError(
-                    f"{self.plan.network} does something else with an input of {input_text(by_name)} than with "
-                    f"{input_text(self.plan.input_shape)}, for which the plan was made; make a plan for this shape, or "
+                    f"{self.plan.network} does something else with an input of {input_text(by_name)}{now} than with "
+                    f"{input_text(self.plan.input_shape)}{then}, for which the plan was made; make a plan for this, or "
                     "one with the whole network on each device (pipe=1, recompute never or always), where any will do."
                 )
             self._graphs[key] = graph, self._stages(graph)
         return self._graphs[key]
+
+    @property
+    def _mode(self) -> bool | None:
+        """Whether the network is in training; None where that changes nothing but its modules."""
+        return self._network.training if self.graph.changes_with_mode else None
 
 
 def _loss_at_end(actions: Sequence[Sequence[Action]], rank: Rank) -> bool:

@@ -98,7 +98,7 @@ class Meter(ABC):
         kind: DeviceType,
         graph: CellGraph | None = None,
     ):
-        self.network = copy.deepcopy(network).train() if graph is None else network
+        self.network = network
         self.input_shape = input_shape
         self.micro_batch = micro_batch
         self.link = link
