@@ -2,9 +2,12 @@
 
 import copy
 import itertools
+import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -295,6 +298,7 @@ class _Forward(nn.Module):
     def __init__(self, code: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
         self.conv, self.code = nn.Conv3d(1, 2, 3, padding=1), code
+        self.register_buffer("number", torch.zeros(()))
 
     def forward(self, image: Tensor) -> Tensor:
         return self.code(self, image)
@@ -326,6 +330,11 @@ def _drawn(net: nn.Module, image: Tensor) -> Tensor:
     return net.conv(image) * torch.rand((1, 1, 1, 1, 1), dtype=image.dtype)
 
 
+def _assigned(net: nn.Module, image: Tensor) -> Tensor:
+    net.number += 1
+    return net.conv(image) * net.number
+
+
 def _checkpointed(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
     return lambda net, image: checkpoint(net.conv, image, use_reentrant=reentrant)
 
@@ -342,12 +351,44 @@ def _checkpointed(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
         (_checkpointed(False), r"use_checkpoint=False"),
         (lambda net, image: torch.tensor(net.conv(image)) * 2, "makes a new tensor of the numbers"),
         (lambda net, image: torch.as_tensor([net.conv(image)]), "makes a new tensor of the numbers"),
+        (lambda net, image: net.conv(image) * random.random(), "draws random numbers"),
+        (lambda net, image: net.conv(image) * np.random.rand(), "draws random numbers"),  # noqa: NPY002
+        (_assigned, r"assigns to the buffer number, .* self\.number\.copy_"),
+        (lambda net, image: net.conv(image) * sum(p.sum() for p in net.parameters()), "does not call by name"),
     ],
 )
 def test_what_a_graph_would_do_otherwise_is_refused(code: Callable[[nn.Module, Tensor], Tensor], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         trace(_Forward(code), (1, 1, 8, 8, 8))
     checkpoint(nn.Linear(2, 2), torch.ones(2), use_reentrant=False).sum().backward()  # as ever
+
+
+def _once_weighted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still in use
+        return nn.Sequential(nn.utils.weight_norm(nn.Conv3d(1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.compile(nn.Sequential(nn.Conv3d(1, 2, 3))), "has been through torch.compile"),
+        (
+            lambda: nn.Sequential(nn.Conv3d(1, 2, 3), torch.compile(nn.Conv3d(2, 2, 3))),
+            "has been through torch.compile",
+        ),
+        (_once_weighted, r"cannot be copied: .*parametrizations\.weight_norm does not"),
+        (lambda: nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2, momentum=None)), "give it one, such as 0.1"),
+    ],
+)
+def test_networks_that_cannot_be_traced_are_named(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trace(make(), (1, 1, 8, 8, 8))
+
+
+def test_the_shape_of_a_buffer_is_no_shape_of_the_input() -> None:
+    graph = trace(_Forward(lambda net, image: net.conv(image) * len(net.number.shape)), (1, 1, 8, 8, 8))
+    assert not graph.reads_shape
 
 
 def test_what_leaves_a_tensor_a_tensor_is_traced() -> None:

@@ -165,8 +165,9 @@ class _Arithmetic(TorchFunctionMode):
 
     def deferred(self, weight: Tensor, bias: Tensor | None) -> DeferredWeights | None:
         """Where the gradients of these are left, if they are."""
-        # Weights that are no leaves (weight standardisation) have a gradient to pass on at once.
-        is_split = weight.is_leaf and weight.requires_grad and (bias is None or bias.is_leaf)
+        # Weights that are no leaves (weight standardisation) have a gradient to pass on at once, and those with hooks
+        # one that autograd hands to them.
+        is_split = weight.requires_grad and all(_is_plain_leaf(t) for t in (weight, bias) if t is not None)
         return self._deferred if is_split else None
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -203,6 +204,10 @@ def _lowered_as_on_cuda(func: Callable[..., Any], args: tuple[Any, ...], kwargs:
         return func(*args, **kwargs)
     with torch.autocast("cpu", enabled=False):
         return func(*args, **kwargs)
+
+
+def _is_plain_leaf(tensor: Tensor) -> bool:
+    return tensor.is_leaf and not tensor._backward_hooks
 
 
 def _has_own_functions(kind: type) -> bool:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lamp3d.errors import PlanError
+from lamp3d.graph.cells import CellGraph
 
 
 def training_batch_norm(network: nn.Module) -> str | None:
@@ -22,17 +23,28 @@ def training_batch_norm(network: nn.Module) -> str | None:
     return None
 
 
-def refuse_batch_norm(network: nn.Module) -> None:
+def wants_whole_batch(graph: CellGraph, network: nn.Module) -> str | None:
+    """Why a network has to see a mini-batch as a whole, in its present mode; None: it need not.
+
+    Args:
+        graph: of the network.
+        network: it.
+    """
+    if (name := training_batch_norm(network)) is not None:
+        return f"{name} is a BatchNorm in training mode, or tracks statistics"
+    return graph.whole_batch
+
+
+def refuse_parts(graph: CellGraph, network: nn.Module) -> None:
     """Whether a network can be given parts of a mini-batch.
 
     Raises:
-        PlanError: it has a BatchNorm that is trained.
+        PlanError: it wants the whole, as a BatchNorm that is trained does.
     """
-    if (name := training_batch_norm(network)) is not None:
+    if (reason := wants_whole_batch(graph, network)) is not None:
         raise PlanError(
-            f"{name} is a BatchNorm in training mode, or tracks statistics: in several micro-batches or replicas they "
-            "would be those of a part of the mini-batch. Use norm='instance' or 'group', micro_batches=1 and data=1 "
-            "(of whole volumes batch=1), or network.eval() to freeze the statistics."
+            f"{reason}: several micro-batches or replicas would each see a part of the mini-batch. Use norm='instance' "
+            "or 'group', micro_batches=1 and data=1 (of whole volumes batch=1), or network.eval() to freeze statistics."
         )
 
 

@@ -83,15 +83,23 @@ class CellGraph:
         cells: a partition of the graph's nodes (placeholders and the output excepted) in execution order.
         reads_shape: whether the graph may hold for the shape alone that it was traced with.
         changes_with_mode: whether training and evaluation are different graphs (and not just modules in other modes).
+        whole_batch: why the network has to see a mini-batch as a whole, in the mode that it was in; None: it need not.
     """
 
     def __init__(
-        self, root: fx.GraphModule, cells: Sequence[Cell], *, reads_shape: bool = False, changes_with_mode: bool = False
+        self,
+        root: fx.GraphModule,
+        cells: Sequence[Cell],
+        *,
+        reads_shape: bool = False,
+        changes_with_mode: bool = False,
+        whole_batch: str | None = None,
     ):
         self.root = root
         self.training = root.training
         self.reads_shape = reads_shape
         self.changes_with_mode = changes_with_mode
+        self.whole_batch = whole_batch
         self.cells = tuple(cells)
         self._maker = {name: cell.index for cell in cells for name in cell.nodes}
         placeholders = [node for node in root.graph.nodes if node.op == "placeholder"]

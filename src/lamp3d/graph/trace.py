@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,11 @@ def trace(network: nn.Module, input_shape: InputShape) -> CellGraph:
         ConfigError: the network cannot be traced, does not accept such an input, or changes it in place.
     """
     input_shapes = shapes_by_name(input_shape, network)
+    if any(hasattr(module, "_orig_mod") for module in network.modules()):
+        raise ConfigError(
+            f"{title_of(network)} has been through torch.compile, which leaves nothing to be traced; give the network "
+            "as it was before."
+        )
     root, reads_shape, changes_with_mode = _traced(network, input_shapes)
     nodes = _sink_attributes(root)
     recorder = _Recorder(root)
@@ -53,18 +58,19 @@ def trace(network: nn.Module, input_shape: InputShape) -> CellGraph:
             name = name if named[name] == 1 else f"{name} ({named[name]})"
             cells.append(Cell(len(cells), name, tuple(node.name for node in nodes[begin:end])))
             begin = end
-    return CellGraph(root, cells, reads_shape=reads_shape, changes_with_mode=changes_with_mode)
+    return CellGraph(
+        root, cells, reads_shape=reads_shape, changes_with_mode=changes_with_mode, whole_batch=recorder.whole_batch
+    )
 
 
 def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.GraphModule, bool, bool]:
     """The traced network, whether it has looked at the input's shape, and whether the other mode is another graph."""
-    twin = _twin(network)
-    dtype = module_dtype(twin)
 
     def traced(*, other_mode: bool) -> tuple[fx.GraphModule, bool]:
+        twin = _twin(network)
         for module, original in zip(twin.modules(), network.modules(), strict=True):
             module.training = original.training != other_mode
-        tracer = ShapedTracer(input_shapes, dtype, module_device(twin))
+        tracer = ShapedTracer(input_shapes, module_dtype(twin), module_device(twin))
         graph = tracer.trace(twin)
         return fx.GraphModule(_targets(network, graph, tracer.constants), graph), tracer.reads_shape
 
@@ -76,9 +82,10 @@ def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.Grap
     try:
         graph, reads_shape = traced(other_mode=False)
     except (fx.proxy.TraceError, DataDependentOutputException) as error:
+        by_count = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is None for m in network.modules())
         raise ConfigError(
             f"{title_of(network)} cannot be traced by torch.fx: {error}. Its forward must not branch on the "
-            "values of a tensor."
+            f"values of a tensor{' (BatchNorm with momentum=None does; give it one, such as 0.1)' * by_count}."
         ) from error
     except TypeError as error:  # it takes something else
         raise ConfigError(
@@ -96,11 +103,20 @@ def _twin(network: nn.Module) -> nn.Module:
     """A copy that shares parameters and buffers, for its code to leave traces in: some networks keep their outputs.
 
     Once an engine has moved its stages, the parameters lie on several devices; then they are all on the CPU.
+
+    Raises:
+        ConfigError: the network cannot be copied.
     """
     tensors = [*network.parameters(), *network.buffers()]
-    if len({tensor.device for tensor in tensors}) > 1:
-        return copy.deepcopy(network).cpu()
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    try:
+        if len({tensor.device for tensor in tensors}) > 1:
+            return copy.deepcopy(network).cpu()
+        return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"{title_of(network)} cannot be copied: {str(error).partition('. ')[0]}. Does it keep a tensor that it has "
+            "computed? torch.nn.utils.weight_norm does; torch.nn.utils.parametrizations.weight_norm does not."
+        ) from error
 
 
 def _targets(network: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> dict[str, Any]:
@@ -139,6 +155,10 @@ class _Recorder(fx.Interpreter):
         self.position = {node: index for index, node in enumerate(root.graph.nodes)}
         self.attributes = {at: str(node.target) for node, at in self.position.items() if node.op == "get_attr"}
         self.n_inputs = sum(node.op == "placeholder" for node in root.graph.nodes)
+        self.varies: set[fx.Node] = set()  # with the input
+        self.last_use: dict[int, int] = {}  # of a storage
+        self.changed: set[int] = set()  # storages of buffers that the forward changes: all that use them stays together
+        self.whole_batch: str | None = None
         self.keep: list[Any] = []  # every result: a freed storage's address may be used again
 
     def dry_run(self, network: nn.Module, input_shapes: dict[str, Shape]) -> None:
@@ -156,8 +176,18 @@ class _Recorder(fx.Interpreter):
         seen: list[tuple[Tensor, int]] = []
         for source in node.all_input_nodes:
             seen += [(tensor, tensor._version) for tensor in _tensors(self.env[source])]
+        if node.op == "placeholder" or not self.varies.isdisjoint(node.all_input_nodes):
+            self.varies.add(node)
+        module = self.fetch_attr(str(node.target)) if node.op == "call_module" else nn.Module()
+        buffers = [(name, buffer, buffer._version) for name, buffer in module.named_buffers()]
+        if self.varies.intersection(node.all_input_nodes) and _is_over_cases(node, self.env):
+            self.whole_batch = f"{node.name!r} is computed over the mini-batch"
         result = super().run_node(node)
+        for name, buffer, version in buffers:
+            if buffer._version != version:
+                self.whole_batch = f"{node.target}.{name} changes in the forward"
         position = self.position[node]
+        self.last_use |= {_storage(tensor): position for tensor, _ in seen}
         for tensor, version in seen:
             if tensor._version != version:
                 maker = self.first_of_storage[_storage(tensor)]
@@ -170,6 +200,9 @@ class _Recorder(fx.Interpreter):
                         f"{node.name!r} changes a tensor in place that the network's forward has made, and which the "
                         "graph of it would change again and again; write x = x + y there."
                     )
+                if maker in self.attributes:
+                    self.whole_batch = f"{self.attributes[maker]} changes in the forward"
+                    self.changed.add(_storage(tensor))
                 self.written.append((maker, position))
         for tensor in _tensors(result):
             self.first_of_storage.setdefault(_storage(tensor), position)
@@ -180,6 +213,7 @@ class _Recorder(fx.Interpreter):
     def cuts(self, nodes: Sequence[fx.Node]) -> list[bool]:
         """For each of the nodes, whether the graph may be cut just before it."""
         last = {node: max((self.position[user] for user in node.users), default=-1) for node in self.position}
+        self.written += [(self.first_of_storage[storage], self.last_use[storage]) for storage in self.changed]
         allowed = []
         for node in nodes:
             here = self.position[node]
@@ -187,6 +221,22 @@ class _Recorder(fx.Interpreter):
             crossing = (other for other, end in last.items() if self.position[other] < here <= end)
             allowed.append(apart and all(self.is_tensor[other] and other.op != "get_attr" for other in crossing))
         return allowed
+
+
+_REDUCTIONS = {"mean", "sum", "prod", "std", "var", "std_mean", "var_mean", "amax", "amin", "logsumexp"}
+
+
+def _is_over_cases(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
+    """Whether a node computes of volumes what depends on all cases of the mini-batch."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name == "batch_norm":
+        (training,) = [*node.args[5:6], *(value for key, value in node.kwargs.items() if key == "training")] or [False]
+        return bool(training)
+    volume = next((values[source] for source in node.all_input_nodes), None)
+    if node.op == "call_module" or name not in _REDUCTIONS or not isinstance(volume, Tensor) or volume.dim() != 5:
+        return False
+    dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    return dims is None or any(dim % 5 == 0 for dim in (dims if isinstance(dims, list | tuple) else [dims]))
 
 
 def _does_not_accept(network: nn.Module, input_shapes: dict[str, Shape], error: Exception) -> ConfigError:

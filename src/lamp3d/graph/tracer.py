@@ -8,11 +8,13 @@ What the network reads of the shape becomes part of the graph, which then holds 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
@@ -24,8 +26,9 @@ from lamp3d.errors import ConfigError
 from lamp3d.graph.inputs import arguments
 from lamp3d.graph.shapes import quiet
 
-VALUE = "lamp3d_value"
-"""Where a node's ``meta`` keeps what it evaluates to: fake tensors, or containers of them."""
+VALUE, VARIES = "lamp3d_value", "lamp3d_varies"
+"""Where a node's ``meta`` keeps what it evaluates to (fake tensors, or containers of them), and whether the input has a
+part in it."""
 
 _FREE_OF_EXTENTS = {"dim", "ndim", "ndimension", "dtype", "device", "is_cuda", "is_floating_point", "requires_grad",
                     "layout", "is_sparse", "is_quantized", "is_meta", "is_complex"}  # fmt: skip
@@ -59,29 +62,37 @@ class ShapedTracer(fx.Tracer):
         Raises:
             ConfigError: the module's code does what a graph of it would not.
         """
-        self._modes, numbers = _modes(), torch.get_rng_state()
+        self._modes, numbers = _modes(), _random_states()
         with quiet(), torch.set_grad_enabled(torch.is_grad_enabled()), _functions_apart():
             graph = super().trace(root, concrete_args)
-        if not torch.equal(numbers, torch.get_rng_state()):
+        if numbers != _random_states():
             raise ConfigError(
                 "its forward draws random numbers that do not depend on a tensor, so that a graph of it would draw "
                 "them once for all; use torch.nn.Dropout, or draw with torch.rand_like or x.new_empty(…).bernoulli_()."
             )
+        buffers: list[tuple[str, Any]] = list(root.named_buffers())
+        if assigned := [name for name, buffer in buffers if type(buffer) is _ShapedProxy]:
+            raise ConfigError(
+                f"its forward assigns to the buffer {assigned[0]}, which a graph of it would not; change the buffer "
+                f"there is, with self.{assigned[0]}.copy_(…)."
+            )
         for node in graph.nodes:
             node.meta.pop(VALUE, None)
+            node.meta.pop(VARIES, None)
         return graph
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """What to call to trace: ``forward`` with the inputs, its other parameters at their defaults."""
+        """What to call to trace: the network with the inputs, the other parameters of its forward at their defaults."""
         inputs = {name: self.create_proxy("placeholder", name, (), {}) for name in self._input_shapes}
         args, kwargs = arguments(self.root, inputs)
-        return lambda root: root_fn(root, *args, **kwargs), [self.root]
+        return lambda root: root(*args, **kwargs), [self.root]  # not `forward`: it may have hooks
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """torch's own layers, and einops's, which look at the type of what they are given."""
-        return m.__module__.startswith("einops.") or super().is_leaf_module(m, module_qualified_name)
+        """torch's own layers within the network, and einops's, which look at the type of what they are given."""
+        leaf = m.__module__.startswith("einops.") or super().is_leaf_module(m, module_qualified_name)
+        return leaf and m is not self.root
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The stand-in for a node's value."""
@@ -92,6 +103,11 @@ class ShapedTracer(fx.Tracer):
         if type(a) is _ShapedProxy:
             return a.node
         if type(a) is Tensor and not any(a is buffer for buffer in self.root.buffers()):
+            if a.grad_fn is not None:
+                raise ConfigError(
+                    "its forward computes with parameters that it does not call by name (self.weight), so that a graph "
+                    "of it would do so once for all; leave penalties on all parameters() to the loss or the optimizer."
+                )
             # fx would make the constant an attribute of the network, which is not ours to change.
             name = next(
                 (name for name, known in self.constants.items() if known is a), f"constant{len(self.constants)}"
@@ -116,11 +132,12 @@ class ShapedTracer(fx.Tracer):
         if kind == "output":
             return proxy
         value = self._evaluate(kind, target, args, kwargs)
+        varies = kind == "placeholder" or any(node.meta.get(VARIES) for node in proxy.node.all_input_nodes)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
             self.graph.erase_node(proxy.node)
-            self.reads_shape |= target not in _FREE_OF_EXTENTS
+            self.reads_shape |= varies and target not in _FREE_OF_EXTENTS
             return value
-        proxy.node.meta[VALUE] = value
+        proxy.node.meta |= {VALUE: value, VARIES: varies}
         return proxy
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -128,8 +145,13 @@ class ShapedTracer(fx.Tracer):
         return forward(*args, **kwargs) if self._evaluating else super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A module's attribute: as it is while a node is evaluated."""
-        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+        """A module's attribute: as it is while a node is evaluated. Buffers are read each time, for they may change."""
+        if self._evaluating:
+            return attr_val
+        if type(attr_val) is Tensor:
+            name = next((name for name, buffer in self.root.named_buffers() if buffer is attr_val), None)
+            return attr_val if name is None else self.create_proxy("get_attr", name, (), {})
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = pytree.tree_map(
@@ -162,6 +184,11 @@ class ShapedTracer(fx.Tracer):
         if tensor.device.type != "meta":
             return self._fakes.from_tensor(tensor)
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Of all generators that a forward may draw from."""
+    return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state(legacy=False))  # noqa: NPY002
 
 
 def _modes() -> tuple[bool, ...]:
@@ -240,7 +267,7 @@ class _ShapedProxy(fx.Proxy):
         if callable(value) or isinstance(value, Tensor):
             return super().__getattr__(name)
         assert isinstance(self.tracer, ShapedTracer)
-        self.tracer.reads_shape |= name not in _FREE_OF_EXTENTS
+        self.tracer.reads_shape |= self.node.meta[VARIES] and name not in _FREE_OF_EXTENTS
         return value
 
     def __iter__(self) -> Iterator[Any]:
@@ -250,7 +277,7 @@ class _ShapedProxy(fx.Proxy):
         value = self.node.meta[VALUE]
         if isinstance(value, Tensor):
             assert isinstance(self.tracer, ShapedTracer)
-            self.tracer.reads_shape = True
+            self.tracer.reads_shape |= self.node.meta[VARIES]
         return len(value)
 
 

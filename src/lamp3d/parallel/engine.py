@@ -25,7 +25,7 @@ from lamp3d.graph.allocator import (
     peak_resident_bytes,
     return_freed_memory,
 )
-from lamp3d.graph.buffers import refuse_batch_norm
+from lamp3d.graph.buffers import refuse_parts
 from lamp3d.graph.inputs import Shape, batch_of, input_text, with_batch
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
@@ -84,7 +84,7 @@ class Engine:
         _check_cells(self.graph.cells, plan)
         refuse_tied_parameters(self.graph.cut(plan.starts), plan.ranks)
         self._network = network
-        self._refuse_batch_norm()
+        self._refuse_parts()
         self.on_action: Callable[[Action], None] | None = None
         own = self._stages(self.graph)
         # All of the network's: every rank derives from the weights' layout in which layout a value travels.
@@ -183,7 +183,7 @@ class Engine:
             PlanError: the plan's schedule, or its replicas, need a loss that is a mean over cases; or the mini-batch
                 cannot be shared evenly.
         """
-        self._refuse_batch_norm()  # again: the network's mode may have changed
+        self._refuse_parts()  # again: the network's mode may have changed
         micro_batches = self._handout.micro_batches(inputs, shared=True)
         with self._refusals():
             programs = [self._program(spec) for spec in micro_batches.specs]
@@ -315,9 +315,9 @@ class Engine:
             targets = own_targets(targets, extent, self.space)
         return targets
 
-    def _refuse_batch_norm(self) -> None:
+    def _refuse_parts(self) -> None:
         if self.plan.micro_batches > 1 or self.plan.data > 1:
-            refuse_batch_norm(self._network)
+            refuse_parts(self.graph, self._network)
 
     def _flush(self) -> None:
         """Wait until everything that was sent has arrived; whoever made this engine may drop it then."""

@@ -122,8 +122,10 @@ class StageRunner:
     def _recomputed(
         self, part: Stage, values: Mapping[str, Tensor], specs: Specs, deferred: DeferredWeights
     ) -> dict[str, Tensor]:
+        before = [(buffer, buffer.detach().clone()) for buffer in part.buffers()]
+
         def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-            return nullcontext(), self._again(part, deferred)
+            return nullcontext(), self._again(part, deferred, before)
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
             with recomputed():
@@ -140,9 +142,11 @@ class StageRunner:
         return {name: local_of(made) for name, made in zip(stage.outputs, stage(*inputs), strict=True)}
 
     @contextmanager
-    def _again(self, part: Stage, deferred: DeferredWeights) -> Iterator[None]:
-        """What a second forward runs in; running statistics have been updated by the first."""
+    def _again(self, part: Stage, deferred: DeferredWeights, before: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """What a second forward runs in: it finds the buffers as the first one did, and leaves them as that one did."""
         with preserved_buffers(part), self._arithmetic(deferred):
+            for buffer, content in before:
+                buffer.data.copy_(content)  # as in `preserved_buffers`
             yield
 
 

@@ -349,10 +349,25 @@ def mean_over_cases(loss_fn: Loss) -> Loss:
 
 
 def concatenate(outputs: Sequence[Any]) -> Any:
-    """Micro-batches' outputs (tensors, or tuples, lists, dicts of them) joined along the batch."""
+    """Micro-batches' outputs (tensors, or tuples, lists, dicts of them) joined along the batch.
+
+    Raises:
+        PlanError: one of them is a single number, for which there is no batch.
+    """
     if len(outputs) == 1:
         return outputs[0]
-    return pytree.tree_map(lambda *pieces: torch.cat(pieces), outputs[0], *outputs[1:])
+    return pytree.tree_map(_joined, outputs[0], *outputs[1:])
+
+
+def _joined(*pieces: Any) -> Any:
+    if not isinstance(pieces[0], Tensor):
+        return pieces[0]
+    if pieces[0].dim() == 0:
+        raise PlanError(
+            f"the network gives a single number for {len(pieces)} micro-batches, which cannot be joined; make a plan "
+            "with micro_batches=1 and data=1, or let the network give one number a case."
+        )
+    return torch.cat(pieces)
 
 
 def _cut(targets: Any, sizes: Sequence[int]) -> list[Any]:

@@ -292,13 +292,14 @@ class MeasuringMeter(Meter):
         input_shape: InputShape,
         micro_batch: int,
         link: Link,
+        graph: CellGraph | None = None,
         *,
         workers: int,
         loss: TimedLoss | None = None,
         repeats: int = 3,
         fresh: bool = False,
     ):
-        super().__init__(network, input_shape, micro_batch, link, device_type())
+        super().__init__(network, input_shape, micro_batch, link, device_type(), graph)
         self.workers, self.loss, self.repeats, self.fresh = workers, loss, repeats, fresh
         self._timed: dict[str, Timing] = {}  # so that nothing is timed twice, also where the disk does not remember
         self.timing_of, self.loss_cost_of = functools.cache(self._timing), functools.cache(self._loss_cost)

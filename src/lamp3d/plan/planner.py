@@ -12,7 +12,8 @@ from rich.table import Table
 from torch import nn
 
 from lamp3d.errors import ConfigError, PlanError
-from lamp3d.graph.buffers import refuse_batch_norm, training_batch_norm
+from lamp3d.graph import trace
+from lamp3d.graph.buffers import refuse_parts, wants_whole_batch
 from lamp3d.graph.inputs import InputShape, batch_of, input_text, title_of, volume_of, with_batch
 from lamp3d.plan.advice import does_not_fit
 from lamp3d.plan.amounts import format_bytes, parse_bytes
@@ -153,9 +154,10 @@ def find_plans(
         raise ConfigError(f"precision is {', '.join(PRECISIONS)} or auto, not {precision!r}.")
     if isinstance(recompute, str) and recompute not in ("never", "always"):
         raise ConfigError(f"recompute is never, always, or blocks of cells, not {recompute!r}.")
-    if training_batch_norm(network) is not None:
+    graph = trace(network, input_shape)
+    if wants_whole_batch(graph, network) is not None:
         if (data or 1) * (micro_batches or 1) > 1:
-            refuse_batch_norm(network)
+            refuse_parts(graph, network)
         data = micro_batches = 1
     described = load_hardware(hardware) if isinstance(hardware, str) else hardware
     if link is not None:
@@ -168,10 +170,10 @@ def find_plans(
     meter: Meter
     if described is None:
         meter = MeasuringMeter(
-            network, input_shape, smallest, joined, workers=devices, loss=loss, repeats=repeats, fresh=fresh
+            network, input_shape, smallest, joined, graph, workers=devices, loss=loss, repeats=repeats, fresh=fresh
         )
     else:
-        meter = ModelMeter(network, input_shape, smallest, described, joined)
+        meter = ModelMeter(network, input_shape, smallest, described, joined, graph)
     ways = meter.ways(meter.precisions if precision == "auto" else (precision,), channels_last)
     slower = [(p, not last) for p, last in ways if channels_last is None and (not last) in meter.layouts(p)]
     request = Request(

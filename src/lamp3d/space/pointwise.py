@@ -174,7 +174,11 @@ def dropout3d(input: ShardedVolume, p: float = 0.5, training: bool = True, inpla
     if not training or p == 0:
         return input
     ones = torch.ones(*input.shape[:2], 1, 1, 1, dtype=input.dtype, device=input.device)
-    return ShardedVolume(input.local * F.dropout3d(ones, p, True), input.placement, input.space)
+    kept = F.dropout3d(ones, p, True)
+    if inplace:
+        input.local.mul_(kept)
+        return input
+    return ShardedVolume(input.local * kept, input.placement, input.space)
 
 
 @rule(F.dropout, torch.dropout, F.alpha_dropout, torch.dropout_)

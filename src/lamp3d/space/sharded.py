@@ -62,18 +62,19 @@ class ShardedVolume(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.__name__ == "__get__":
+        called = getattr(func, "__name__", "a scripted function")
+        if called == "__get__":
             name = getattr(func, "__self__").__name__  # noqa: B009 (mypy knows no descriptors)
             if name in _METADATA:
                 return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
             if name in _OF_LOCAL:
                 return getattr(args[0].local, name)
             raise _refusal(name, args)
-        if func.__name__ in _QUESTIONS:
+        if called in _QUESTIONS:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         rule = RULES.get(func)
         if rule is None:
-            raise _refusal(func.__name__, args)
+            raise _refusal(called, args)
         return rule(*args, **kwargs)
 
     @classmethod
