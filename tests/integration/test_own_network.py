@@ -16,6 +16,7 @@ from tests.integration.conftest import CommandLine
 CODE = """
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class Plain(nn.Module):
@@ -41,6 +42,24 @@ class Fixed(nn.Module):
 
     def forward(self, x):
         return self.conv(x) + self.where
+
+
+class Levels(nn.Module):
+    # Another graph in evaluation: dropout as a function, and, stacked, the finer level alone.
+    def __init__(self, in_channels, out_channels, stacked=False):
+        super().__init__()
+        self.body = nn.Conv3d(in_channels, 4, 3, padding=1)
+        self.fine, self.coarse = nn.Conv3d(4, out_channels, 1), nn.Conv3d(4, out_channels, 1)
+        self.stacked = stacked
+
+    def forward(self, x):
+        x = F.dropout3d(torch.relu(self.body(x)), 0.1, training=self.training)
+        fine, coarse = self.fine(x), self.coarse(F.avg_pool3d(x, 2))
+        if not self.stacked:
+            return [fine, coarse]
+        if not self.training:
+            return fine
+        return torch.stack([fine, F.interpolate(coarse, scale_factor=2)], 1)
 
 
 def no_network(in_channels, out_channels):
@@ -133,5 +152,51 @@ def test_one_output_is_taken_out_of_its_list_and_several_are_refused(
     build = NetworkConfig(kind="own", name="own_nets_too:make").build
     assert build(3)(image).shape == (1, 3, 4, 4, 4)
     several = NetworkConfig(kind="own", name="own_nets_too:make", arguments={"outputs": 2}).build(3)
-    with pytest.raises(ConfigError, match=r"Plain gives 2 outputs.*deep supervision off"):
+    with pytest.raises(ConfigError, match=r"Plain gives 2 level\(s\) of logits, .*deep_supervision: 0 wants 1"):
         several(image)
+
+
+def test_coarser_levels_follow_the_finest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_levels.py").write_text(CODE, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    image = torch.randn(1, 1, 4, 4, 4)
+    for stacked in (False, True):
+        settings = {"kind": "own", "name": "own_levels:Levels", "arguments": {"stacked": stacked}}
+        settings["deep_supervision"] = 1
+        network = NetworkConfig.model_validate(settings).build(3)
+        assert network.heads == 2
+        torch.manual_seed(0)
+        logits = network(image)
+        torch.manual_seed(0)
+        levels = network.network(image)
+        fine, coarse = levels[0].unbind(0) if stacked else (levels[0][0], levels[1][0])
+        if not stacked:
+            coarse = torch.nn.functional.interpolate(coarse[None], size=(4, 4, 4), mode="trilinear")[0]
+        torch.testing.assert_close(logits, torch.cat([fine, coarse])[None])
+        assert network.eval()(image).shape[1] == (3 if stacked else 6)
+        more = NetworkConfig.model_validate(settings | {"deep_supervision": 2}).build(3)
+        with pytest.raises(ConfigError, match=r"gives 2 level\(s\) of logits, .*deep_supervision: 2 wants 3"):
+            more(image)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_another_graph_in_evaluation_from_training_to_prediction(
+    stacked: bool, lamp3d: CommandLine, dataset: Path, config: Path, tmp_path: Path
+) -> None:
+    (lamp3d.folder / "own_two.py").write_text(CODE, "utf-8")
+    settings, run = tmp_path / "own.yaml", tmp_path / "run"
+    arguments = f"arguments: {{stacked: {str(stacked).lower()}}}"
+    own = f'{{kind: own, name: "own_two:Levels", {arguments}, divisor: 2, deep_supervision: 1}}'
+    settings.write_text(config.read_text("utf-8").replace("{kind: unet, filters: 2}", own), "utf-8")
+    stages = "train.curriculum=[{patch: [16, 16, 32], batch: 2, epochs: 1, data: 1, space: 1}]"
+    devices = 1 if stacked else 2  # a pipeline cannot be one for both graphs
+    done = lamp3d("train", dataset, stages, "--config", settings, "--out", run, "--devices", devices)
+    assert done.code == 0, done.err
+    assert "Dice" in done.out
+    if stacked:
+        refused = lamp3d("train", dataset, stages, "--config", settings, "--out", tmp_path / "other", "--devices", 2)
+        assert refused.code != 0
+        assert "is another network in validation" in refused.err
+    scan = next((dataset / "images").iterdir())
+    done = lamp3d("predict", run, scan, "--out", tmp_path / "labels", "--devices", devices)
+    assert done.code == 0, done.err
