@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def content(run: Path) -> dict[str, bytes]:
     [
         ("network.filters=3", "belongs to another network"),
         ("train.curriculum=[{patch: [16, 16, 32], epochs: 9}]", "past the end of the curriculum"),
+        ("preprocess.foreground_above=-400", "was trained with another preprocess.foreground_above"),
     ],
 )
 def test_a_refused_resume_leaves_the_run_as_it_was(
@@ -37,6 +39,21 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
     before = content(run)
     done = lamp3d("train", dataset, *CHANGED, change, "--config", config, "--out", run, "--devices", 2, "--resume")
     assert message in done.complaint()
+    assert content(run) == before
+
+
+@pytest.mark.parametrize("what", ["organs", "channels"])
+def test_a_resume_with_what_its_labels_do_not_mean_is_refused(
+    lamp3d: CommandLine, run: Path, dataset: Path, tmp_path: Path, what: str
+) -> None:
+    before = content(run)
+    other = Path(shutil.copytree(dataset, tmp_path / "other"))
+    written = json.loads((other / "dataset.json").read_text())
+    background, *organs = written["labels"].values()
+    changes = {"organs": {"labels": dict(enumerate([background, *organs[::-1]]))}, "channels": {"modality": "MRI"}}
+    (other / "dataset.json").write_text(json.dumps(written | changes[what]))
+    done = lamp3d("train", other, "--out", run, "--devices", 2, "--resume")
+    assert f"{other} has the {what} " in done.complaint()
     assert content(run) == before
 
 
@@ -51,8 +68,10 @@ def test_a_folder_is_trained_in_by_one_process(lamp3d: CommandLine, run: Path, d
 
 def test_what_is_done_stays_done_and_is_said_to(lamp3d: CommandLine, run: Path, dataset: Path) -> None:
     before = (run / "last.safetensors").read_bytes()
-    done = lamp3d("train", dataset, "train.curriculum.0.epochs=5", "--out", run, "--devices", 2, "--resume")
+    changes = ("train.curriculum.0.epochs=5", "loss.focal_weight=0.4")
+    done = lamp3d("train", dataset, *changes, "--out", run, "--devices", 2, "--resume")
     assert done.code == 0, done.err
+    assert "Settings changed since the checkpoint: curriculum, loss.focal_weight;" in done.out
     assert "Stages that are done stay as they are; to go on, add another one." in done.out
     assert (run / "last.safetensors").read_bytes() == before
 

@@ -3,7 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
+from lamp3d.data import AugmentConfig, PreprocessConfig
 from lamp3d.train.curriculum import CurriculumStage, TrainConfig
+from lamp3d.train.state import TrainingState
 
 
 def stage(**settings: object) -> CurriculumStage:
@@ -62,3 +64,13 @@ def test_poly_falls_with_the_power_of_what_is_left_of_a_stage() -> None:
 def test_last_epoch_of_a_stage_is_always_validated() -> None:
     config = TrainConfig(curriculum=(stage(epochs=7),), validate_every=3)
     assert [epoch for epoch in range(7) if config.validates(0, epoch)] == [2, 5, 6]
+
+
+def test_settings_that_changed_are_named_and_those_that_came_later_count_as_their_defaults() -> None:
+    before, now = TrainConfig(curriculum=(stage(),)), TrainConfig(curriculum=(stage(),), seed=3)
+    kept = before.model_dump(mode="json") | {"preprocess": {"margin_voxels": 2}}
+    del kept["clip_norm"]
+    state = TrainingState(settings=kept)
+    others = {"preprocess": PreprocessConfig(margin_voxels=2, hu_offset=1024), "augment": AugmentConfig.off()}
+    assert state.changed(before, {}) == []
+    assert state.changed(now, others) == ["seed", "preprocess.hu_offset"]

@@ -111,6 +111,11 @@ class ExperimentConfig(BaseModel):
     memory: str | None = None
     cache: Path | None = None
 
+    @property
+    def beside_training(self) -> dict[str, BaseModel]:
+        """The parts beside `train` that decide what the weights become or what is made of them."""
+        return {"preprocess": self.preprocess, "augment": self.augment, "loss": self.loss, "predict": self.predict}
+
     @model_validator(mode="after")
     def _mirrors_as_trained(self) -> ExperimentConfig:
         if self.predict.mirror and not self.augment.flip_axes:

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lamp3d.data import Batches, Case, CaseStore, Dataset, UnusualContour, read_dataset, unusual_contours
-from lamp3d.errors import ConfigError, DeviceMemoryError, LampError, PlanError, WorkerKilledError
+from lamp3d.errors import ConfigError, DatasetError, DeviceMemoryError, LampError, PlanError, WorkerKilledError
 from lamp3d.evaluate import dice_per_organ
 from lamp3d.experiment.config import ExperimentConfig
 from lamp3d.experiment.initial import initial_weights
@@ -66,8 +66,12 @@ def train(
     begun = last.exists()
     if begun and not resume:
         raise ConfigError(f"{out} already holds a run; add --resume to go on with it, or choose another --out.")
-    if resume and (out / "run.json").exists() and (splits := Run.open(out).splits) is not None:
-        dataset = dataset.with_splits(splits)
+    if resume and (out / "run.json").exists():
+        before = Run.open(out)
+        if begun:
+            _check_same_labels(before, dataset)
+        if before.splits is not None:
+            dataset = dataset.with_splits(before.splits)
     train_cases, validation_cases = dataset.split("train"), _validation_cases(dataset)
     loss = config.loss.resolved_for([case.annotated for case in train_cases], dataset.organs)
     config = config.model_copy(update={"loss": loss})
@@ -77,7 +81,7 @@ def train(
     config = config.model_copy(update={"preprocess": store.config})
     run = Run(out, config, dataset.root.resolve(), dataset.organs, dataset.channels)
     if begun:  # before anything in its folder is written over
-        resumable(Checkpoint(last), run.outline(), config.train)
+        resumable(Checkpoint(last), run.outline(), config.train, config.beside_training)
     elif config.initial_weights is not None:
         taken, every = initial_weights(run), network_tensors(run.outline())
         fresh = ", ".join(name for name in every if name not in taken) or "none"
@@ -103,6 +107,17 @@ def train(
             plan.save(run.plan_path(index))
         _train(run, store, train_cases, devices, resume, auto_replan, console)
     return run
+
+
+def _check_same_labels(before: Run, dataset: Dataset) -> None:
+    """Whether the weights of a run mean the same in a dataset."""
+    pairs = {"organs": (before.organs, dataset.organs), "channels": (before.channels, dataset.channels)}
+    for what, (own, others) in pairs.items():
+        if own != others:
+            raise DatasetError(
+                f"{dataset.root} has the {what} {', '.join(others)}, but the run in {before.folder} was trained on "
+                f"{', '.join(own)}: go on with the same, in the same order, or choose another --out."
+            )
 
 
 def _check_validation(run: Run, store: CaseStore, cases: tuple[Case, ...]) -> None:
@@ -223,7 +238,7 @@ def _train_worker(out: Path, resume: bool) -> None:
     predictor = partial(Predictor, preprocess=store.config, divisor=network.divisor, window=window, classes=classes)
     validate = partial(_validate, store=store, cases=cases, make_predictor=predictor) if cases else None
     loss = HybridLoss(config.loss, dataset.organs, network.heads)
-    Trainer(network, run.plans(), config.train, loss, batches, validate, out).fit(resume)
+    Trainer(network, run.plans(), config.train, loss, batches, validate, out, config.beside_training).fit(resume)
 
 
 def _validate(

@@ -4,7 +4,8 @@ from lamp3d.train.checkpoint import Checkpoint, copy_tensors, load_weights, netw
 from lamp3d.train.curriculum import CurriculumStage, TrainConfig
 from lamp3d.train.history import EpochRecord, read_history
 from lamp3d.train.loss import HybridLoss, LossConfig, with_drawn_targets
-from lamp3d.train.trainer import Trainer, resumable, time_line_path
+from lamp3d.train.state import resumable
+from lamp3d.train.trainer import Trainer, time_line_path
 
 __all__ = [
     "Checkpoint",

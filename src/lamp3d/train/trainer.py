@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from lamp3d.data import Batch, Batches
@@ -33,7 +34,7 @@ from lamp3d.train.feed import on_device, prefetched
 from lamp3d.train.guard import StepCheck, check_step, clip_gradients, diagnosis
 from lamp3d.train.history import EpochRecord, Recorder, RunRecorder
 from lamp3d.train.optimizer import WeightAverage, make_optimizer, optimizer_tensors, restore_optimizer
-from lamp3d.train.state import TrainingState
+from lamp3d.train.state import TrainingState, resumable
 
 LossFunction = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
 
@@ -61,6 +62,7 @@ class Trainer:
         validate: from the engine (network in evaluation mode) to the mean Dice by organ, the same on every rank, NaN
             for an organ that no case tells of. None: no validation and no best.safetensors.
         run: folder for checkpoints and history, seen by all ranks.
+        others: settings of other parts, by name, that a checkpoint keeps and a resumed run is compared by.
 
     Raises:
         ConfigError: plans and curriculum do not match.
@@ -75,6 +77,7 @@ class Trainer:
         batches: Callable[[int, int], Batches],
         validate: Callable[[Engine], dict[str, float]] | None,
         run: Path,
+        others: Mapping[str, BaseModel] | None = None,
     ) -> None:
         if len(plans) != len(config.curriculum):
             raise ConfigError(
@@ -87,10 +90,12 @@ class Trainer:
         self.batches = batches
         self.validate = validate
         self.run = run
+        self.others = others or {}
         self.last = run / "last.safetensors"
         self.best = run / "best.safetensors"
         self.parameter_names = [name for name, _ in network.named_parameters()]
-        self.state = TrainingState(settings=config.model_dump(mode="json"))
+        kept = {part: settings.model_dump(mode="json") for part, settings in self.others.items()}
+        self.state = TrainingState(settings=config.model_dump(mode="json") | kept)
         self.recorder = Recorder()
 
     def fit(self, resume: bool = False) -> None:
@@ -101,7 +106,7 @@ class Trainer:
                 run which was never interrupted.
 
         Raises:
-            ConfigError: the folder holds a run already and `resume` is off, or the run of another network.
+            ConfigError: the folder holds a run already and `resume` is off, or one that cannot be gone on with.
             TrainingError: too many bad steps in a row, or a checkpoint cannot be written.
         """
         self._open_run(resume)
@@ -125,11 +130,11 @@ class Trainer:
         if not begun:
             initial = network_tensors(self.network) if first else {}
             save_checkpoint(self.last, _within("model", initial), self.state.model_dump())
-        before = self.state.settings
-        self.state = resumable(Checkpoint(self.last), self.network, self.config)
+        settings = self.state.settings
+        self.state = resumable(Checkpoint(self.last), self.network, self.config, self.others)
         if first:
             self.recorder = RunRecorder(self.run, self.config, epochs=self.state.epochs, step=self.state.step)
-        changed = [key for key in before if before[key] != self.state.settings.get(key)]
+        changed = self.state.changed(self.config, self.others)
         if begun:
             done = self.state.stage >= len(self.plans)
             more = " Stages that are done stay as they are; to go on, add another one." if done else ""
@@ -138,7 +143,7 @@ class Trainer:
             self.recorder.say(
                 f"Settings changed since the checkpoint: {', '.join(changed)}; the new ones apply from here."
             )
-        self.state.settings = before
+        self.state.settings = settings
 
     def _train_stage(self) -> None:
         stage = self._begin_stage()
@@ -281,23 +286,6 @@ class Trainer:
         else:
             tensors |= _within("optimizer", optimizer_tensors(stage.optimizer, stage.engine.parameters))
         save_checkpoint(self.last, tensors, state.model_dump())
-
-
-def resumable(checkpoint: Checkpoint, network: nn.Module, config: TrainConfig) -> TrainingState:
-    """Where a run goes on.
-
-    Raises:
-        ConfigError: it is another network's, or has come farther than the curriculum goes.
-    """
-    checkpoint.check_network(network)
-    state = TrainingState.model_validate(checkpoint.progress)
-    epochs = [stage.epochs for stage in config.curriculum]
-    if state.past_the_end(epochs):
-        raise ConfigError(
-            f"{checkpoint.path} holds {state.where(len(epochs))}, which is past the end of the curriculum (epochs of "
-            f"its stages: {', '.join(map(str, epochs))}): resume it with at least as many."
-        )
-    return state
 
 
 def time_line_path(run: Path, stage: int) -> Path:
