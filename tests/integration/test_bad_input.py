@@ -99,6 +99,26 @@ def test_a_dataset_without_training_cases(refusal: Refusal, broken: Path) -> Non
     assert "no cases to make mini-batches from" in refusal(broken)
 
 
+def test_a_split_without_cases(lamp3d: CommandLine, trained: Path, broken: Path) -> None:
+    path = broken / "dataset.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"splits": {"train": TRAINING, "validation": []}}))
+    said = lamp3d("evaluate", trained, broken).complaint()
+    assert "split 'validation' is empty" in said
+    assert "--split" in said
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "history.jsonl"])
+def test_what_no_run_has_written_is_not_written_over(
+    refusal: Refusal, dataset: Path, tmp_path: Path, file: str
+) -> None:
+    mine = tmp_path / "run" / file
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert f"no run folder (no run.json), but holds {file}, which training writes over" in refusal(dataset)
+    assert mine.read_text() == "mine"
+
+
 def test_an_unknown_key_in_the_configuration(refusal: Refusal, dataset: Path, config: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(config.read_text().replace("optimizer:", "optimiser:"))

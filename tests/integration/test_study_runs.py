@@ -15,7 +15,7 @@ import yaml
 from safetensors.numpy import load_file
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from lamp3d.errors import ConfigError, LampError
+from lamp3d.errors import ConfigError, DatasetError, LampError
 from lamp3d.study import (
     driver,
     plan_study,
@@ -113,6 +113,12 @@ def test_a_study_runs_goes_on_and_reports(
     time_predictions(out)
     timed = next(row for row in read_timings(out / "timings") if row.row == "unet")
     assert {(timing.window, timing.devices) for timing in timed.timings} == {("whole", 1), ("16x16x32", 1)}
+    kept = (out / "study.yaml").read_text("utf-8")
+    (out / "timings" / "unet.json").unlink()
+    (out / "study.yaml").write_text(kept.replace("timed_devices:\n  - 1", "timed_devices: [3]"), "utf-8")
+    with pytest.raises(DatasetError, match=r"has 2 validation case\(s\), but 3 devices take one each"):
+        time_predictions(out)
+    (out / "study.yaml").write_text(kept, "utf-8")
     report = write_study_report(out).read_text("utf-8")
     assert "Not finished" not in report
     assert "## Seconds a scan" in report
@@ -188,6 +194,14 @@ def test_a_study_that_is_killed_has_the_same_scores_in_the_end(
 def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no study"):
         score_test_split(tmp_path, tmp_path, 1)
+
+
+def test_a_study_without_validation_cases_is_refused_before_training(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_tiny_dataset(data, splits={"train": ["case_0", "case_1"], "validation": []})
+    with pytest.raises(DatasetError, match=r"row unet: .* has no validation cases"):
+        run_study(write_study(tmp_path), data, tmp_path / "out", 1)
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 def test_windows_that_a_network_cannot_take_are_refused_before_training(tmp_path: Path) -> None:

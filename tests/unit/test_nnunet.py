@@ -195,6 +195,27 @@ def test_a_run_keeps_its_splits_when_cases_are_added(tmp_path: Path) -> None:
         Run.open(tmp_path / "run").read_dataset()
 
 
+def test_a_run_keeps_its_splits_when_its_dataset_is_moved(tmp_path: Path) -> None:
+    root, moved = tmp_path / "data", tmp_path / "moved"
+    content = write_tiny_dataset(root, 5)
+    config = ExperimentConfig.model_validate({"train": {"curriculum": [{"patch": 32, "epochs": 1}]}})
+    drawn = read_dataset(root, SplitConfig(seed=1))
+    assert drawn.splits != read_dataset(root, config.split).splits  # as where cases had been added before the training
+    run = Run.create(tmp_path / "run", config, drawn, 1)
+    root.rename(moved)
+    assert run.read_dataset(moved).splits == drawn.splits
+    missing = drawn.splits["train"][0]
+    fewer = content | {"training": [entry for entry in content["training"] if missing not in entry["image"]]}
+    (moved / "dataset.json").write_text(json.dumps(fewer), "utf-8")
+    with pytest.raises(
+        DatasetError, match=f"lacks 1 of the run's cases, such as {missing}: case_., which it was trained"
+    ):
+        run.read_dataset(moved)
+    own = {"train": [], "validation": list(drawn.splits["train"][1:])}
+    (moved / "dataset.json").write_text(json.dumps(fewer | {"splits": own}), "utf-8")  # another's of the same names
+    assert run.read_dataset(moved).splits["validation"] == drawn.splits["train"][1:]
+
+
 def test_what_is_drawn_of_an_organ_that_is_not_claimed_is_background(tmp_path: Path) -> None:
     root = tmp_path / "data"
     content = write_tiny_dataset(root, 2)

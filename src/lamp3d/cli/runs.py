@@ -88,7 +88,9 @@ def train_command(
     if timeline is not None:
         time_line_picture(run.time_lines()).savefig(timeline, dpi=150)
         say(f"Time lines: {timeline}; for chrome://tracing: {folder / 'timelines'}")
-    say(f"Done. Next: lamp3d evaluate {run.folder} {dataset}; lamp3d report {run.folder}")
+    scored = run.splits is not None and run.splits.get("validation")
+    what = f"evaluate {run.folder} {dataset}" if scored else f"predict {run.folder} SCAN --out FOLDER"
+    say(f"Done. Next: lamp3d {what}; lamp3d report {run.folder}")
 
 
 @app.command("predict")

@@ -23,6 +23,9 @@ from lamp3d.scan import UNNAMED, scan_name
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
+MOST_ORGANS = 255
+"""That the bytes of label maps have values for."""
+
 Share = NonNegativeInt | Annotated[float, Field(ge=0, lt=1)]
 """So many cases, or such a part of them."""
 
@@ -71,6 +74,7 @@ class Dataset:
         cases: all cases, in the file's order.
         splits: names of the cases of each split.
         channels: names of the scans' channels, such as CT, or T1 and T2.
+        drawn: whether the folder says nothing of splits, so that they were drawn.
     """
 
     name: str
@@ -79,6 +83,7 @@ class Dataset:
     cases: tuple[Case, ...]
     splits: dict[str, tuple[str, ...]]
     channels: tuple[str, ...] = (UNNAMED,)
+    drawn: bool = False
 
     @property
     def n_classes(self) -> int:
@@ -104,7 +109,7 @@ class Dataset:
         """
         kept = {split: tuple(names) for split, names in splits.items()}
         _check_splits(self.root, kept, self.cases)
-        return replace(self, splits=kept)
+        return replace(self, splits=kept, drawn=False)
 
 
 class _Entry(BaseModel):
@@ -136,7 +141,8 @@ def read_dataset(root: Path, split: SplitConfig | None = None) -> Dataset:
 
     Raises:
         DatasetError: the JSON is broken or contradicts itself: labels with gaps, files that are absent, case names
-            given twice, annotated organs or split members that do not exist, a case in two splits.
+            given twice, annotated organs or split members that do not exist, a case in two splits. Or there are more
+            organs than `MOST_ORGANS`.
     """
     root = Path(root)
     path = root / "dataset.json"
@@ -169,7 +175,8 @@ def read_dataset(root: Path, split: SplitConfig | None = None) -> Dataset:
     else:
         splits = content.splits
     _check_splits(path, splits, cases)
-    return Dataset(content.name or root.resolve().name, root, organs, cases, splits, channels)
+    name, drawn = content.name or root.resolve().name, content.splits is None
+    return Dataset(name, root, organs, cases, splits, channels, drawn)
 
 
 def write_dataset_json(
@@ -214,6 +221,8 @@ def _organs(path: Path, labels: dict[int, str]) -> tuple[str, ...]:
         raise DatasetError(
             f"{path}: labels {sorted(labels)} must be 0 (background), 1, 2, … without gaps; renumber them"
         )
+    if len(labels) > 1 + MOST_ORGANS:
+        raise DatasetError(f"{path}: {len(labels) - 1} organs; at most {MOST_ORGANS} are supported: leave some out")
     organs = tuple(labels[value] for value in range(1, len(labels)))
     if twice := _twice(organs):
         raise DatasetError(f"{path}: label names used twice: {', '.join(twice)}; name each organ once")

@@ -139,7 +139,7 @@ def evaluate(
 
     Raises:
         ConfigError: the tolerance is not possible.
-        DatasetError: another dataset's organs or channels, an unknown split, or cases without contours.
+        DatasetError: another dataset's organs or channels, an unknown or empty split, or cases without contours.
     """
     if not 0 <= tolerance_mm < math.inf:
         raise ConfigError(f"a tolerance of {tolerance_mm} mm is not possible; give a number from 0 on.")
@@ -205,6 +205,11 @@ def _labelled(dataset: Dataset, split: str, run: Run) -> tuple[Case, ...]:
             f"{', '.join(run.organs)}; evaluate it on a dataset with the same labels."
         )
     cases = dataset.split(split)
+    if not cases:
+        raise DatasetError(
+            f"split {split!r} is empty, there is nothing to score: give another --split, write `splits` into "
+            f"dataset.json, or train with a configuration that keeps cases for it, such as split: {{{split}: 0.2}}."
+        )
     if bare := [case.name for case in cases if case.label is None]:
         raise DatasetError(f"cases of split {split!r} have no contours to compare with: {', '.join(bare[:5])}.")
     return cases

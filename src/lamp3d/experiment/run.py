@@ -10,13 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lamp3d.data import CaseStore, Dataset, read_dataset
-from lamp3d.errors import ConfigError
+from lamp3d.data.dataset import TRAIN
+from lamp3d.errors import ConfigError, DatasetError
 from lamp3d.experiment.config import ExperimentConfig, load_config
 from lamp3d.files import write_text
 from lamp3d.nets import Network
 from lamp3d.plan import Plan, TimeLine
 from lamp3d.scan import UNNAMED
 from lamp3d.train import time_line_path
+
+WRITTEN = ("config.yaml", "versions.json", "plans", "history.jsonl", "best.safetensors")
+"""What training writes over in a run folder, beside ``run.json``."""
 
 _VERSIONS_OF = ("lamp3d", "torch", "monai", "numpy", "nibabel", "scipy", "safetensors")
 
@@ -45,10 +49,10 @@ class Run:
     def create(cls, folder: Path, config: ExperimentConfig, dataset: Dataset, devices: int) -> Run:
         """Write the files that say what the run is."""
         folder.mkdir(parents=True, exist_ok=True)
-        config.save(folder / "config.yaml")
         root = dataset.root.resolve()
         run = cls(folder, config, root, dataset.organs, dataset.channels, dataset.splits)
-        run.save_about(str(root), devices)
+        run.save_about(str(root), devices)  # first: other files without it are somebody else's
+        config.save(folder / "config.yaml")
         versions = {name: version(name) for name in _VERSIONS_OF}
         versions |= {"python": platform.python_version(), "machine": platform.machine(), "seed": str(config.train.seed)}
         _write_json(folder / "versions.json", versions)
@@ -135,12 +139,30 @@ class Run:
     def read_dataset(self, root: Path | None = None) -> Dataset:
         """A dataset, by default the one that the run was trained on; that one in the splits that it was trained on.
 
+        It may have been moved or copied: where no splits are written down, cases of the same names are the same.
+
         Args:
             root: its folder.
+
+        Raises:
+            DatasetError: some of the run's cases are not there, and others that it was trained on would be new to it.
         """
         dataset = read_dataset(root or self.dataset, self.config.split)
-        own = dataset.root.resolve() == self.dataset
-        return dataset.with_splits(self.splits) if own and self.splits is not None else dataset
+        if self.splits is None:
+            return dataset
+        known = {name for names in self.splits.values() for name in names}
+        missing = known - {case.name for case in dataset.cases}
+        if dataset.root.resolve() == self.dataset or (dataset.drawn and not missing):
+            return dataset.with_splits(self.splits)
+        seen = set(self.splits[TRAIN])
+        others = [name for split, names in dataset.splits.items() if split != TRAIN for name in names]
+        if dataset.drawn and (leaked := sorted(seen.intersection(others))):
+            raise DatasetError(
+                f"{dataset.root} says nothing of splits, and lacks {len(missing)} of the run's cases, such as "
+                f"{min(missing)}: {', '.join(leaked[:5])}, which it was trained on, would count as new. Add those "
+                "cases, or write `splits` into dataset.json."
+            )
+        return dataset
 
     def store(self, dataset: Dataset) -> CaseStore:
         """Its cases, prepared as the run wants them."""

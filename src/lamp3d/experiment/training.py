@@ -18,7 +18,7 @@ from lamp3d.evaluate import dice_per_organ
 from lamp3d.experiment.config import ExperimentConfig
 from lamp3d.experiment.initial import initial_weights
 from lamp3d.experiment.planning import plan_stages, stage_batches, stage_plan
-from lamp3d.experiment.run import Run, cache_folder
+from lamp3d.experiment.run import WRITTEN, Run, cache_folder
 from lamp3d.files import claimed
 from lamp3d.graph.inputs import title_of
 from lamp3d.parallel import Engine, launch
@@ -66,7 +66,13 @@ def train(
     begun = last.exists()
     if begun and not resume:
         raise ConfigError(f"{out} already holds a run; add --resume to go on with it, or choose another --out.")
-    if resume and (out / "run.json").exists():
+    if not (out / "run.json").exists():
+        if not begun and (others := [name for name in WRITTEN if (out / name).exists()]):
+            raise ConfigError(
+                f"{out} is no run folder (no run.json), but holds {', '.join(others)}, which training writes over; "
+                "choose another --out."
+            )
+    elif resume:
         before = Run.open(out)
         if begun:
             _check_same_labels(before, dataset)

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import yaml
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from lamp3d.errors import ConfigError, LampError
+from lamp3d.data import read_dataset
+from lamp3d.errors import ConfigError, DatasetError, LampError
 from lamp3d.experiment import ExperimentConfig, Run, evaluate, forecast, predict, train
 from lamp3d.experiment.config import parse_config
 from lamp3d.experiment.planning import voxels_seen
@@ -77,12 +78,18 @@ def run_study(path: Path, dataset: Path, out: Path, devices: int, say: Say = pri
 
     Raises:
         ConfigError: ``out`` holds runs of a row with other settings.
+        DatasetError: the dataset cannot be read, or has no validation cases.
         LampError: some runs failed, all others are done; the message says which.
     """
     study, configs = load_study(path)
     _remember(study, configs, out)
     for row in study.rows:
         _check_windows(row, study, configs[row.name])
+        if not read_dataset(dataset, configs[row.name].split).splits.get(VALIDATION):
+            raise DatasetError(
+                f"row {row.name}: {dataset} has no validation cases, which choose the weights and are compared; take "
+                "some with split.validation, or name them in `splits` of dataset.json."
+            )
     failed: list[str] = []
     runs = study.runs()
     for number, (row, seed) in enumerate(runs, start=1):
@@ -146,6 +153,7 @@ def time_predictions(out: Path, say: Say = print) -> None:
 
     Raises:
         ConfigError: ``out`` holds no study.
+        DatasetError: there are fewer validation cases than devices to time.
         ScanError: a scan cannot be read.
     """
     study = saved_study(out)
@@ -239,6 +247,11 @@ def _timings(study: StudyConfig, row: Row, run: Run) -> RowTimings:
     """Predictions of the same validation cases in every way; one before them warms every device up."""
     dataset = run.read_dataset()
     cases, first = dataset.split(VALIDATION), max(study.timed_devices)
+    if len(cases) < first:
+        raise DatasetError(
+            f"{dataset.root} has {len(cases)} validation case(s), but {first} devices take one each to warm up: lower "
+            "timed_devices in the study, or take more cases with split.validation."
+        )
     timings = []
     windows: list[Window | Literal["whole"]] = ["whole", *study.windows_of(row)]
     for devices in study.timed_devices:
