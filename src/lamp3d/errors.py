@@ -33,6 +33,10 @@ class WorkerKilledError(WorkerError):
     """A worker process that was killed by SIGKILL, as systems do whose memory has run out."""
 
 
+class DiskFullError(LampError):
+    """A disk without room for what is to be written."""
+
+
 class DeviceMemoryError(LampError):
     """A device that ran out of memory, whatever its plan said."""
 

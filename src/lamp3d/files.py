@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import tempfile
@@ -9,27 +10,54 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lamp3d.errors import DiskFullError
+
+FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
+"""What the system says of a disk without room; libraries hand it on in errors of their own."""
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` fill a temporary file in the same folder, flush it to disk, and rename it to ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide results from colleagues
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Have ``write`` fill a temporary file in the same folder, flush it to disk, and rename it to ``path``.
+
+    Raises:
+        DiskFullError: there is no room for it.
+    """
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)  # mkstemp's 0600 would hide results from colleagues
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, all or nothing."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """What is written within goes to a path, which is named where the disk is full.
+
+    Raises:
+        DiskFullError: it is.
+    """
+    try:
+        yield
+    except DiskFullError:  # of a file within
+        raise
+    except Exception as error:
+        if said := [text for text in FULL if text in str(error)]:
+            raise DiskFullError(f"{path} could not be written: {said[0]}. Make room for it.") from error
+        raise
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lamp3d.data import Batch
-from lamp3d.errors import ConfigError, TrainingError
+from lamp3d.errors import ConfigError, DiskFullError, TrainingError
 from lamp3d.parallel import Engine
 from lamp3d.plan import Plan, make_plan
 from lamp3d.train import (
@@ -25,6 +25,7 @@ from lamp3d.train import (
     network_tensors,
     read_history,
 )
+from lamp3d.train.history import RunRecorder
 
 ORGANS = ("Left", "Right")
 STEPS = 3  # an epoch
@@ -263,6 +264,18 @@ def test_changed_settings_are_told_on_resume(tmp_path: Path, capsys: pytest.Capt
     output = capsys.readouterr().out
     assert "the finished run (5 epochs, 15 steps)" in output
     assert "Settings changed since the checkpoint: clip_norm" in output
+
+
+def test_a_full_disk_ends_a_run_that_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: RunRecorder, record: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecorder, "end_epoch", full)
+        with pytest.raises(DiskFullError, match=f"{tmp_path} could not be written: No space left .*--resume"):
+            trainer(tmp_path, settings()).fit()
+    trainer(tmp_path, settings()).fit(resume=True)
+    assert len(read_history(tmp_path)) == 5
 
 
 def test_a_shorter_curriculum_cannot_go_on(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from lamp3d.errors import ConfigError, TrainingError
+from lamp3d.errors import ConfigError, DiskFullError, TrainingError
 from lamp3d.train import checkpoint as checkpoint_module
 from lamp3d.train.checkpoint import Checkpoint, load_weights, network_tensors, save_checkpoint
 from lamp3d.train.curriculum import CurriculumStage, TrainConfig
@@ -84,9 +85,17 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
         load_weights(network(), path)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device"), DiskFullError),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), DiskFullError),
+        (OSError(5, "Input/output error"), TrainingError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
 def test_a_failed_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, expected: type[BaseException]
 ) -> None:
     path = tmp_path / "a.safetensors"
     save(path, network(seed=1), epoch=1)
@@ -96,8 +105,7 @@ def test_a_failed_write_leaves_the_old_file(
         raise error
 
     monkeypatch.setattr(checkpoint_module, "save_file", fail)
-    expected = TrainingError if isinstance(error, OSError) else KeyboardInterrupt
-    with pytest.raises(expected):
+    with pytest.raises(expected, match="could not be written" if expected is not KeyboardInterrupt else None):
         save(path, network(seed=2), epoch=2)
     assert Checkpoint(path).progress == {"epoch": 1}
     assert len(list(tmp_path.iterdir())) == 1

@@ -7,6 +7,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from lamp3d.cli import data, planning, runs, study  # noqa: F401 (they declare the commands)
 from lamp3d.cli.common import app, stop
 from lamp3d.errors import LampError
+from lamp3d.files import FULL
 from lamp3d.parallel.lead import lead, under_torchrun
 
 
@@ -23,9 +24,9 @@ def main() -> None:
     except LampError as error:
         stop(str(error))
     except OSError as error:
-        if error.filename is None:  # else it is about a path, such as a file where --out wants a folder
-            raise
-        stop(f"{error.filename}: {error.strerror}.")
+        if error.filename is None and error.strerror not in FULL:
+            raise  # else it is about a path, such as a file where --out wants a folder, or about where output goes
+        stop(f"{error.filename or 'output'}: {error.strerror}.")
     except SignalException as error:  # what torch's launcher makes of SIGINT and SIGTERM
         name = signal.Signals(error.sigval).name
         stop(f"stopped by {name}; a training run goes on with --resume.", 128 + error.sigval)

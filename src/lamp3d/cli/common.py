@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,6 +13,10 @@ from rich.segment import ControlType
 from rich.text import Text
 
 from lamp3d.errors import ConfigError
+from lamp3d.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 app = typer.Typer(
     help="Large 3D segmentation networks on whole volumes, spread over devices automatically.",
@@ -51,6 +55,11 @@ def picture_option(of: str) -> Any:
         return path
 
     return typer.Option(callback=checked, help=f"{of} Drawn here ({', '.join(PICTURES)}).")
+
+
+def draw(figure: Figure, path: Path) -> None:
+    """Leave a picture where `picture_option` allows it."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format=path.suffix[1:]))
 
 
 def sides(text: str) -> tuple[int, int, int]:

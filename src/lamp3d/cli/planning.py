@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from lamp3d.cli.common import Devices, app, console, picture_option, say, sides, stop
+from lamp3d.cli.common import Devices, app, console, draw, picture_option, say, sides, stop
 from lamp3d.errors import ConfigError
 from lamp3d.experiment import NetworkConfig, load_config, verify
 from lamp3d.files import write_text
@@ -108,7 +108,7 @@ def plan(
         found.plan.save(json_path)
         say(f"Plan: {json_path}")
     if picture is not None:
-        cells_picture(found).savefig(picture, dpi=150)
+        draw(cells_picture(found), picture)
         say(f"Picture: {picture}")
 
 
@@ -165,7 +165,7 @@ def verify_command(
         say(f"device {rank}: {sent} sent in a step, peak memory of its process {peak}")
     if timeline is not None:
         lines = {"predicted": found.time_line(), "measured": reports[0].line}
-        time_line_picture(lines).savefig(timeline, dpi=150)
+        draw(time_line_picture(lines), timeline)
         trace = timeline.with_suffix(".json")
         write_text(trace, json.dumps(reports[0].line.chrome_trace()))
         say(f"Time lines: {timeline}; for chrome://tracing: {trace}")

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 from rich.table import Table
 
-from lamp3d.cli.common import Devices, app, console, picture_option, say, sides
+from lamp3d.cli.common import Devices, app, console, draw, picture_option, say, sides
 from lamp3d.data import write_phantom_dataset
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
@@ -86,7 +86,7 @@ def train_command(
     folder = out or Path("runs") / config.stem
     run = train(dataset, load_config(config, overrides or []), devices, folder, resume=resume, auto_replan=auto_replan)
     if timeline is not None:
-        time_line_picture(run.time_lines()).savefig(timeline, dpi=150)
+        draw(time_line_picture(run.time_lines()), timeline)
         say(f"Time lines: {timeline}; for chrome://tracing: {folder / 'timelines'}")
     scored = run.splits is not None and run.splits.get("validation")
     what = f"evaluate {run.folder} {dataset}" if scored else f"predict {run.folder} SCAN --out FOLDER"

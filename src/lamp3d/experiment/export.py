@@ -19,7 +19,7 @@ from jinja2 import StrictUndefined, Template
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
 from lamp3d.experiment.run import Run
-from lamp3d.files import write_text
+from lamp3d.files import room_for, write_text
 from lamp3d.intervals import estimate, scores
 from lamp3d.train import Checkpoint, load_weights, save_checkpoint
 
@@ -46,6 +46,7 @@ def export(run: Run, dest: Path, *, name: str, data: str, licence: str) -> Path:
     Raises:
         ConfigError: the folder is not empty, the run has no weights, its network is not lamp3d's or MONAI's, or half
             precision changes its output.
+        DiskFullError: there is no room for it.
     """
     if run.config.network.kind == "own":
         raise ConfigError(
@@ -58,7 +59,7 @@ def export(run: Run, dest: Path, *, name: str, data: str, licence: str) -> Path:
         raise ConfigError(f"{run.folder} has no checkpoint yet; train first.")
     dest.parent.mkdir(parents=True, exist_ok=True)
     # Written beside its place and moved there whole, so that a folder with this name is a model.
-    with tempfile.TemporaryDirectory(prefix=f".{dest.name}-", dir=dest.parent) as beside:
+    with room_for(dest), tempfile.TemporaryDirectory(prefix=f".{dest.name}-", dir=dest.parent) as beside:
         folder = Path(beside) / dest.name
         folder.mkdir()
         _write(run, folder, name=name, data=data, licence=licence)

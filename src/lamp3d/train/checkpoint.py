@@ -41,7 +41,8 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], progress: Mapping
         progress: anything JSON, the same on every rank.
 
     Raises:
-        TrainingError: the file cannot be written (on rank 0).
+        DiskFullError: there is no room for the file (on rank 0).
+        TrainingError: it cannot be written for another reason.
     """
     gathered = _gather(tensors)
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -52,8 +53,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], progress: Mapping
             write_atomically(path, lambda temporary: save_file(gathered, temporary, metadata))
         except (OSError, SafetensorError) as error:
             raise TrainingError(
-                f"The checkpoint {path} could not be written: {error}. The one written before it is intact: "
-                "make room or fix the folder, then go on with --resume."
+                f"The checkpoint {path} could not be written: {error}. What was there before is intact."
             ) from error
     wait_for_all()
 

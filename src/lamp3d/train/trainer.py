@@ -23,8 +23,8 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from lamp3d.data import Batch, Batches
-from lamp3d.errors import ConfigError, TrainingError
-from lamp3d.files import write_text
+from lamp3d.errors import ConfigError, DiskFullError, TrainingError
+from lamp3d.files import room_for, write_text
 from lamp3d.graph import lay_out_weights
 from lamp3d.parallel import Engine
 from lamp3d.plan import Plan
@@ -108,7 +108,15 @@ class Trainer:
         Raises:
             ConfigError: the folder holds a run already and `resume` is off, or one that cannot be gone on with.
             TrainingError: too many bad steps in a row, or a checkpoint cannot be written.
+            DiskFullError: there is no room for the run.
         """
+        try:
+            with room_for(self.run):
+                self._fit(resume)
+        except DiskFullError as error:
+            raise DiskFullError(f"{error} What was saved before is intact: go on from there with --resume.") from error
+
+    def _fit(self, resume: bool) -> None:
         self._open_run(resume)
         with closing(self.recorder):
             try:
