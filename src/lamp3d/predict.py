@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import scipy.ndimage
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +25,7 @@ from lamp3d.graph import trace
 from lamp3d.nets import Network, UShape
 from lamp3d.parallel import Engine
 from lamp3d.scan import Scan
+from lamp3d.settings import Settings
 from lamp3d.sides import Shape3, Sides, check_sides, padded_sides
 from lamp3d.space.sharded import whole
 from lamp3d.volume import Volume
@@ -33,7 +33,7 @@ from lamp3d.volume import Volume
 WINDOW_OVERLAP = 0.5
 
 
-class PredictConfig(BaseModel):
+class PredictConfig(Settings):
     """How a network's output becomes a label map.
 
     Args:
@@ -43,8 +43,6 @@ class PredictConfig(BaseModel):
         window: "whole" volumes at once, or the sides of a sliding window in voxels, for validation too: where whole
             volumes do not fit, and for networks that take but one size.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     mirror: bool = False
     largest_part: tuple[str, ...] = ()

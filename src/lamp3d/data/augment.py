@@ -16,11 +16,12 @@ from typing import Annotated, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from lamp3d.errors import ConfigError
+from lamp3d.settings import Settings
 
 LEFT_RIGHT_AXIS = 0  # of a scan in RAS orientation
 ELASTIC_NODES = 8  # along each axis, then the same ones again: far enough apart that nobody sees it
@@ -32,7 +33,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class AugmentConfig(BaseModel):
+class AugmentConfig(Settings):
     """Which random changes training samples undergo; the defaults suit organs that have a left and a right twin.
 
     Args:
@@ -61,8 +62,6 @@ class AugmentConfig(BaseModel):
             deviation of Gaussian noise.
         noise_kind: "uniform" or "gaussian".
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     flip_axes: tuple[Literal[0, 1, 2], ...] = ()
     flip_probability: Probability = 0.5

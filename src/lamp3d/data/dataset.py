@@ -20,6 +20,7 @@ from lamp3d.data.nnunet import as_decathlon, is_nnunet
 from lamp3d.errors import DatasetError
 from lamp3d.files import write_text
 from lamp3d.scan import UNNAMED, scan_name
+from lamp3d.settings import Settings
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -30,7 +31,7 @@ Share = NonNegativeInt | Annotated[float, Field(ge=0, lt=1)]
 """So many cases, or such a part of them."""
 
 
-class SplitConfig(BaseModel):
+class SplitConfig(Settings):
     """How the cases of a dataset that names no splits are divided; a run keeps what came out.
 
     Args:
@@ -38,8 +39,6 @@ class SplitConfig(BaseModel):
         test: cases with contours that are taken away for testing, or a fraction of all (paper §3, liver: 27 of 131).
         seed: of the shuffle, which is the same on every machine.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     validation: Share = 0.2
     test: Share = 0

@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from nibabel.affines import voxel_sizes
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 from torch import Tensor
 
 from lamp3d.data.windows import Window, bring_to_windows, stacked
 from lamp3d.errors import ConfigError, ScanError
 from lamp3d.scan import UNNAMED, Scan
+from lamp3d.settings import Settings
 from lamp3d.volume import Grid, Volume
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ Spacing = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Percentile = Annotated[float, Field(ge=0, le=100)]
 
 
-class PreprocessConfig(BaseModel):
+class PreprocessConfig(Settings):
     """How scans are brought to one form.
 
     Args:
@@ -58,12 +59,10 @@ class PreprocessConfig(BaseModel):
         margin_voxels: voxels of the scan kept around the foreground.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     orientation: Literal["RAS"] = "RAS"
     spacing_mm: Spacing | None = None
     spacing_limits_mm: tuple[Spacing, Spacing] | None = None
-    hu_offset: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    hu_offset: float = Field(default=0.0, ge=0)
     window: tuple[Window | None, ...] | None = None
     window_percentiles: tuple[Percentile, Percentile] = (0.5, 99.5)
     crop_foreground: bool = True

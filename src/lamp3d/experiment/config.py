@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from lamp3d.data import AugmentConfig, PreprocessConfig, SplitConfig
 from lamp3d.errors import ConfigError
@@ -17,10 +17,11 @@ from lamp3d.files import write_text
 from lamp3d.nets import Network, SEUNet, UNet, from_function, from_monai, hollow
 from lamp3d.plan import parse_bytes
 from lamp3d.predict import PredictConfig
+from lamp3d.settings import Settings
 from lamp3d.train import LossConfig, TrainConfig
 
 
-class NetworkConfig(BaseModel):
+class NetworkConfig(Settings):
     """Which network, and how large: one of lamp3d's, any of MONAI's, or your own.
 
     Args:
@@ -39,8 +40,6 @@ class NetworkConfig(BaseModel):
         divisor: what the sides of its volumes must be multiples of.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     kind: Literal["unet", "seunet", "monai", "own"] = "unet"
     filters: PositiveInt | tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt] = 32
     norm: Literal["instance", "batch", "group"] = "instance"
@@ -49,7 +48,7 @@ class NetworkConfig(BaseModel):
     deep_supervision: Literal[0, 1, 2, 3] = 0
     se_reduction: PositiveInt = 8
     name: str | None = None
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default={})
     divisor: PositiveInt = 32
 
     @model_validator(mode="after")
@@ -88,7 +87,7 @@ class NetworkConfig(BaseModel):
         return hollow(partial(self.build, n_classes, in_channels))
 
 
-class ExperimentConfig(BaseModel):
+class ExperimentConfig(Settings):
     """Everything that decides a run, beside the dataset and the devices.
 
     Args:
@@ -97,8 +96,6 @@ class ExperimentConfig(BaseModel):
         memory: limit per device, such as "16GB"; None: no limit.
         cache: folder of prepared scans; None: ~/.cache/lamp3d (or $LAMP3D_CACHE).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     network: NetworkConfig = NetworkConfig()
     split: SplitConfig = SplitConfig()

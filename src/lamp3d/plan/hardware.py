@@ -15,7 +15,6 @@ import torch
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -27,6 +26,7 @@ from pydantic import (
 from lamp3d.errors import ConfigError
 from lamp3d.plan.allowance import cpu_cores, memory_bytes
 from lamp3d.plan.amounts import parse_bytes
+from lamp3d.settings import Settings
 
 DeviceType = Literal["cpu", "cuda"]
 Description = TypeVar("Description", bound=BaseModel)
@@ -39,7 +39,7 @@ CUDA_RESERVED, CUDA_ALLOCATOR = 800_000_000, 1.05
 """Bytes that the context and the libraries take, and bytes that torch's allocator takes for one byte of tensors."""
 
 
-class Link(BaseModel):
+class Link(Settings):
     """How devices are joined.
 
     Attributes:
@@ -49,8 +49,6 @@ class Link(BaseModel):
         source: of these figures.
         by_cores: whether sending and receiving keep the devices from computing.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     gbs: PositiveFloat
@@ -63,7 +61,7 @@ class Link(BaseModel):
         return self.seconds + size / (self.gbs * 1e9)
 
 
-class Hardware(BaseModel):
+class Hardware(Settings):
     """A device that a plan can be made for without having it.
 
     Attributes:
@@ -82,8 +80,6 @@ class Hardware(BaseModel):
         link: name of what joins such devices, from ``links.yaml``.
         sources: of the figures.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     device_type: DeviceType

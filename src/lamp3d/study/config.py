@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from lamp3d.errors import ConfigError
 from lamp3d.experiment import ExperimentConfig
 from lamp3d.experiment.config import parse_config
+from lamp3d.settings import Settings
 
 Window = tuple[PositiveInt, PositiveInt, PositiveInt]
 
 
-class Row(BaseModel):
+class Row(Settings):
     """One experiment.
 
     Args:
@@ -28,19 +29,17 @@ class Row(BaseModel):
         control_of: another row's name: the two have seen the same number of voxels, and are compared in pairs.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: str = Field(pattern=r"^[\w.-]+$")
     network: str
     input: str
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default={})
     seeds: tuple[NonNegativeInt, ...] | None = None
     window: Window | None = None
     windows: tuple[Window, ...] | None = None
     control_of: str | None = None
 
 
-class StudyConfig(BaseModel):
+class StudyConfig(Settings):
     """A study.
 
     Args:
@@ -53,8 +52,6 @@ class StudyConfig(BaseModel):
         timed_cases: of the validation split that are predicted for that, the first ones.
         tolerance_mm: of the surface Dice.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     base: Path

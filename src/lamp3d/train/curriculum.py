@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from lamp3d.plan import check_schedule
+from lamp3d.settings import Settings
 from lamp3d.sides import Shape3, Sides
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -17,10 +18,8 @@ FLOOR = 0.01  # of the learning rate, at the end of the stage
 POLY_EXPONENT = 0.9  # nnU-Net's
 
 
-class CurriculumStage(BaseModel):
+class CurriculumStage(Settings):
     """One stage of the curriculum: inputs of one size, with an optimizer of its own (paper §2.3)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     patch: Sides
     """Voxels along each axis, or one number for all three; or "whole" (cropped) volumes."""
@@ -61,10 +60,8 @@ class CurriculumStage(BaseModel):
         return f"{size}, batch {self.batch}, learning rate {self.learning_rate:g}"
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Settings):
     """Settings of a training run, beside data, augmentation, network and loss."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     curriculum: tuple[CurriculumStage, ...] = Field(min_length=1)
     optimizer: Literal["rmsprop", "adamw", "sgd"] = "rmsprop"

@@ -16,14 +16,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from lamp3d.errors import ConfigError
 from lamp3d.parallel import mean_over_cases
+from lamp3d.settings import Settings
 from lamp3d.space.ranks import Space
 from lamp3d.space.sharded import ShardedVolume
 
@@ -31,15 +32,13 @@ CPU_PIECE_VOXELS = 1 << 13  # with ten classes some 300 kB: a core's own cache
 GPU_PIECE_VOXELS = 1 << 22  # enough work for a kernel, little beside the volume's activations
 
 
-class LossConfig(BaseModel):
+class LossConfig(Settings):
     """Settings of `HybridLoss`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    class_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | Literal["annotation_counts"] = {}
+    class_weights: dict[str, NonNegativeFloat] | Literal["annotation_counts"] = Field(default={})
     """Weight by organ name, or of "background"; 1 for those not named. "annotation_counts": by how few training cases
     have the class annotated, see `resolved_for`."""
-    focal_weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    focal_weight: float = Field(default=0.5, ge=0)
     """lambda, the weight of the focal term beside the Dice term."""
     focal_exponent: int = Field(default=2, ge=0)
     """How strongly voxels that are already right are passed over; 0 makes the focal term the cross entropy."""

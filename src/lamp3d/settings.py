@@ -1,0 +1,26 @@
+"""What every configuration has in common: its keys are known, its numbers finite, and truth is no number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+
+class Settings(BaseModel):
+    """A part of a configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1, in Python's manner; who writes it means something else."""
+        assert info.field_name is not None
+        if _holds_truth(value) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false are no values of this setting")
+        return value
+
+
+def _holds_truth(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_holds_truth, value)))
