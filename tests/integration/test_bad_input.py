@@ -225,6 +225,17 @@ def test_a_scan_that_is_none_is_named_by_the_worker_too(lamp3d: CommandLine, tra
     assert f"{scan}: truncated or corrupt" in said
 
 
+def test_a_scan_without_a_patient_is_named_and_those_before_it_are_done(
+    lamp3d: CommandLine, trained: Path, dataset: Path, tmp_path: Path
+) -> None:
+    air = tmp_path / "air.nii.gz"
+    write_nifti(Volume(np.full((32, 32, 32), -1000, np.int16), np.eye(4)), air)
+    said = lamp3d("predict", trained, dataset / "images" / "p3.nii.gz", air, "--out", tmp_path / "out").complaint()
+    assert f"{air}: no voxel is above foreground_above=-500.0" in said
+    assert "give a scan like those that the run was trained on" in said
+    assert (tmp_path / "out" / "p3.nii.gz").exists()
+
+
 def test_nothing_is_overwritten_unasked(
     lamp3d: CommandLine, refusal: Refusal, trained: Path, dataset: Path, config: Path, tmp_path: Path
 ) -> None:

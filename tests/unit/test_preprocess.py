@@ -262,7 +262,7 @@ BAD = [
     ("place", ScanError, r"lies up to 80.0 mm away from its image"),
     ("nan", ScanError, r"imagesTr/case_1.nii.gz: 5760 of 5760 voxels are NaN"),
     ("truncated", ScanError, r"imagesTr/case_1.nii.gz: truncated or corrupt"),
-    ("dark", ScanError, r"imagesTr/case_1.nii.gz: no voxel is above"),
+    ("dark", ScanError, r"imagesTr/case_1.nii.gz: no voxel is above .*; change foreground_above"),
     ("cut", DatasetError, r"foreground crop cuts off \d+ of \d+ labelled voxels"),
 ]
 

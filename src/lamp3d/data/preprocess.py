@@ -253,8 +253,7 @@ def _to_crop(first: npt.NDArray[np.float32], config: PreprocessConfig, above: fl
         darkest, brightest = float(first.min()), float(first.max())
         if brightest <= above:
             raise ScanError(
-                f"no voxel is above foreground_above={above}: the scan's values run from {darkest} to {brightest}; "
-                "lower foreground_above, or set crop_foreground to false"
+                f"no voxel is above foreground_above={above}: the scan's values run from {darkest} to {brightest}"
             )
         steps.append(
             CropForegroundd(

@@ -204,7 +204,9 @@ def _prepare_case(
     try:
         scan = prepare_scan(volumes, config, truth)
     except ScanError as error:
-        raise ScanError(f"{case.images[0]}: {error}") from error
+        raise ScanError(
+            f"{case.images[0]}: {error}; change foreground_above, crop_foreground or window, or leave the case out"
+        ) from error
     tensors, counts = {"image": scan.image}, torch.zeros(1 + len(organs), dtype=torch.int64)
     if truth is not None and scan.label is not None:
         _check_cut(case, int(np.count_nonzero(truth.data)), scan.labelled_voxels)

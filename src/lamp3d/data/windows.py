@@ -57,7 +57,7 @@ def bring_to_windows(
             if not low < high:
                 raise ScanError(
                     f"channel {channel} is {low:g} nearly everywhere in the patient, whose voxels are those above "
-                    f"{above:g} in channel 0: give another scan, its `window`, or `foreground_above`"
+                    f"{above:g} in channel 0"
                 )
         else:
             low, high = window

@@ -17,7 +17,7 @@ from lamp3d.data import Case, Dataset
 from lamp3d.data.augment import label_swap
 from lamp3d.data.preprocess import PreprocessConfig, largest_shape
 from lamp3d.data.store import check_label
-from lamp3d.errors import ConfigError, DatasetError
+from lamp3d.errors import ConfigError, DatasetError, PlanError, ScanError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
 from lamp3d.experiment.run import Run
 from lamp3d.graph import trace
@@ -82,7 +82,8 @@ def predict(
     Raises:
         ConfigError: the run has no weights, it has not seen mirror images, its network cannot take such windows, a
             scan is absent, or a label map is there already or would replace a scan.
-        ScanError: a scan cannot be read; those before it are done.
+        ScanError: a scan cannot be read or prepared; those before it are done.
+        PlanError: a scan is larger than the devices have memory for.
     """
     if not run.best.exists():
         raise ConfigError(f"{run.folder} has no checkpoint yet; train first.")
@@ -316,7 +317,13 @@ def _predict_worker(
         for index in progress.track(own, description="Predicting"):
             scan, target = pairs[index]
             begin = time.perf_counter()
-            labels = predictor.predict(read_scan(scan, run.channels))
+            volumes = read_scan(scan, run.channels)  # what is wrong with a file names it
+            try:
+                labels = predictor.predict(volumes)
+            except ScanError as error:
+                raise ScanError(f"{scan[0]}: {error}; give a scan like those that the run was trained on") from error
+            except PlanError as error:
+                raise PlanError(f"{scan[0]}: {error}") from error
             if labels is not None:
                 write_nifti(labels, target, overwrite=True)
             seconds = time.perf_counter() - begin
