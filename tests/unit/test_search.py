@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib.patches import Arc, Rectangle
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchgpipe.balance import blockpartition
 
@@ -385,6 +385,22 @@ def test_what_does_not_fit_described_hardware_says_what_would() -> None:
     assert find_plans(network, shape, count, hardware=small).plan.devices == count
     sides = tuple(map(int, message.split("volumes of ")[1].rstrip(".").split("×")))
     assert find_plans(network, (1, 1, *sides), 1, hardware=small).plan.devices == 1
+
+
+def test_no_volume_is_suggested_that_the_network_does_not_take() -> None:
+    class Odd(nn.Module):
+        """Wants sides that are 1 more than a multiple of 2."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Conv3d(1, 8, 3, 2, 1), nn.ConvTranspose3d(8, 8, 3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.down(x)) + x
+
+    with pytest.raises(PlanError, match=r"does not fit 1 device\(s\) of 50 MB with 1×1×97×97×97") as caught:
+        find_plans(Odd(), (1, 1, 97, 97, 97), 1, hardware="rtx3090", memory="50MB", recompute="never")
+    assert "volumes of" not in str(caught.value)
 
 
 def test_only_what_a_device_computes_is_an_operation() -> None:

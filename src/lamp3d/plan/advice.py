@@ -85,6 +85,8 @@ def _smaller_volume(meter: Meter, request: Request, memory: int) -> tuple[int, .
             continue
         tries += 1
         shape = tuple(sides)
+        if not meter.takes(shape):
+            continue
         part = math.prod(sides) / math.prod(request.volume)
         loss = None if meter.loss is None else meter.loss.share(part)
         smaller = ModelMeter(meter.network, shape, meter.micro_batch, meter.hardware, meter.link, meter.graph, loss)

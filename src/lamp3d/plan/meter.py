@@ -87,6 +87,9 @@ class Meter(ABC):
         graph: the network's cells.
         work: what they do, of a slab.
         refusal: why the network cannot be run on volumes that are cut along so many axes; None if it can.
+
+    Raises:
+        ConfigError: the network cannot be traced, or has nothing to compute.
     """
 
     def __init__(
@@ -105,6 +108,8 @@ class Meter(ABC):
         self.kind = kind
         self.divisor: int = getattr(network, "divisor", 32)
         self.graph = trace(self.network, self.shape) if graph is None or graph.reads_shape else graph
+        if not self.graph.cells:
+            raise ConfigError(f"{title_of(network)} has nothing to compute: it gives back what it gets.")
         self.work = functools.cache(self._work)
         self.refusal = functools.cache(self._refusal)
 
@@ -180,6 +185,16 @@ class Meter(ABC):
             whole.value_bytes[name] for name in self.graph.outputs
         )
         return profile.with_loss(self.loss_cost(precision, channels_last).share(part))
+
+    def takes(self, shape: Shape) -> bool:
+        """Whether the network takes inputs of a shape, which one that tells its divisor need not be asked."""
+        if hasattr(self.network, "divisor"):
+            return True
+        try:
+            self._account(shape, "fp32", False, False)
+        except Exception:
+            return False
+        return True
 
     def _refusal(self, axes: int) -> str | None:
         halves = longest_axes(self.shape, (2,) * axes)
@@ -388,7 +403,7 @@ class MeasuringMeter(Meter):
         if self.graph.reads_shape or isinstance(wanted, dict):
             return [wanted]  # another volume might be another graph
         shapes = [wanted]
-        while (smaller := self._halved(shapes[-1])) is not None and self._takes(smaller):
+        while (smaller := self._halved(shapes[-1])) is not None and self.takes(smaller):
             shapes.append(smaller)
         least = shapes[-1]
         if least == wanted:
@@ -397,16 +412,6 @@ class MeasuringMeter(Meter):
         voxels = (BUDGET_SECONDS if budget is None else budget) / (seconds * (self.repeats + 1)) * math.prod(least)
         largest = next((shape for shape in shapes if math.prod(shape) <= voxels), least)
         return [wanted] if largest == wanted else [least] * (largest != least) + [largest]
-
-    def _takes(self, shape: Shape) -> bool:
-        """Whether the network does, which one that tells its divisor need not be asked."""
-        if hasattr(self.network, "divisor"):
-            return True
-        try:
-            self._account(shape, "fp32", False, False)
-        except Exception:
-            return False
-        return True
 
     def _halved(self, shape: Shape) -> Shape | None:
         longest = max(range(2, len(shape)), key=lambda dim: shape[dim])
