@@ -399,12 +399,32 @@ def test_a_network_that_slabs_refuse_is_planned_without_them() -> None:
         ({"recompute": "sometimes"}, "recompute is never, always, or blocks of cells, not 'sometimes'"),
         ({"input_shape": ()}, "an input has at least the batch as its axis"),
         ({"input_shape": (1, 1, 2, 2, 2), "devices": 4, "pipe": 1}, "4 devices cannot share 1×1×2×2×2"),
+        ({"input_shape": (0, 1, 8, 8, 8)}, r"each at least 1; \(0, 1, 8, 8, 8\) is no such shape"),
+        ({"input_shape": {"input": (2, 1, 8.0, 8, 8)}}, r"are whole numbers, .* \(2, 1, 8\.0, 8, 8\) is no such shape"),
+        ({"recompute": [["zz"]]}, r"recompute names cells that the network has not: zz; it has 0, 1"),
+        ({"recompute": [["0"], 1]}, r"or blocks of cells, not \[\['0'\], 1\]"),
+        ({"repeats": 0}, "at least one pass; repeats=0"),
+        ({"hardware": 3090}, "no device '3090'; there are a100-40g"),
+        ({"devices": "2"}, "devices is a whole number, not '2'"),
+        ({"space": (2, "2")}, r"space is a whole number or two, not \(2, '2'\)"),
     ],
 )
 def test_settings_that_no_plan_has_are_told(settings: dict[str, Any], message: str) -> None:
     network = nn.Sequential(conv(1, 2), conv(2, 2))
     with pytest.raises((ConfigError, PlanError), match=message):
         make_plan(network, **{"input_shape": SMALL, "repeats": 1} | settings)
+
+
+def test_blocks_of_cells_are_taken_as_lists() -> None:
+    network = nn.Sequential(conv(1, 2), nn.Tanh(), conv(2, 2))
+    assert plan(network, devices=1, recompute=[["0", "1"], ["2"]]).recompute == (("0", "1"), ("2",))
+
+
+@pytest.mark.parametrize("settings", [{}, {"hardware": "rtx3090"}])
+@pytest.mark.parametrize("network", [nn.Identity(), nn.Sequential()])
+def test_a_network_without_operations_is_refused(network: nn.Module, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{type(network).__name__} has nothing to compute"):
+        make_plan(network, SMALL, repeats=1, **settings)
 
 
 def test_a_loss_over_all_cases_can_be_planned_for_one_case() -> None:

@@ -307,6 +307,8 @@ def recompute_setting(value: Any) -> Any:
     """A setting as a plan keeps it: names of cells that are not in blocks are one block."""
     if isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value):
         return (tuple(value),)
+    if isinstance(value, list | tuple) and all(isinstance(block, list | tuple) for block in value):
+        return tuple(map(tuple, value))
     return value
 
 

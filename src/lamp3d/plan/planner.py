@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
@@ -146,20 +147,24 @@ def find_plans(
         ConfigError: the network cannot be traced or does not accept ``input_shape``, or there is no such hardware.
     """
     batch = batch_of(input_shape)
+    counts = {"devices": devices, "repeats": repeats, "micro_batches": micro_batches, "data": data, "pipe": pipe}
+    _check_numbers(input_shape, counts | {"space": space, "least_planes": least_planes})
     mesh = None if space is None else tuple(s for s in ([space] if isinstance(space, int) else space) if s != 1)
     _check(devices, data, mesh, pipe, batch, micro_batches)
     if schedule is not None:
         check_schedule(schedule)
     if precision not in (*PRECISIONS, "auto"):
         raise ConfigError(f"precision is {', '.join(PRECISIONS)} or auto, not {precision!r}.")
-    if isinstance(recompute, str) and recompute not in ("never", "always"):
+    blocks = in_blocks(recompute)
+    by_name = isinstance(blocks, tuple) and all(isinstance(name, str) for block in blocks for name in block)
+    if blocks not in (None, "never", "always") and not by_name:
         raise ConfigError(f"recompute is never, always, or blocks of cells, not {recompute!r}.")
     graph = trace(network, input_shape)
     if wants_whole_batch(graph, network) is not None:
         if (data or 1) * (micro_batches or 1) > 1:
             refuse_parts(graph, network)
         data = micro_batches = 1
-    described = load_hardware(hardware) if isinstance(hardware, str) else hardware
+    described = hardware if hardware is None or isinstance(hardware, Hardware) else load_hardware(str(hardware))
     if link is not None:
         joined = load_link(str(link))
     else:
@@ -187,7 +192,7 @@ def find_plans(
         pipe=pipe,
         micro_batches=micro_batches,
         schedule=schedule,
-        recompute=in_blocks(recompute),
+        recompute=blocks,
         least_planes=least_planes,
         any_loss=any_loss,
         by_case=getattr(loss, "mean_over_cases", False),
@@ -261,6 +266,18 @@ def search_plans(meter: Meter, request: Request, *, advise: bool = True, kept: i
             raise PlanError(f"{'; '.join(why.rstrip('.') for why in sorted(few))}.")
         raise PlanError(does_not_fit(meter, request, advise=advise))
     return Planning(_plan(answer.best, meter, request, title_of(meter.network)), answer)
+
+
+def _check_numbers(input_shape: InputShape, counts: Mapping[str, Any]) -> None:
+    for extents in input_shape.values() if isinstance(input_shape, Mapping) else (input_shape,):
+        if not all(isinstance(extent, Integral) and extent >= 1 for extent in extents):
+            raise ConfigError(f"an input's extents are whole numbers, each at least 1; {extents!r} is no such shape.")
+    for name, count in counts.items():
+        numbers = count if name == "space" and isinstance(count, list | tuple) else (count,)
+        if count is not None and not all(isinstance(number, Integral) for number in numbers):
+            raise ConfigError(f"{name} is a whole number{' or two' if name == 'space' else ''}, not {count!r}.")
+    if counts["repeats"] < 1:
+        raise ConfigError(f"cells are timed in at least one pass; repeats={counts['repeats']} is not.")
 
 
 def _check(
