@@ -109,6 +109,11 @@ def test_single_keys_are_changed(path: Path) -> None:
         ("train.curriculum.0.epochs=true", ["train.curriculum.0.epochs", "true and false are no values"]),
         ("train.curriculum.0.patch=[32, true, 32]", ["train.curriculum.0.patch", "true and false are no values"]),
         ("network.deep_supervision=true", ["network.deep_supervision", "true and false are no values"]),
+        ("memory=16", ["memory: an amount of memory has a unit; write it like 16GB (got 16)"]),
+        ("network.filters=few", ["network.filters: should be a valid integer", ", or should be a list (got 'few')"]),
+        ("preprocess.spacing_mm=[1, 0, 1]", ["preprocess.spacing_mm.1: should be greater than 0 (got 0)"]),
+        ("network.kind=own", ["some.yaml: network: kind: monai goes with the name"]),
+        ("train=3", ["some.yaml: train: should be a mapping of settings (got 3)"]),
         # Unknown keys at every depth, with the likely one or the known ones.
         ("netwrok.filters=3", ["unknown key 'netwrok'", "did you mean 'network'?"]),
         ("network.filter=3", ["unknown key 'network.filter'", "did you mean 'filters'?"]),
@@ -124,6 +129,25 @@ def test_what_cannot_be_is_named(path: Path, override: str, words: list[str]) ->
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.curriculum=[{patch: 32, epoch: 3}]", "unknown key 'train.curriculum.0.epoch'; did you mean 'epochs'?"),
+        ("network.filters=[1, 2, 3, 4]", "network.filters.4 is missing"),
+        ("predict.mirror=true", "predict.mirror goes with augment.flip_axes: the network has to have seen such images"),
+    ],
+)
+def test_what_only_follows_from_an_error_is_not_told(path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_the_cache_may_be_in_the_home_folder(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(path, ["cache=~/scans"]).cache == tmp_path / "scans"
+
+
 def test_several_errors_are_told_at_once(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"some\.yaml: network\.filters.*; unknown key 'train\.sed'"):
         load_config(path, ["train.sed=1", "network.filters=0"])
@@ -135,9 +159,9 @@ def test_several_errors_are_told_at_once(path: Path) -> None:
         (b"train: [", "is not valid YAML"),
         (b"\xff\xfe\x00train", "is not valid YAML"),
         (b"- 1\n- 2\n", "holds list, not a mapping"),
-        (b"", "train: Field required"),
+        (b"", "train is missing"),
         (b"train:\n", "train: "),
-        (b"network: {filters: 4}\n", "train: Field required"),
+        (b"network: {filters: 4}\n", "train is missing"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, words: str) -> None:

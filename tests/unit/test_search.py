@@ -237,9 +237,11 @@ def test_unknown_hardware_and_links_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no link 'string'; there are nvlink2"):
         load_link("string")
     path = tmp_path / "mine.yaml"
-    path.write_text("title: mine\n")
-    with pytest.raises(ConfigError, match=r"mine\.yaml does not describe a hardware"):
+    path.write_text("titel: mine\nmemory: much\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml does not describe a hardware: device_type is missing") as caught:
         load_hardware(str(path))
+    assert "; memory: 'much' is not an amount of memory; write it like 16GB" in str(caught.value)
+    assert str(caught.value).endswith("; unknown key 'titel'; did you mean 'title'?")
     path.write_text("[1, 2")
     with pytest.raises(ConfigError, match=r"cannot read .*mine\.yaml"):
         load_hardware(str(path))

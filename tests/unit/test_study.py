@@ -66,9 +66,10 @@ def test_rows_change_the_base(tmp_path: Path) -> None:
         ([row("a"), row("a")], "two rows have one name"),
         ([row("a", control_of="b")], "a is a control of 'b'"),
         ([row("a", control_of="a")], "a is a control of 'a'"),
-        ([row("a/b")], "rows.0.name"),
+        ([row("a/b")], "study.yaml: rows.0.name: files are named by 'a/b'; take letters, digits"),
+        ([{**row("a"), "netwrok": "x"}], "study.yaml: unknown key 'rows.0.netwrok'; did you mean 'network'"),
         ([row("a", settings={"network.filtres": 3})], "row a: unknown key 'network.filtres'; did you mean 'filters'"),
-        ([], "rows"),
+        ([], "study.yaml: rows: should have at least 1 item"),
     ],
 )
 def test_a_bad_study_is_refused_by_name(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from lamp3d.data.nnunet import as_decathlon, is_nnunet
 from lamp3d.errors import DatasetError
+from lamp3d.explain import explained
 from lamp3d.files import write_text
 from lamp3d.scan import UNNAMED, scan_name
 from lamp3d.settings import Settings
@@ -157,9 +158,7 @@ def read_dataset(root: Path, split: SplitConfig | None = None) -> Dataset:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: not valid JSON ({error}); repair it") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DatasetError(f"{path}: {where or 'content'}: {first['msg']}; see the Decathlon layout") from error
+        raise DatasetError(f"{path}: {explained(error, _DatasetJson, written)}; see the Decathlon layout") from error
 
     organs = _organs(path, content.labels)
     tests = tuple(_Entry(image=entry) if isinstance(entry, str) else entry for entry in content.test)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_valid
 
 from lamp3d.data import AugmentConfig, PreprocessConfig, SplitConfig
 from lamp3d.errors import ConfigError
+from lamp3d.explain import explained
 from lamp3d.files import write_text
 from lamp3d.nets import Network, SEUNet, UNet, from_function, from_monai, hollow
 from lamp3d.plan import parse_bytes
@@ -119,12 +120,19 @@ class ExperimentConfig(Settings):
             raise ValueError("predict.mirror goes with augment.flip_axes: the network has to have seen such images")
         return self
 
-    @field_validator("memory")
+    @field_validator("memory", mode="before")
     @classmethod
-    def _is_an_amount(cls, memory: str | None) -> str | None:
+    def _is_an_amount(cls, memory: Any) -> Any:
+        if isinstance(memory, int | float):
+            raise ValueError("an amount of memory has a unit; write it like 16GB")
         if memory is not None:
             parse_bytes(memory)
         return memory
+
+    @field_validator("cache")
+    @classmethod
+    def _is_found(cls, cache: Path | None) -> Path | None:
+        return None if cache is None else Path(os.path.expanduser(cache))
 
     def save(self, path: Path) -> None:
         """Write the configuration with all defaults filled in."""
@@ -172,7 +180,7 @@ def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> Experi
     try:
         return ExperimentConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(_explanations(error))) from error
+        raise ConfigError(f"{where}: {explained(error, ExperimentConfig, content)}") from error
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -187,26 +195,3 @@ def _override(content: dict[str, Any], override: str) -> None:
         place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
     except (ValueError, IndexError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"{override!r} leads nowhere in the configuration: {error}") from error
-
-
-def _explanations(error: ValidationError) -> Iterable[str]:
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            known = _keys_beside(problem["loc"])
-            close = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known there: {', '.join(known)}"
-            yield f"unknown key {where!r}{hint}"
-        else:
-            yield f"{where}: {problem['msg']} (got {problem['input']!r})"
-
-
-def _keys_beside(place: Sequence[str | int]) -> list[str]:
-    """The keys that are known where an unknown one was given."""
-    model: Any = ExperimentConfig
-    for key in place[:-1]:
-        if isinstance(key, str) and key in model.model_fields:
-            annotation = model.model_fields[key].annotation
-            inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-            model = inner[0] if inner else annotation
-    return list(getattr(model, "model_fields", {}))

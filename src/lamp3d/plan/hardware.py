@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from lamp3d.errors import ConfigError
+from lamp3d.explain import explained
 from lamp3d.plan.allowance import cpu_cores, memory_bytes
 from lamp3d.plan.amounts import parse_bytes
 from lamp3d.settings import Settings
@@ -99,7 +100,10 @@ class Hardware(Settings):
     @field_validator("memory", mode="before")
     @classmethod
     def _bytes(cls, memory: Any) -> int:
-        return parse_bytes(memory)
+        try:
+            return parse_bytes(memory)
+        except ConfigError as error:  # so that it is told with its file
+            raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
     def _has_fp32(self) -> Hardware:
@@ -184,7 +188,9 @@ def _checked(model: type[Description], content: Mapping[str, Any], where: str) -
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{where} does not describe a {model.__name__.lower()}: {error}") from error
+        raise ConfigError(
+            f"{where} does not describe a {model.__name__.lower()}: {explained(error, model, content)}"
+        ) from error
 
 
 def device_type() -> DeviceType:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
 from lamp3d.errors import ConfigError
 from lamp3d.experiment import ExperimentConfig
 from lamp3d.experiment.config import parse_config
+from lamp3d.explain import explained
 from lamp3d.settings import Settings
 
 Window = tuple[PositiveInt, PositiveInt, PositiveInt]
@@ -29,7 +31,7 @@ class Row(Settings):
         control_of: another row's name: the two have seen the same number of voxels, and are compared in pairs.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str
     network: str
     input: str
     settings: dict[str, Any] = Field(default={})
@@ -37,6 +39,13 @@ class Row(Settings):
     window: Window | None = None
     windows: tuple[Window, ...] | None = None
     control_of: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_of_files(cls, name: str) -> str:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"files are named by {name!r}; take letters, digits, -, _ and . for it")
+        return name
 
 
 class StudyConfig(Settings):
@@ -106,15 +115,14 @@ def load_study(path: Path) -> tuple[StudyConfig, dict[str, ExperimentConfig]]:
         ConfigError: a file is absent or not YAML, or a key or a value is not known; the message names the row.
     """
     try:
-        study = StudyConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        study = StudyConfig.model_validate(content)
     except FileNotFoundError:
         raise ConfigError(f"no study at {path}; experiments/openkbp/study.yaml is one to start from.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the study"
-        raise ConfigError(f"{path}: {where}: {first['msg']}") from error
+        raise ConfigError(f"{path}: {explained(error, StudyConfig, content)}") from error
     base = path.parent / study.base
     if not base.exists():
         raise ConfigError(f"{path}: no configuration at {base}; `base` is relative to the study's file.")
