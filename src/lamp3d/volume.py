@@ -169,7 +169,8 @@ def _checked(path: Path, data: npt.NDArray[np.generic], affine: npt.NDArray[np.f
         raise ScanError(f"{path}: shape {tuple(data.shape)} is not a 3D volume; give one 3D scan a file")
     bad = 0 if data.dtype.kind != "f" else data.size - int(np.count_nonzero(np.isfinite(data)))
     if bad:
-        raise ScanError(f"{path}: {bad} of {data.size} voxels are NaN or infinite; replace them (for CT, by air)")
+        how = "replace them (in a CT by air, in a label map by 0)"
+        raise ScanError(f"{path}: {bad} of {data.size} voxels are NaN or infinite; {how}")
     if not _is_usable(affine):
         raise ScanError(f"{path}: affine {affine[:3].tolist()} has no inverse; repair the header's geometry")
     return Volume(data, affine)

@@ -63,6 +63,8 @@ def test_splits_annotated_and_test_scans(tmp_path: Path) -> None:
         ({"training": [{"image": "imagesTr/case_0.nii.gz"}] * 2}, "listed twice: case_0"),
         ({"splits": {"train": ["case_9"]}}, "unknown cases: case_9"),
         ({"splits": {"train": ["case_0"], "validation": ["case_0"]}}, "more than one split place: case_0"),
+        ({"splits": {"train": ["case_0"], "val": ["case_1"]}}, "split 'val'; did you mean 'validation'"),
+        ({"splits": {"Training": ["case_0"]}}, "split 'Training'; did you mean 'train'"),
         ({"training": [{"image": "imagesTr/case_0.nii.gz"}]}, "cases without a label: case_0"),
     ],
 )

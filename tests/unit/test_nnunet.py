@@ -117,7 +117,13 @@ def _nothing(root: Path) -> None:
         ({"labels": ["background", "liver"]}, _nothing, "should be mappings"),
         ({"labels": {"background": 0, "a": 1, "b": 1}}, _nothing, "have one value"),
         ({"labels": None}, _nothing, "should be mappings"),
+        (
+            {"labels": {"0": "background", "1": "liver"}},
+            _nothing,
+            "value 'background' is no number; .*: exchange",
+        ),
         ({"file_ending": ".nrrd"}, _nothing, "file_ending '.nrrd'"),
+        ({"file_ending": None}, _nothing, 'file_ending is missing; write there how the files end, ".nii.gz"'),
         ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, _nothing, "whole are regions"),
         ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, _nothing, "ignore label"),
         ({"numTraining": 9}, _nothing, "numTraining is 9, but imagesTr has 4"),

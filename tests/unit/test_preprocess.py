@@ -258,7 +258,7 @@ def spoil(store: CaseStore, kind: str) -> None:
 BAD = [
     ("shape", ScanError, r"labelsTr/case_1.nii.gz: label map of shape \(19, 18, 16\) does not fit its image"),
     ("value", DatasetError, r"labelsTr/case_1.nii.gz: holds label values \[4.0\], but dataset.json names 0 to 3"),
-    ("fraction", DatasetError, r"holds label values \[0.5, 1.5\]"),
+    ("fraction", DatasetError, r"holds label values \[0.5, 1.5\], .*; most likely its header has a scale"),
     ("place", ScanError, r"lies up to 80.0 mm away from its image"),
     ("nan", ScanError, r"imagesTr/case_1.nii.gz: 5760 of 5760 voxels are NaN"),
     ("truncated", ScanError, r"imagesTr/case_1.nii.gz: truncated or corrupt"),

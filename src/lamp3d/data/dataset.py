@@ -6,6 +6,7 @@ were contoured (all of them when absent), and ``splits``, the case names of "tra
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -141,8 +142,8 @@ def read_dataset(root: Path, split: SplitConfig | None = None) -> Dataset:
 
     Raises:
         DatasetError: the JSON is broken or contradicts itself: labels with gaps, files that are absent, case names
-            given twice, annotated organs or split members that do not exist, a case in two splits. Or there are more
-            organs than `MOST_ORGANS`.
+            given twice, annotated organs or split members that do not exist, a case in two splits, a misspelt split. Or
+            there are more organs than `MOST_ORGANS`.
     """
     root = Path(root)
     path = root / "dataset.json"
@@ -172,6 +173,7 @@ def read_dataset(root: Path, split: SplitConfig | None = None) -> Dataset:
             splits[TEST] = tuple(case.name for case in cases[len(content.training) :])
     else:
         splits = content.splits
+        _check_names(path, splits)
     _check_splits(path, splits, cases)
     name, drawn = content.name or root.resolve().name, content.splits is None
     return Dataset(name, root, organs, cases, splits, channels, drawn)
@@ -277,6 +279,15 @@ def _count(share: float, cases: int) -> int:
     if isinstance(share, int):
         return share
     return max(1, round(share * cases)) if share else 0
+
+
+def _check_names(path: Path, splits: Iterable[str]) -> None:
+    """A split may be called anything, but not nearly what one is called that is not there: nothing would use it."""
+    absent = [name for name in (TRAIN, VALIDATION, TEST) if name not in splits]
+    for split in splits:
+        begun = [name for name in absent if split and name.startswith(split.lower())]
+        if close := begun or difflib.get_close_matches(split.lower(), absent, 1):
+            raise DatasetError(f"{path}: split {split!r}; did you mean {close[0]!r}? Rename it")
 
 
 def _check_splits(path: Path, splits: dict[str, tuple[str, ...]], cases: tuple[Case, ...]) -> None:

@@ -41,6 +41,8 @@ def as_decathlon(root: Path, content: dict[str, Any]) -> dict[str, Any]:
     labels = content.get("labels", {})
     if not isinstance(channels, dict) or not isinstance(labels, dict):
         raise DatasetError(f'{path}: channel_names and labels should be mappings, such as {{"background": 0}}.')
+    if ending is None:
+        raise DatasetError(f'{path}: file_ending is missing; write there how the files end, "{ENDINGS[0]}".')
     if ending not in ENDINGS:
         raise DatasetError(f"{path}: file_ending {ending!r}; lamp3d reads {' and '.join(ENDINGS)}: convert the files.")
     training = (
@@ -100,6 +102,11 @@ def _labels(path: Path, labels: dict[str, Any]) -> dict[str, str]:
     if "ignore" in labels:
         raise DatasetError(
             f"{path}: has an ignore label; lamp3d leaves out whole organs of a case (`annotated` in Decathlon layout)."
+        )
+    if wrong := [value for value in labels.values() if not (isinstance(value, int | float) or str(value).isdigit())]:
+        raise DatasetError(
+            f"{path}: label value {wrong[0]!r} is no number; beside channel_names, labels are a number by its "
+            'name, such as {"background": 0}: exchange them.'
         )
     if len(set(labels.values())) < len(labels):
         raise DatasetError(f"{path}: two of the labels {labels} have one value; give each its own.")

@@ -232,9 +232,12 @@ def check_label(case: Case, image: Grid, label: Volume, organs: tuple[str, ...])
     values = np.unique(label.data)
     wrong = [float(value) for value in values if not (0 <= value <= len(organs) and value == int(value))]
     if wrong:
+        what = "name the missing labels there, or correct the label map"
+        if any(value % 1 for value in wrong):
+            what = "most likely its header has a scale factor (scl_slope): save the label map as integers, without one"
         raise DatasetError(
             f"{case.label}: holds label values {wrong[:5]}, but dataset.json names 0 to {len(organs)} "
-            f"({', '.join(organs)}); name the missing labels there, or correct the label map"
+            f"({', '.join(organs)}); {what}"
         )
 
 
