@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,15 @@ def read_series(folder: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.f
             lie.
     """
     files = _files(folder)
-    warnings = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # uneven slices are told below, as an error
     try:
-        if len(files) == 1:
-            image = sitk.ReadImage(files[0])
-            step = _third_axis(image)
-        else:
-            image, step = _read_slices(folder, files)
+        with _without_warnings():
+            if len(files) == 1:
+                image = sitk.ReadImage(files[0])
+                step = _third_axis(image)
+            else:
+                image, step = _read_slices(folder, files)
     except RuntimeError as error:
         raise ScanError(f"{folder}: truncated or corrupt DICOM ({error}); export the series again") from error
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(warnings)
     return sitk.GetArrayFromImage(_checked(folder, image)).transpose(2, 1, 0), _affine(image, step)
 
 
@@ -64,11 +62,26 @@ def series_grid(folder: Path) -> tuple[tuple[int, int, int], npt.NDArray[np.floa
 
 
 def _files(folder: Path) -> Sequence[str]:
-    names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    with _without_warnings():
+        names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    for ending in (".nii.gz", ".nii"):
+        if not names and any(folder.glob(f"*{ending}")):
+            raise ScanError(f"{folder}: holds NIfTI files and no DICOM series; give the files, {folder}/*{ending}")
     if len(names) != 1:
         raise ScanError(f"{folder}: holds {len(names)} DICOM series, wanted one; give a folder with one series in it")
     files: Sequence[str] = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), names[0])
     return files
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """What ITK would print is told as an error: uneven slices, and that there is no series."""
+    warnings = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(warnings)
 
 
 def _header(file: str) -> Any:

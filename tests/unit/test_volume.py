@@ -241,6 +241,16 @@ def test_a_header_without_a_grid_says_nothing(tmp_path: Path, kind: str) -> None
         read_volume(path)
 
 
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_folder_of_nifti_files_is_told_from_a_dicom_series(
+    tmp_path: Path, ending: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_nifti(Volume(np.zeros((3, 3, 3), np.int16), np.eye(4)), tmp_path / f"scan{ending}")
+    with pytest.raises(ScanError, match=rf"holds NIfTI files and no DICOM series; give the files, .*/\*{ending}$"):
+        read_volume(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
 def test_dicom_with_a_missing_slice_or_two_series_is_refused(tmp_path: Path) -> None:
     data = np.zeros((5, 6, 6), np.int16)
     write_dicom(tmp_path / "gap", data, leave_out=(3,))
