@@ -84,7 +84,7 @@ def estimate(table: NDArray[np.float64]) -> Estimate:
     mean, deviation = spread(table)
     if mean is None:
         return Estimate(None, None, None, None)
-    return Estimate(mean, deviation, *_middle(_of_draws(table)))
+    return Estimate(mean, deviation, *_middle(_of_draws(table), _patients(table)))
 
 
 def difference(table: NDArray[np.float64], control: NDArray[np.float64]) -> Estimate:
@@ -93,10 +93,18 @@ def difference(table: NDArray[np.float64], control: NDArray[np.float64]) -> Esti
     (mean, _), (of_control, _) = spread(table), spread(control)
     if mean is None or of_control is None:
         return Estimate(None, None, None, None)
-    return Estimate(mean - of_control, None, *_middle(_of_draws(table) - _of_draws(control)))
+    drawn, patients = _of_draws(table) - _of_draws(control), min(_patients(table), _patients(control))
+    return Estimate(mean - of_control, None, *_middle(drawn, patients))
 
 
-def _middle(drawn: NDArray[np.float64]) -> tuple[float, float]:
+def _patients(table: NDArray[np.float64]) -> int:
+    """How many have a score."""
+    return int(np.count_nonzero(~np.isnan(table).all(axis=(0, 2))))
+
+
+def _middle(drawn: NDArray[np.float64], patients: int) -> tuple[float | None, float | None]:
+    if patients < 2:
+        return None, None  # all draws are alike
     low, high = np.nanquantile(drawn, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     return float(low), float(high)
 

@@ -16,7 +16,7 @@ from lamp3d.errors import ConfigError
 from lamp3d.evaluate import CaseResult, OrganScore
 from lamp3d.intervals import difference, estimate
 from lamp3d.study import RunResult, driver, load_study, write_study_report
-from lamp3d.study.report import accuracy, controls
+from lamp3d.study.report import accuracy, controls, figure
 from lamp3d.study.result import RowTimings, Timing, scores_of
 
 BASE = {"network": {"filters": 4}, "train": {"curriculum": [{"patch": 32, "epochs": 1}]}}
@@ -104,6 +104,16 @@ def test_the_interval_is_that_of_a_mean_over_patients() -> None:
     assert found.low == pytest.approx(values.mean() - half, abs=0.15 * half)
     assert found.high == pytest.approx(values.mean() + half, abs=0.15 * half)
     assert found.deviation is None  # one seed
+
+
+@pytest.mark.parametrize("others", [[], [{"A": None}]])
+def test_one_patient_gives_no_interval(others: list[dict[str, float | None]]) -> None:
+    runs = [result("a", 0, [{"A": 0.5}, *others])]
+    of_a = scores_of(runs, "dice")[:, :, [0]]
+    for found in (estimate(of_a), difference(of_a, of_a)):
+        assert (found.low, found.high) == (None, None)
+    assert accuracy(runs, "dice")[1][-1] == "0.500"
+    assert figure(runs, []).axes[0].lines[0].get_ydata().tolist() == [0.5]
 
 
 def test_pairs_are_sharper_than_their_parts() -> None:

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -153,9 +154,10 @@ def figure(results: Sequence[RunResult], timed: Sequence[RowTimings]) -> Figure:
             for runs in rows.values():
                 if runs[0].network == network:
                     found = estimate(scores_of(runs, "dice"))
-                    if found.mean is not None and found.low is not None and found.high is not None:
+                    if found.mean is not None:
+                        low, high = (np.nan if end is None else end for end in (found.low, found.high))
                         at = inputs.index(runs[0].input) + 0.06 * (shift - (len(networks) - 1) / 2)
-                        point = (at, found.mean, found.mean - found.low, found.high - found.mean)
+                        point = (at, found.mean, found.mean - low, high - found.mean)
                         (points if runs[0].control_of is None else apart).append(point)
             for group, filled in ((points, True), (apart, False)):  # controls are no step of the curriculum
                 if group:
@@ -208,6 +210,8 @@ def _full(found: Estimate, digits: int, *, sign: bool = False) -> str:
         return "–"
     plus = "+" if sign else ""
     text = _plain(found.mean, found.deviation, digits) if not sign else f"{found.mean:+.{digits}f}"
+    if found.low is None or found.high is None:
+        return text
     return f"{text} [{found.low:{plus}.{digits}f}, {found.high:{plus}.{digits}f}]"
 
 
