@@ -636,6 +636,8 @@ def test_the_picture_shows_every_cell_and_what_passes_between_devices() -> None:
     assert sum(box.get_width() for box in boxes) == pytest.approx(cells.get_xlim()[1])
     assert [patch for patch in cells.patches if isinstance(patch, Arc)]
     assert len(line.patches) == 4 * 2 * len(found.plan.stages)
+    names = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert names == ["forward of micro-batch", "backward"]
     ticks = cells.get_yticks()
     assert len(ticks) > 2
     assert max(box.get_height() for box in boxes) >= max(ticks) * 0.9

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lamp3d.plan import Planning, format_bytes
 from lamp3d.plan.cut import Cut
-from lamp3d.report.figures import draw_time_line
+from lamp3d.report.figures import draw_time_line, explain_actions
 from lamp3d.report.style import FONT, INK, MUTED
 
 WIDTH = 10.0
@@ -32,7 +32,7 @@ def cells_picture(planning: Planning) -> Figure:
     cut, plan = best.cut, planning.plan
     with rc_context(FONT):
         has_line = plan.pipe > 1
-        figure = Figure(figsize=(WIDTH, 4.0 + (0.9 + 0.34 * plan.pipe) * has_line), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 4.0 + (1.15 + 0.34 * plan.pipe) * has_line), layout="constrained")
         FigureCanvasAgg(figure)
         heights = [3.4, 0.6 + 0.34 * plan.pipe] if has_line else [1.0]
         panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -44,6 +44,7 @@ def cells_picture(planning: Planning) -> Figure:
             line = plan.time_line()
             draw_time_line(panels[1], "predicted", line, line.seconds)
             panels[1].set_xlabel("ms")
+            explain_actions(figure, [line])
     return figure
 
 

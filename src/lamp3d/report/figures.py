@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -142,8 +142,6 @@ def time_line_picture(lines: Mapping[str, TimeLine]) -> Figure:
             the other on one scale. A device's second stage is hatched.
     """
     longest = max(line.seconds for line in lines.values())
-    kinds = [kind for kind in _ACTION_COLOURS if any(a.kind == kind for line in lines.values()
-             for of_rank in line.actions for a, _, _ in of_rank)]  # fmt: skip
     devices = len(next(iter(lines.values())).actions)
     with rc_context(FONT):
         figure = _figure(_WIDTH, (0.85 + 0.38 * devices) * len(lines) + 0.55)
@@ -151,11 +149,18 @@ def time_line_picture(lines: Mapping[str, TimeLine]) -> Figure:
         for axes, (title, line) in zip(panels, lines.items(), strict=True):
             draw_time_line(axes, title, line, longest)
         panels[-1].set_xlabel("ms")
-        figure.legend(
-            handles=[Patch(color=_ACTION_COLOURS[kind][0], label=_ACTION_NAMES[kind]) for kind in kinds],
-            loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=8,
-        )  # fmt: skip
+        explain_actions(figure, lines.values())
     return figure
+
+
+def explain_actions(figure: Figure, lines: Iterable[TimeLine]) -> None:
+    """The legend of time lines, below the figure."""
+    there = {action.kind for line in lines for of_rank in line.actions for action, _, _ in of_rank}
+    kinds = [kind for kind in _ACTION_COLOURS if kind in there]
+    figure.legend(
+        handles=[Patch(color=_ACTION_COLOURS[kind][0], label=_ACTION_NAMES[kind]) for kind in kinds],
+        loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=8,
+    )  # fmt: skip
 
 
 def draw_time_line(axes: Axes, title: str, line: TimeLine, longest: float) -> None:
