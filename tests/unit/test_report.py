@@ -10,7 +10,8 @@ from lamp3d.errors import ConfigError, ScanError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
 from lamp3d.plan import DevicePlan, Plan, StagePlan
 from lamp3d.report import overlay_picture, plan_picture, write_report
-from lamp3d.train import EpochRecord
+from lamp3d.report.figures import learning_curves
+from lamp3d.train import EpochRecord, read_history
 from lamp3d.volume import Volume, write_nifti
 
 ORGANS = ("BrainStem", "ParotidLeft", "ParotidRight", "Chiasm")
@@ -211,6 +212,32 @@ def test_overlay_without_labels_and_with_foreign_ones(tmp_path: Path):
     overlay_picture(image, empty, truth, ORGANS)
     with pytest.raises(ScanError, match="own grid"):
         overlay_picture(image, Volume(truth.data[1:], truth.affine), None, ORGANS)
+
+
+@pytest.mark.parametrize(("voxel_mm", "bar"), [(2.0, "10 mm"), (14.0, "50 mm"), (0.1, "1 mm")])
+def test_the_scale_bar_fits_the_scan(voxel_mm: float, bar: str):
+    image = np.arange(18.0**3).reshape(18, 18, 18)
+    axial = overlay_picture(Volume(image, np.diag([voxel_mm] * 3 + [1.0])), None, None, ORGANS).axes[0]
+    assert bar in [text.get_text() for text in axial.texts]
+    assert max(axial.lines[-1].get_xdata()) < axial.get_xlim()[1]
+
+
+def test_the_best_score_is_not_written_over_the_stages_names(run: Path):
+    history = [epoch.model_copy(update={"dice": {"A": 0.01}, "mean_dice": 0.01}) for epoch in read_history(run)]
+    axes = learning_curves(history[:3], ["A"]).axes[1]
+    axes.figure.draw_without_rendering()
+    best, stage = (text.get_window_extent() for text in axes.texts)
+    assert not best.overlaps(stage)
+
+
+def test_a_distance_is_said_to_be_of_the_organs_that_have_one(run: Path, tmp_path: Path):
+    results = Results.load(run / "results.json")
+    for case in results.cases:
+        if "Chiasm" in case.organs:
+            case.organs["Chiasm"] = case.organs["Chiasm"].model_copy(update={"hd95_mm": None})
+    summarise(results.cases, ORGANS, split="validation", settings={}).save(tmp_path / "results.json")
+    assert "mean over 3 of 4 organs" in write_report(tmp_path).read_text()
+    assert "mean over organs" in write_report(run).read_text()
 
 
 def test_plan_picture_draws_every_action(tmp_path: Path):

@@ -62,8 +62,9 @@ def learning_curves(history: Sequence[EpochRecord], organs: Sequence[str]) -> Fi
             dice_axes.plot(*zip(*means, strict=True), color=INK, linewidth=2.2, label="mean")
             at, best = max(means, key=lambda point: point[1])
             dice_axes.plot(at, best, "o", color=INK, markersize=6)
+            above = 8 if best > 0.1 else 20  # the stages' names
             dice_axes.annotate(
-                f"best {best:.3f}", (at, best), xytext=(0, 8), textcoords="offset points", ha="right", weight="bold"
+                f"best {best:.3f}", (at, best), xytext=(0, above), textcoords="offset points", ha="right", weight="bold"
             )
             dice_axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=8)
         for axes in (loss_axes, dice_axes):

@@ -48,7 +48,7 @@ _MARGIN_MM = 30.0
 # Masks are drawn on a grid this much finer, so that their outlines are curves and not stairs.
 _REFINEMENT = 4
 _TINT = 0.5
-_SCALE_BAR_MM = 50
+_SCALE_BARS_MM = (50, 20, 10, 5, 2, 1)
 _OUTLINE = [withStroke(linewidth=2, foreground="black")]
 
 
@@ -259,8 +259,12 @@ def _letters(axes: Axes, view: _View) -> None:
 
 def _scale_bar(axes: Axes) -> None:
     style: dict[str, Any] = {"color": "white", "path_effects": _OUTLINE}
-    axes.plot([6, 6 + _SCALE_BAR_MM], [6, 6], linewidth=2, solid_capstyle="butt", **style)
-    axes.text(6 + _SCALE_BAR_MM / 2, 8, f"{_SCALE_BAR_MM} mm", ha="center", va="bottom", fontsize=7.5, **style)
+    wide, tall = axes.get_xlim()[1], axes.get_ylim()[1]
+    left, low = min(6.0, 0.05 * wide), min(6.0, 0.05 * tall)
+    # The longest that ends before the letter in the middle.
+    length = next((mm for mm in _SCALE_BARS_MM if left + mm < 0.45 * wide), _SCALE_BARS_MM[-1])
+    axes.plot([left, left + length], [low, low], linewidth=2, solid_capstyle="butt", **style)
+    axes.text(left + length / 2, 1.3 * low, f"{length} mm", ha="center", va="bottom", fontsize=7.5, **style)
 
 
 def _legend(figure: Figure, colours: Mapping[str, str], scene: _Scene) -> None:

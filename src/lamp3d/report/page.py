@@ -95,7 +95,10 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
                 mean = statistics.fmean(values)
                 text = f"{mean:.1f} mm" if key == "hd95_mm" else _score(mean)
                 tolerance = results.settings.get("tolerance_mm")
-                detail = f"within {tolerance} mm" if key == "surface_dice" and tolerance else "mean over organs"
+                over = (
+                    f"{len(values)} of {len(summaries)} " if len(values) < len(summaries) else ""
+                )  # others are missed
+                detail = f"within {tolerance} mm" if key == "surface_dice" and tolerance else f"mean over {over}organs"
                 cards.append((text, what, detail))
         if seconds := [case.seconds for case in results.cases if case.seconds is not None]:
             cards.append((f"{statistics.median(seconds):.2f} s", "a prediction", "median over cases"))
