@@ -223,8 +223,9 @@ def test_the_scale_bar_fits_the_scan(voxel_mm: float, bar: str):
 
 
 def test_the_best_score_is_not_written_over_the_stages_names(run: Path):
-    history = [epoch.model_copy(update={"dice": {"A": 0.01}, "mean_dice": 0.01}) for epoch in read_history(run)]
-    axes = learning_curves(history[:3], ["A"]).axes[1]
+    low = [{"dice": {"A": dice}, "mean_dice": dice} for dice in (0.0, 0.01, 0.0)]
+    history = [epoch.model_copy(update=scores) for epoch, scores in zip(read_history(run), low, strict=False)]
+    axes = learning_curves(history, ["A"]).axes[1]
     axes.figure.draw_without_rendering()
     best, stage = (text.get_window_extent() for text in axes.texts)
     assert not best.overlaps(stage)
