@@ -203,10 +203,10 @@ def trained(shared: Path, lamp3d: CommandLine, dataset: Path, config: Path) -> P
     """A run trained on two devices. Not to be changed, but for predictions, results and report."""
 
     def train() -> None:
-        done = lamp3d("train", dataset, *CHANGED, "--config", config, "--out", shared / "run", "--devices", 2,
+        done = lamp3d("train", dataset, *CHANGED, "--config", config, "--out", shared / "a run", "--devices", 2,
                       "--timeline", shared / "steps.png")  # fmt: skip
         assert done.code == 0, done.err
         (shared / "train.out").write_text(done.out, encoding="utf-8")
         (shared / "train.err").write_text(done.err, encoding="utf-8")
 
-    return _once(shared / "run", train)
+    return _once(shared / "a run", train)

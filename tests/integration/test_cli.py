@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from lamp3d.cli import main, runs
 from lamp3d.data.anatomy import ORGANS
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
@@ -22,6 +23,20 @@ from lamp3d.plan import Plan
 from lamp3d.train import Checkpoint, read_history
 from lamp3d.volume import read_volume
 from tests.integration.conftest import CHANGED, CommandLine, environment
+
+
+def test_a_command_that_is_interrupted_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(run: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "write_report", interrupted)
+    monkeypatch.setattr(sys, "argv", ["lamp3d", "report", "run"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+    assert "stopped by SIGINT" in capsys.readouterr().err
 
 
 def test_training_leaves_a_run_and_a_calm_log(trained: Path) -> None:
@@ -39,7 +54,7 @@ def test_training_leaves_a_run_and_a_calm_log(trained: Path) -> None:
     assert (trained.parent / "train.err").read_text() == ""  # no warnings of libraries or of the launcher
     lines = (trained.parent / "train.out").read_text("utf-8").splitlines()
     assert sum(line.startswith("stage ") for line in lines) == 3
-    assert "Done. Next: lamp3d evaluate" in lines[-1]
+    assert f"Done. Next: lamp3d evaluate '{trained}' " in lines[-1]  # to be pasted: the folder's name has a space
 
     lines_by_title = run.time_lines()
     assert list(lines_by_title) == [f"stage {stage}, {kind}" for stage in (1, 2) for kind in ("predicted", "measured")]

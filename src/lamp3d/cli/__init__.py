@@ -1,6 +1,7 @@
 """The command line: ``lamp3d demo | plan | verify | train | predict | evaluate | report | convert | study | bench``."""
 
 import signal
+from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -28,5 +29,12 @@ def main() -> None:
             raise  # else it is about a path, such as a file where --out wants a folder, or about where output goes
         stop(f"{error.filename or 'output'}: {error.strerror}.")
     except SignalException as error:  # what torch's launcher makes of SIGINT and SIGTERM
-        name = signal.Signals(error.sigval).name
-        stop(f"stopped by {name}; a training run goes on with --resume.", 128 + error.sigval)
+        _stopped(error.sigval)
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGINT:  # what typer makes of Ctrl-C
+            _stopped(signal.SIGINT)
+        raise
+
+
+def _stopped(number: int) -> NoReturn:
+    stop(f"stopped by {signal.Signals(number).name}; a training run goes on with --resume.", 128 + number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -44,6 +45,11 @@ def stop(message: str, status: int = 2) -> NoReturn:
 def say(message: str) -> None:
     """One line, whatever is in it, however long."""
     console.print(Text(message), soft_wrap=True)
+
+
+def command(*words: object) -> str:
+    """A command of lamp3d's to be pasted into a shell."""
+    return shlex.join(["lamp3d", *map(str, words)])
 
 
 def picture_option(of: str) -> Any:

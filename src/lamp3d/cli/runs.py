@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 from rich.table import Table
 
-from lamp3d.cli.common import Devices, app, console, draw, picture_option, say, sides
+from lamp3d.cli.common import Devices, app, command, console, draw, picture_option, say, sides
 from lamp3d.data import write_phantom_dataset
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
@@ -89,8 +89,8 @@ def train_command(
         draw(time_line_picture(run.time_lines()), timeline)
         say(f"Time lines: {timeline}; for chrome://tracing: {folder / 'timelines'}")
     scored = run.splits is not None and run.splits.get("validation")
-    what = f"evaluate {run.folder} {dataset}" if scored else f"predict {run.folder} SCAN --out FOLDER"
-    say(f"Done. Next: lamp3d {what}; lamp3d report {run.folder}")
+    best = command("evaluate", run.folder, dataset) if scored else f"{command('predict', run.folder)} SCAN --out FOLDER"
+    say(f"Done. Next: {best}; {command('report', run.folder)}")
 
 
 @app.command("predict")
@@ -116,7 +116,7 @@ def predict_command(
     if model is not None and opened.config.network.kind == "own":
         raise ConfigError(
             f"{model} names code to make its network, {opened.config.network.name}, and models are not to run any: if "
-            f"you trust it, lamp3d predict {run} SCAN."
+            f"you trust it, {command('predict', run, 'SCAN')}."
         )
     done = predict(
         opened,
@@ -189,8 +189,8 @@ def bench(
         known = ", ".join(sorted(path.parent.name for path in root.glob("benchmarks/*/run.py"))) or "none: no checkout"
         raise ConfigError(f"no benchmark {name!r} in {root / 'benchmarks'}; there are: {known}.")
     # A process of its own: benchmarks start workers, which import the module that was run.
-    command = [sys.executable, "-m", f"benchmarks.{name}.run", *context.args]
-    raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
+    started = [sys.executable, "-m", f"benchmarks.{name}.run", *context.args]
+    raise typer.Exit(subprocess.run(started, cwd=root, check=False).returncode)
 
 
 def _window(text: str | None) -> Window:
