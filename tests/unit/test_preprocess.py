@@ -250,6 +250,8 @@ def spoil(store: CaseStore, kind: str) -> None:
         case.images[0].write_bytes(case.images[0].read_bytes()[:900])
     elif kind == "dark":
         write_nifti(Volume(np.full(SHAPE, -1000, np.int16), image.affine), case.images[0], overwrite=True)
+    elif kind == "units":
+        write_nifti(Volume(image.data + np.int16(1024), image.affine), case.images[0], overwrite=True)
     elif kind == "cut":
         label.data[0, :, :] = 3
         write_nifti(label, case.label, overwrite=True)
@@ -263,6 +265,7 @@ BAD = [
     ("nan", ScanError, r"imagesTr/case_1.nii.gz: 5760 of 5760 voxels are NaN"),
     ("truncated", ScanError, r"imagesTr/case_1.nii.gz: truncated or corrupt"),
     ("dark", ScanError, r"imagesTr/case_1.nii.gz: no voxel is above .*; change foreground_above"),
+    ("units", DatasetError, r"is it in other units, .* \(\[\d+, \d+\] and 524\), and hu_offset: 1024"),
     ("cut", DatasetError, r"foreground crop cuts off \d+ of \d+ labelled voxels"),
 ]
 

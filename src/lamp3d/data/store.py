@@ -36,6 +36,8 @@ _FORMAT = 3
 _VOXELS_PER_ORGAN = 2000
 # Labelled voxels that a foreground crop may cut off: contours reach a voxel beyond the skin here and there.
 _MAX_CUT_FRACTION = 0.01
+# Labelled voxels that may be within a window that hides all others: a border, an airway.
+_MOST_BELOW = 0.05
 
 
 class CaseStore:
@@ -71,7 +73,7 @@ class CaseStore:
         Raises:
             ScanError: a file is corrupt, has other channels than the dataset, holds NaN, or shows no foreground; image
                 and label differ in shape or place.
-            DatasetError: a label value has no organ.
+            DatasetError: a label value has no organ, or a scan is in other units than its window.
             WorkerError: a process was killed, most likely for want of memory.
         """
         missing = [case for case in cases if not self._path(case).exists()]
@@ -197,6 +199,7 @@ def _prepare_case(
     truth = None if case.label is None else read_volume(case.label)
     if truth is not None:
         check_label(case, volumes[0].grid, truth, organs)
+        _check_window(case, volumes[0], truth, config)
         # Of an organ that the case does not claim to have contours of, whatever is drawn is not to be relied on.
         unclaimed = [value for value, organ in enumerate(organs, start=1) if organ not in case.annotated]
         if unclaimed:
@@ -238,6 +241,22 @@ def check_label(case: Case, image: Grid, label: Volume, organs: tuple[str, ...])
         raise DatasetError(
             f"{case.label}: holds label values {wrong[:5]}, but dataset.json names 0 to {len(organs)} "
             f"({', '.join(organs)}); {what}"
+        )
+
+
+def _check_window(case: Case, image: Volume, label: Volume, config: PreprocessConfig) -> None:
+    """Refuse a CT that is in other units than its window: its organs would all be white, and it has no air."""
+    assert config.window is not None
+    window, above, intensities = config.window[0], config.foreground_above, image.data.astype(np.float32, copy=False)
+    labelled = intensities[label.data != 0]
+    if window is None or above is None or config.hu_offset or not labelled.size or intensities.min() <= above:
+        return
+    low, high = window
+    if np.quantile(labelled, _MOST_BELOW) > high:
+        raise DatasetError(
+            f"{case.images[0]}: what is labelled is above {high:g}, where preprocess.window ends, and nothing is below "
+            f"foreground_above, {above:g}: is it in other units, such as HU + 1024? Give the window and "
+            f"foreground_above in these ([{low + 1024:g}, {high + 1024:g}] and {above + 1024:g}), and hu_offset: 1024"
         )
 
 
