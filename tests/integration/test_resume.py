@@ -68,11 +68,15 @@ def test_a_folder_is_trained_in_by_one_process(lamp3d: CommandLine, run: Path, d
 
 def test_what_is_done_stays_done_and_is_said_to(lamp3d: CommandLine, run: Path, dataset: Path) -> None:
     before = (run / "last.safetensors").read_bytes()
+    about = json.loads((run / "run.json").read_text())
+    about["splits"]["validation"] = []
+    (run / "run.json").write_text(json.dumps(about))
     changes = ("train.curriculum.0.epochs=5", "loss.focal_weight=0.4")
     done = lamp3d("train", dataset, *changes, "--out", run, "--devices", 2, "--resume")
     assert done.code == 0, done.err
     assert "Settings changed since the checkpoint: curriculum, loss.focal_weight;" in done.out
     assert "Stages that are done stay as they are; to go on, add another one." in done.out
+    assert f"Next: lamp3d predict {run} SCAN" in done.out  # for there is nothing to evaluate
     assert (run / "last.safetensors").read_bytes() == before
 
 
