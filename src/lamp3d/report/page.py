@@ -95,9 +95,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
                 mean = statistics.fmean(values)
                 text = f"{mean:.1f} mm" if key == "hd95_mm" else _score(mean)
                 tolerance = results.settings.get("tolerance_mm")
-                over = (
-                    f"{len(values)} of {len(summaries)} " if len(values) < len(summaries) else ""
-                )  # others are missed
+                over = f"{len(values)} of {len(summaries)} " * (len(values) < len(summaries))  # the others are missed
                 detail = f"within {tolerance} mm" if key == "surface_dice" and tolerance else f"mean over {over}organs"
                 cards.append((text, what, detail))
         if seconds := [case.seconds for case in results.cases if case.seconds is not None]:
