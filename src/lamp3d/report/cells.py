@@ -23,6 +23,9 @@ LABELLED = 0.035
 EDGES = 8
 """The largest values that pass between devices carry their bytes."""
 
+APART = 0.06
+"""Of the width and of the highest cell: how far from each other these stand."""
+
 
 def cells_picture(planning: Planning) -> Figure:
     """The chosen plan's cells, coloured by device, with what passes between devices; and its time line below."""
@@ -90,6 +93,7 @@ def _draw_edges(axes: Axes, cut: Cut, left: np.ndarray, right: np.ndarray, top: 
         for edge in cut.edges
         if any(cut.ranks[user] != cut.ranks[edge.maker] for user in edge.users)
     ]
+    labels: list[tuple[float, float, str]] = []
     for number, (size, edge) in enumerate(sorted(between, key=lambda pair: -pair[0])):
         begin = right[names[edge.value]] if edge.value in names else left[0]
         for user in edge.users:
@@ -104,7 +108,10 @@ def _draw_edges(axes: Axes, cut: Cut, left: np.ndarray, right: np.ndarray, top: 
             depth = top * (0.1 + 0.5 * width / right[-1])
             axes.add_patch(Arc(((begin + end) / 2, 0), width, depth, theta1=180, theta2=360, color=INK, linewidth=0.9))
             if number < EDGES:
-                axes.text(
-                    (begin + end) / 2, -depth / 2 - 0.01 * top, format_bytes(size), ha="center", va="top",
-                    fontsize=7, color=INK,
-                )  # fmt: skip
+                labels.append((depth / 2 + 0.01 * top, (begin + end) / 2, format_bytes(size)))
+    taken: list[tuple[float, float]] = []
+    for low, at, text in sorted(labels):  # the shallowest first, so that each is nearest to its own arc
+        while any(abs(at - x) < APART * right[-1] and abs(low - y) < APART * top for x, y in taken):
+            low += APART / 4 * top
+        taken.append((at, low))
+        axes.text(at, -low, text, ha="center", va="top", fontsize=7, color=INK)
