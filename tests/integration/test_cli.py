@@ -97,7 +97,7 @@ def test_prediction_by_a_sliding_window(lamp3d: CommandLine, trained: Path, data
     assert labels.data.max() <= len(ORGANS)
 
 
-def test_evaluation_and_report(lamp3d: CommandLine, trained: Path, dataset: Path) -> None:
+def test_evaluation_and_report(lamp3d: CommandLine, trained: Path, dataset: Path, tmp_path: Path) -> None:
     done = lamp3d("evaluate", trained, dataset)
     assert done.code == 0, done.err
     assert all(organ in done.out for organ in ORGANS)
@@ -113,6 +113,13 @@ def test_evaluation_and_report(lamp3d: CommandLine, trained: Path, dataset: Path
     assert str(trained / "report.html") in done.out
     assert all(organ in page for organ in ORGANS)
     assert "data:image/png;base64," in page
+
+    again = tmp_path / "run"
+    shutil.copytree(trained, again)
+    done = lamp3d("evaluate", again, dataset, "--split", "train")
+    assert done.code == 0, done.err
+    assert Results.load(again / "results.json").split == "train"
+    assert Results.load(again / "results-validation.json") == results
 
 
 def test_an_exported_model_predicts_as_its_run_does(

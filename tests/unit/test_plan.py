@@ -420,6 +420,11 @@ def test_blocks_of_cells_are_taken_as_lists() -> None:
     assert plan(network, devices=1, recompute=[["0", "1"], ["2"]]).recompute == (("0", "1"), ("2",))
 
 
+def test_a_network_that_takes_no_time_has_a_plan() -> None:
+    plan = make_plan(nn.Flatten(2), (1, 1, 16, 16, 16), 1, hardware="rtx3090")
+    assert (plan.step_seconds, plan.time_line().bubble) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize("settings", [{}, {"hardware": "rtx3090"}])
 @pytest.mark.parametrize("network", [nn.Identity(), nn.Sequential()])
 def test_a_network_without_operations_is_refused(network: nn.Module, settings: dict[str, Any]) -> None:

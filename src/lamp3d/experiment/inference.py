@@ -129,6 +129,8 @@ def evaluate(
 ) -> Results:
     """Predict a split with contours and score it; leaves ``predictions/SPLIT/`` and ``results.json`` in the run folder.
 
+    Those of another split that are there are kept, as ``results-SPLIT.json``.
+
     Args:
         run: whose best weights predict.
         dataset_root: folder in Decathlon layout with the organs that the run was trained on.
@@ -189,8 +191,19 @@ def evaluate(
             "tolerance_mm": tolerance_mm,
         },
     )
+    _keep_other_split(run.folder / "results.json", split)
     summary.save(run.folder / "results.json")
     return summary
+
+
+def _keep_other_split(path: Path, split: str) -> None:
+    """The scores of another split than this one make room under its name, such as results-validation.json."""
+    try:
+        before = Results.load(path).split
+    except DatasetError:  # there are none
+        return
+    if before != split:
+        path.replace(path.with_stem(f"{path.stem}-{before.replace('/', '-')}"))
 
 
 def _labelled(dataset: Dataset, split: str, run: Run) -> tuple[Case, ...]:

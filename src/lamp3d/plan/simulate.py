@@ -27,7 +27,7 @@ class TimeLine:
     def bubble(self) -> float:
         """The share of the devices' time in which they wait."""
         busy = sum(end - begin for rank in self.actions for _, begin, end in rank)
-        return 1 - busy / (self.seconds * len(self.actions))
+        return 1 - busy / (self.seconds * len(self.actions)) if self.seconds else 0.0
 
     def chrome_trace(self) -> dict[str, Any]:
         """The time line in the Trace Event Format, which chrome://tracing and Perfetto show; times in microseconds."""
