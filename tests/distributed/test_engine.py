@@ -193,7 +193,7 @@ def test_what_cannot_be_run_is_refused(results: Callable[[int], Results], device
         assert f"but {devices} worker(s) run" in findings["devices"].says
         if devices > 1:
             says = findings["mode"].says
-            assert re.match(r"Sided does .* of \S+ in evaluation than with \S+ in training", says)
+            assert re.match(r"Sided does something else .* in evaluation than with .* in training", says)
         else:  # whatever its cells are
             assert findings["mode"].errors == {"output": 0.0}
         assert (

@@ -559,7 +559,7 @@ def check_refusals() -> dict[str, Finding]:
     except PlanError as error:
         findings["mode"] = Finding(says=str(error))
     else:
-        findings["mode"] = Finding(errors={"output": float((output - sided(images)).abs().max())})
+        findings["mode"] = Finding(errors={"output": float((output - sided(images)).detach().abs().max())})
     engine._flush()
     return findings
 

@@ -24,7 +24,6 @@ from lamp3d.graph.inputs import title_of
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, format_bytes
 from lamp3d.predict import Predictor, check_window, single_parts
-from lamp3d.scan import UNNAMED
 from lamp3d.sides import padded_sides
 from lamp3d.train import Checkpoint, CurriculumStage, HybridLoss, Trainer, copy_tensors, network_tensors, resumable
 
@@ -120,7 +119,7 @@ def _check_same_labels(before: Run, dataset: Dataset) -> None:
     """Whether the weights of a run mean the same in a dataset."""
     pairs = {"organs": (before.organs, dataset.organs), "channels": (before.channels, dataset.channels)}
     for what, (own, others) in pairs.items():
-        if own not in (others, (UNNAMED,)):
+        if own != others:
             raise DatasetError(
                 f"{dataset.root} has the {what} {', '.join(others)}, but the run in {before.folder} was trained on "
                 f"{', '.join(own)}: go on with the same, in the same order, or choose another --out."
