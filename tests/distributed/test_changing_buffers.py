@@ -123,6 +123,16 @@ def test_a_step_is_the_plain_networks(middle: Callable[[Any, Tensor], Tensor] | 
         make_plan(net, SHAPE, micro_batches=2)
 
 
+def test_what_wants_whole_mini_batches_in_training_alone_is_refused_there() -> None:
+    net = Centred(lambda net, x: F.batch_norm(x, net.mean.flatten(), 1 + net.mean.flatten(), training=net.training))
+    image = torch.randn(SHAPE, dtype=torch.double)
+    engine = Engine(net.eval(), make_plan(net, SHAPE, micro_batches=2))
+    torch.testing.assert_close(engine.forward(image), net(image).detach(), rtol=1e-12, atol=0)
+    net.train()
+    with pytest.raises(PlanError, match="'batch_norm' is computed over the mini-batch"):
+        engine.step(image, image[:, :1], squares)
+
+
 def test_what_is_loaded_later_is_used() -> None:
     net = Centred(lambda net, x: x * (1 / (1 + net.steps)))
     plain = copy.deepcopy(net)

@@ -84,7 +84,7 @@ class Engine:
         _check_cells(self.graph.cells, plan)
         refuse_tied_parameters(self.graph.cut(plan.starts), plan.ranks)
         self._network = network
-        self._refuse_parts()
+        self._refuse_parts(self.graph)
         self.on_action: Callable[[Action], None] | None = None
         own = self._stages(self.graph)
         # All of the network's: every rank derives from the weights' layout in which layout a value travels.
@@ -183,7 +183,7 @@ class Engine:
             PlanError: the plan's schedule, or its replicas, need a loss that is a mean over cases; or the mini-batch
                 cannot be shared evenly.
         """
-        self._refuse_parts()  # again: the network's mode may have changed
+        self._refuse_parts(self.graph)  # again: the network's mode may have changed
         micro_batches = self._handout.micro_batches(inputs, shared=True)
         with self._refusals():
             programs = [self._program(spec) for spec in micro_batches.specs]
@@ -315,9 +315,9 @@ class Engine:
             targets = own_targets(targets, extent, self.space)
         return targets
 
-    def _refuse_parts(self) -> None:
+    def _refuse_parts(self, graph: CellGraph) -> None:
         if self.plan.micro_batches > 1 or self.plan.data > 1:
-            refuse_parts(self.graph, self._network)
+            refuse_parts(graph, self._network)
 
     def _flush(self) -> None:
         """Wait until everything that was sent has arrived; whoever made this engine may drop it then."""
@@ -364,6 +364,7 @@ class Engine:
         if key not in self._graphs:
             by_name = dict(zip(self.graph.input_names, shapes, strict=True))
             graph = trace(self._network, by_name)
+            self._refuse_parts(graph)
             alone = len(self.plan.stages) == 1 and isinstance(self.plan.recompute, str)  # whatever the cells are
             if not alone and not graph.is_divided_like(self.graph):
                 now, then = (" in training" if of.training else " in evaluation" for of in (graph, self.graph))
