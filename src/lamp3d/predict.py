@@ -26,7 +26,7 @@ from lamp3d.nets import Network, UShape
 from lamp3d.parallel import Engine
 from lamp3d.scan import Scan
 from lamp3d.settings import Settings
-from lamp3d.sides import Shape3, Sides, check_sides, padded_sides
+from lamp3d.sides import Shape3, Sides, check_sides, padded_sides, sides_or_none
 from lamp3d.space.sharded import whole
 from lamp3d.volume import Volume
 
@@ -51,7 +51,7 @@ class PredictConfig(Settings):
     @property
     def window_shape(self) -> Shape3 | None:
         """Voxels of a window; None for whole volumes."""
-        return None if self.window == "whole" else self.window
+        return sides_or_none(self.window)
 
 
 def single_parts(config: PredictConfig, organs: Sequence[str]) -> tuple[int, ...]:

@@ -25,6 +25,11 @@ Sides = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt] | Literal["whole"
 """In a configuration: (D, H, W) in voxels, or one number for all three; or "whole" (cropped) volumes."""
 
 
+def sides_or_none(sides: Shape3 | Literal["whole"]) -> Shape3 | None:
+    """Those of a setting; None for whole volumes."""
+    return None if sides == "whole" else sides
+
+
 def padded_sides(sides: Sequence[int], divisor: int) -> Shape3:
     """The least sides of a volume that a network can take, and that a scan fits into.
 

@@ -247,12 +247,12 @@ def check_label(case: Case, image: Grid, label: Volume, organs: tuple[str, ...])
 def _check_window(case: Case, image: Volume, label: Volume, config: PreprocessConfig) -> None:
     """Refuse a CT that is in other units than its window: its organs would all be white, and it has no air."""
     assert config.window is not None
-    window, above, intensities = config.window[0], config.foreground_above, image.data.astype(np.float32, copy=False)
-    labelled = intensities[label.data != 0]
-    if window is None or above is None or config.hu_offset or not labelled.size or intensities.min() <= above:
+    window, above = config.window[0], config.foreground_above
+    if window is None or above is None or config.hu_offset or image.data.min() <= above:
         return
     low, high = window
-    if np.quantile(labelled, _MOST_BELOW) > high:
+    labelled = image.data[label.data != 0].astype(np.float32, copy=False)
+    if labelled.size and np.quantile(labelled, _MOST_BELOW) > high:
         raise DatasetError(
             f"{case.images[0]}: what is labelled is above {high:g}, where preprocess.window ends, and nothing is below "
             f"foreground_above, {above:g}: is it in other units, such as HU + 1024? Give the window and "

@@ -29,7 +29,7 @@ from lamp3d.plan.inference import Sharing, numbers_at_once, share_out
 from lamp3d.plan.slabs import Slabs
 from lamp3d.predict import Predictor, check_window, single_parts
 from lamp3d.scan import read_scan
-from lamp3d.sides import Shape3, padded_sides
+from lamp3d.sides import Shape3, padded_sides, sides_or_none
 from lamp3d.train import Checkpoint, load_weights
 from lamp3d.volume import read_grid, read_volume, write_nifti
 
@@ -251,9 +251,7 @@ def _predictor_settings(run: Run, mirror: bool) -> dict[str, Any]:
 
 
 def _window_sides(run: Run, window: Window) -> Shape3 | None:
-    if window is None:
-        return run.config.predict.window_shape
-    return None if window == "whole" else window
+    return run.config.predict.window_shape if window is None else sides_or_none(window)
 
 
 def _plan_to_predict_like(run: Run) -> Plan:
@@ -310,8 +308,7 @@ def _has_cells_of(plan: Plan, network: Network) -> bool:
     """Whether the network is divided in this plan: in evaluation, some are others than in training."""
     if isinstance(network, UShape):
         return True
-    cells = [cell.name for cell in trace(network, plan.image_shape).cells]
-    return cells == [cell for stage in plan.stages for cell in stage.cells]
+    return [cell.name for cell in trace(network, plan.image_shape).cells] == plan.cells
 
 
 def _predict_worker(

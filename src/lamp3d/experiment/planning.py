@@ -182,12 +182,11 @@ def stage_plan(
         loss=with_drawn_targets(HybridLoss(loss, run.organs, network.heads)),
     )
     plan = make()
-    any_graph = len(plan.stages) == 1 and isinstance(plan.recompute, str)
-    if any_graph or not is_another_when_validated(network, plan.image_shape):
+    if plan.is_for_any_cells or not is_another_when_validated(network, plan.image_shape):
         return plan
     try:
         plan = make(pipe=1)
-        return plan if isinstance(plan.recompute, str) else make(pipe=1, recompute="always")
+        return plan if plan.is_for_any_cells else make(pipe=1, recompute="always")
     except PlanError as error:
         raise PlanError(
             f"stage {index + 1}: {run.config.network.name or run.config.network.kind} is another network in validation "

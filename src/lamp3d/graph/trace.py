@@ -178,9 +178,9 @@ class _Recorder(fx.Interpreter):
             seen += [(tensor, tensor._version) for tensor in _tensors(self.env[source])]
         if node.op == "placeholder" or not self.varies.isdisjoint(node.all_input_nodes):
             self.varies.add(node)
-        module = self.fetch_attr(str(node.target)) if node.op == "call_module" else nn.Module()
-        buffers = [(name, buffer, buffer._version) for name, buffer in module.named_buffers()]
-        if self.varies.intersection(node.all_input_nodes) and _is_over_cases(node, self.env):
+        named = self.fetch_attr(str(node.target)).named_buffers() if node.op == "call_module" else ()
+        buffers = [(name, buffer, buffer._version) for name, buffer in named]
+        if node in self.varies and _is_over_cases(node, self.env):
             self.whole_batch = f"{node.name!r} is computed over the mini-batch"
         result = super().run_node(node)
         for name, buffer, version in buffers:

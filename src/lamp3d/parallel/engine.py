@@ -365,8 +365,7 @@ class Engine:
             by_name = dict(zip(self.graph.input_names, shapes, strict=True))
             graph = trace(self._network, by_name)
             self._refuse_parts(graph)
-            alone = len(self.plan.stages) == 1 and isinstance(self.plan.recompute, str)  # whatever the cells are
-            if not alone and not graph.is_divided_like(self.graph):
+            if not self.plan.is_for_any_cells and not graph.is_divided_like(self.graph):
                 now, then = (" in training" if of.training else " in evaluation" for of in (graph, self.graph))
                 now, then = (now, then) if now != then else ("", "")
                 raise PlanError(
@@ -399,9 +398,8 @@ def _own_device(plan: Plan) -> torch.device:
 
 def _check_cells(cells: Sequence[Any], plan: Plan) -> None:
     names = [cell.name for cell in cells]
-    planned = [name for stage in plan.stages for name in stage.cells]
-    if names != planned:
-        pairs = zip([*names, "(none)"], [*planned, "(none)"], strict=False)
+    if names != plan.cells:
+        pairs = zip([*names, "(none)"], [*plan.cells, "(none)"], strict=False)
         ours, theirs = next(((a, b) for a, b in pairs if a != b), ("?", "?"))
         raise PlanError(
             f"the plan was made for another network: cell {ours!r} here is {theirs!r} there; make a new plan."

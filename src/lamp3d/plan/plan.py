@@ -176,6 +176,16 @@ class Plan(BaseModel):
         return [stage.first_cell for stage in self.stages]
 
     @property
+    def cells(self) -> list[str]:
+        """The names of all stages' cells."""
+        return [cell for stage in self.stages for cell in stage.cells]
+
+    @property
+    def is_for_any_cells(self) -> bool:
+        """Whether it holds whatever the network's cells are: all in one stage, and none of them named."""
+        return len(self.stages) == 1 and isinstance(self.recompute, str)
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """The rank of every stage."""
         return tuple(stage.rank for stage in self.stages)
@@ -200,7 +210,7 @@ class Plan(BaseModel):
     @property
     def blocks(self) -> list[int | None]:
         """For each cell the number of the block that it is computed again with, None where it is not."""
-        return blocks_of(self.recompute, [cell for stage in self.stages for cell in stage.cells])
+        return blocks_of(self.recompute, self.cells)
 
     def time_line(self) -> TimeLine:
         """The predicted time line of a step."""

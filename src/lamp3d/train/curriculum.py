@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from lamp3d.plan import check_schedule
 from lamp3d.settings import Settings
-from lamp3d.sides import Shape3, Sides
+from lamp3d.sides import Shape3, Sides, sides_or_none
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -53,7 +53,7 @@ class CurriculumStage(Settings):
     @property
     def patch_shape(self) -> Shape3 | None:
         """Voxels of a patch; None for whole volumes."""
-        return None if self.patch == "whole" else self.patch
+        return sides_or_none(self.patch)
 
     def __str__(self) -> str:
         size = "whole volumes" if self.patch == "whole" else f"patches of {'x'.join(map(str, self.patch))}"
