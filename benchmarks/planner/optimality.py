@@ -20,7 +20,8 @@ import lamp3d
 from benchmarks.planner.predictions import Case, _step, network
 from lamp3d.graph import trace
 from lamp3d.plan import Plan, find_plans, make_plan
-from lamp3d.plan.hardware import load_hardware, load_link
+from lamp3d.plan.hardware import load_hardware
+from lamp3d.plan.links import Links, load_link
 from lamp3d.plan.meter import ModelMeter
 from lamp3d.plan.partition import minimise_largest, pairs
 from lamp3d.plan.planner import search_plans
@@ -126,7 +127,7 @@ def measure_speed(rounds: int, console: Console) -> dict[str, Any]:
     hardware = load_hardware("a100-80g")
     for shape, devices in (((1, 1, 192, 192, 192), 64), ((64, 1, 128, 128, 128), 64), ((8, 1, 128, 128, 128), 16)):
         begin = time.perf_counter()
-        meter = ModelMeter(net, shape, 1, hardware, load_link(hardware.link))
+        meter = ModelMeter(net, shape, 1, hardware, Links(within=load_link(hardware.link)))
         request = Request(shape, devices, meter.memory, *meter.ways(("bf16",))[0], least_planes=None)
         search_plans(meter, request)
         whole = time.perf_counter() - begin

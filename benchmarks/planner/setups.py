@@ -15,7 +15,8 @@ from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph
 from lamp3d.graph.inputs import input_text
 from lamp3d.plan import format_bytes
-from lamp3d.plan.hardware import load_hardware, load_link
+from lamp3d.plan.hardware import load_hardware
+from lamp3d.plan.links import Links, load_link
 from lamp3d.plan.meter import ModelMeter
 from lamp3d.plan.planner import search_precisions
 from lamp3d.plan.search import Request
@@ -57,7 +58,7 @@ def measure(rounds: int, console: Console) -> dict[str, Any]:
 
 def _meter(net: nn.Module, sides: tuple[int, ...], graph: CellGraph | None = None) -> ModelMeter:
     hardware = load_hardware(HARDWARE[0])
-    return ModelMeter(net, (1, 1, *sides), 1, hardware, load_link(hardware.link), graph)
+    return ModelMeter(net, (1, 1, *sides), 1, hardware, Links(within=load_link(hardware.link)), graph)
 
 
 def _plan(
@@ -65,7 +66,7 @@ def _plan(
 ) -> dict[str, Any] | None:
     """The plan in short; None where nothing fits."""
     hardware = load_hardware(name)
-    here = meter.on(hardware, load_link(link or hardware.link))
+    here = meter.on(hardware, Links(within=load_link(link or hardware.link)))
     ways = here.ways(here.precisions)
     request = Request((1, 1, *sides), devices, here.memory, *ways[0], **fixed)
     try:

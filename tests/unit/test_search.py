@@ -25,7 +25,8 @@ from lamp3d.parallel import mean_over_cases
 from lamp3d.plan import Plan, find_plans, make_plan
 from lamp3d.plan.cache import remembered
 from lamp3d.plan.cut import Cut, best_cut
-from lamp3d.plan.hardware import Hardware, known_hardware, load_hardware, load_link, workers_per_gpu
+from lamp3d.plan.hardware import Hardware, known_hardware, load_hardware, workers_per_gpu
+from lamp3d.plan.links import Links, load_link
 from lamp3d.plan.meter import MeasuringMeter, ModelMeter
 from lamp3d.plan.partition import minimise_largest, pairs
 from lamp3d.plan.profile import CellSeconds, Timing, model_cells, profile_cells, time_loss
@@ -36,7 +37,8 @@ from lamp3d.plan.work import account
 from lamp3d.report import cells_picture
 from tests.networks import conv
 
-NVLINK = load_link("nvlink3")
+NVLINK, LOOPBACK = (Links(within=load_link(name)) for name in ("nvlink3", "loopback"))
+NETWORK = load_link("network100")
 A100 = load_hardware("a100-80g")
 
 
@@ -47,8 +49,8 @@ AT_ONCE = {"host_seconds": 0.0, "launch_seconds": 0.0}
 class RandomMeter(ModelMeter):
     """Cells with any seconds."""
 
-    def __init__(self, network: nn.Module, shape: tuple[int, ...], seed: int, link: str = "nvlink3"):
-        super().__init__(network, shape, 1, A100, load_link(link))
+    def __init__(self, network: nn.Module, shape: tuple[int, ...], seed: int, links: Links = NVLINK):
+        super().__init__(network, shape, 1, A100, links)
         self.seed = seed
 
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
@@ -70,7 +72,7 @@ def every_cut(search: Search, option: Option) -> Iterator[Cut]:
     costs = search.costs(option, "never")
     stages, n = len(PLACEMENTS[option.schedule](option.pipe)), len(costs.profile.cells)
     for inner in itertools.combinations(range(1, n), stages - 1):
-        yield Cut(costs, option.schedule, option.pipe, search.meter.link, [0, *inner])
+        yield Cut(costs, option.schedule, option.pipe, search.meter.links.in_pipeline(option.pipe), [0, *inner])
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -78,7 +80,9 @@ def test_no_plan_is_better(seed: int) -> None:
     """Every mesh, schedule, number of micro-batches and cut, played through one by one."""
     draw = random.Random(seed)
     shape = (draw.choice((1, 2, 4)), 1, 8, 6, 4)
-    meter = RandomMeter(chain(2 * draw.randint(2, 4)), shape, seed, draw.choice(("nvlink3", "network100", "loopback")))
+    machines = [Links(within=NVLINK.within, across=NETWORK, per_machine=devices) for devices in (1, 2, 3)]
+    links = draw.choice((NVLINK, Links(within=NETWORK), LOOPBACK, *machines))
+    meter = RandomMeter(chain(2 * draw.randint(2, 4)), shape, seed, links)
     request = Request(shape, draw.choice((1, 2, 3, 4)), None, "fp32", False, recompute="never")
     search = Search(meter, request)
     peaks = sorted(cut.peak_bytes for option in options(request) for cut in every_cut(search, option))
@@ -108,14 +112,14 @@ def test_where_any_cut_fits_with_little_to_spare_one_is_found(schedule: str) -> 
     """Too many cuts to try them all, and what waits to be sent depends on seconds."""
     shape, pipe = (4, 1, 8, 6, 4), 4
     for seed in range(8):
-        meter = RandomMeter(chain(12), shape, seed, "loopback")
+        meter = RandomMeter(chain(12), shape, seed, LOOPBACK)
         request = Request(
             shape, pipe, None, "fp32", False, data=1, space=(), pipe=pipe, micro_batches=4, schedule=schedule
         )
         search = Search(meter, request)
         (option,) = options(request)
         limit = round(1.05 * min(cut.peak_bytes for cut in every_cut(search, option)))
-        found = best_cut(search.costs(option, "never"), schedule, pipe, limit, meter.link)
+        found = best_cut(search.costs(option, "never"), schedule, pipe, limit, meter.links.in_pipeline(pipe))
         assert found is not None
         assert found.peak_bytes <= limit
 
@@ -350,7 +354,7 @@ def test_what_a_gate_scales_is_shared() -> None:
     """A gate is a single voxel, which every rank has; the volume that it scales is cut like any other."""
     shape, whole, slabs = (1, 1, 96, 96, 96), Slabs(), Slabs((2,), (2,))
     with torch.device("meta"):
-        meter = ModelMeter(SEUNet(1, 4, filters=8), shape, 1, A100.model_copy(update=AT_ONCE), load_link("nvlink4"))
+        meter = ModelMeter(SEUNet(1, 4, filters=8), shape, 1, A100.model_copy(update=AT_ONCE), NVLINK)
     of_whole, of_slab = (meter.profile(cut, "fp32", False, False) for cut in (whole, slabs))
     scaled = 0
     for before, after in zip(of_whole.cells, of_slab.cells, strict=True):
@@ -487,7 +491,9 @@ def test_where_not_all_cuts_are_tried_good_ones_are_found(monkeypatch: pytest.Mo
         option = draw.choice(list(options(request)))
         expected = min(cut.line.seconds for cut in every_cut(search, option))
         monkeypatch.setattr("lamp3d.plan.cut.FEW", 0)
-        found = best_cut(search.costs(option, "never"), option.schedule, option.pipe, None, NVLINK)
+        found = best_cut(
+            search.costs(option, "never"), option.schedule, option.pipe, None, NVLINK.in_pipeline(option.pipe)
+        )
         assert found is not None
         ratios.append(found.line.seconds / expected)
     assert min(ratios) >= 1 - 1e-12

@@ -55,7 +55,9 @@ HardwareOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help=f"Devices that are not here: {', '.join(known_hardware())}, or a YAML file like theirs."),
 ]
-LinkOption = Annotated[Optional[str], typer.Option(help="What joins them: pcie4, network100, 10GB, …")]  # noqa: UP045
+LinkOption = Annotated[Optional[str], typer.Option(help="What joins those of a machine: pcie4, nvlink3, 10GB, …")]  # noqa: UP045
+AcrossOption = Annotated[Optional[str], typer.Option(help="What joins machines: network100, network400, 10GB, …")]  # noqa: UP045
+PerMachine = Annotated[Optional[int], typer.Option(min=1, help="Devices of a machine; of those described: 8.")]  # noqa: UP045
 
 
 @app.command()
@@ -71,6 +73,8 @@ def plan(
     memory: Memory = None,
     hardware: HardwareOption = None,
     link: LinkOption = None,
+    across: AcrossOption = None,
+    per_machine: PerMachine = None,
     micro_batches: MicroBatches = None,
     schedule: ScheduleOption = None,
     data: Data = None,
@@ -100,7 +104,7 @@ def plan(
     found = _find_plans(
         network, (batch, channels, *shape), devices, recompute, micro_batches=micro_batches, schedule=schedule,
         data=data, pipe=pipe, space=_slabs(space), precision=precision, memory=limit, hardware=hardware, link=link,
-        fresh=fresh, loss=loss,
+        across=across, per_machine=per_machine, fresh=fresh, loss=loss,
     )  # fmt: skip
     console.print(found.plan.table())
     console.print(found.alternatives())

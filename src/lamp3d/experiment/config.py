@@ -17,6 +17,7 @@ from lamp3d.explain import explained
 from lamp3d.files import write_text
 from lamp3d.nets import Network, SEUNet, UNet, from_function, from_monai, hollow
 from lamp3d.plan import parse_bytes
+from lamp3d.plan.links import USUAL_NETWORK, load_link
 from lamp3d.predict import PredictConfig
 from lamp3d.settings import Settings
 from lamp3d.train import LossConfig, TrainConfig
@@ -95,6 +96,8 @@ class ExperimentConfig(Settings):
         initial_weights: where training begins: a model that comes with lamp3d, by name, or the folder of an exported
             one or of a run, of the same network; its output layers only if its organs are the same. None: fresh ones.
         memory: limit per device, such as "16GB"; None: no limit.
+        across: what joins machines, where torchrun has started workers on several: "network100", "network400", or what
+            it carries in a second for all devices of a machine together, such as "10GB".
         cache: folder of prepared scans; None: ~/.cache/lamp3d (or $LAMP3D_CACHE).
     """
 
@@ -107,6 +110,7 @@ class ExperimentConfig(Settings):
     predict: PredictConfig = PredictConfig()
     initial_weights: str | None = None
     memory: str | None = None
+    across: str = USUAL_NETWORK
     cache: Path | None = None
 
     @property
@@ -128,6 +132,12 @@ class ExperimentConfig(Settings):
         if memory is not None:
             parse_bytes(memory)
         return memory
+
+    @field_validator("across")
+    @classmethod
+    def _is_a_link(cls, across: str) -> str:
+        load_link(across)
+        return across
 
     @field_validator("cache")
     @classmethod

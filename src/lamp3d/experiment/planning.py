@@ -179,6 +179,7 @@ def stage_plan(
         recompute=stage.recompute,
         precision=run.config.train.precision,
         memory=memory,
+        across=run.config.across,
         loss=with_drawn_targets(HybridLoss(loss, run.organs, network.heads)),
     )
     plan = make()

@@ -221,7 +221,7 @@ def _kept_plans(run: Run, devices: int) -> dict[int, Plan]:
 
 def _planned_from(config: ExperimentConfig, index: int) -> tuple[object, ...]:
     stage = config.train.curriculum[index].model_dump(include=PLANNED_FROM)
-    return config.network, config.preprocess, config.memory, config.train.precision, stage
+    return config.network, config.preprocess, config.memory, config.across, config.train.precision, stage
 
 
 def _train_worker(out: Path, resume: bool) -> None:

@@ -28,7 +28,7 @@ def does_not_fit(meter: Meter, request: Request, *, advise: bool) -> str:
     limit = request.limit or 0
     hardware = load_hardware("a100-80g").model_copy(update={"device_type": meter.kind})
     loss = meter.loss_cost(request.precision, request.channels_last)
-    model = ModelMeter(meter.network, meter.input_shape, meter.micro_batch, hardware, meter.link, meter.graph, loss)
+    model = ModelMeter(meter.network, meter.input_shape, meter.micro_batch, hardware, meter.links, meter.graph, loss)
     ways = list(_ways(model, replace(request, limit=round(limit / SPARE)))) if advise else []
     settings = "".join(
         f", {name}={getattr(request, name)!r}"
@@ -89,7 +89,7 @@ def _smaller_volume(meter: Meter, request: Request, memory: int) -> tuple[int, .
             continue
         part = math.prod(sides) / math.prod(request.volume)
         loss = None if meter.loss is None else meter.loss.share(part)
-        smaller = ModelMeter(meter.network, shape, meter.micro_batch, meter.hardware, meter.link, meter.graph, loss)
+        smaller = ModelMeter(meter.network, shape, meter.micro_batch, meter.hardware, meter.links, meter.graph, loss)
         if Search(smaller, replace(request, volume=shape)).fits():
             return shape
     return None

@@ -15,7 +15,7 @@ import numpy as np
 
 from lamp3d.graph import Edge
 from lamp3d.plan.costs import StageCosts, runs
-from lamp3d.plan.hardware import Link
+from lamp3d.plan.links import LinkTable
 from lamp3d.plan.memory import DeviceMemory, StageBytes, memory_use
 from lamp3d.plan.partition import Mask, Matrix, fold_largest, fold_sum, joined, minimise_largest, minimise_sum, pairs
 from lamp3d.plan.routes import Routes
@@ -53,14 +53,14 @@ class Cut:
         costs: of the network's cells.
         schedule: its name.
         devices: K.
-        link: between the devices.
+        links: between the ranks of a pipeline.
         starts: the first cell of every stage.
     """
 
     costs: StageCosts
     schedule: str
     devices: int
-    link: Link
+    links: LinkTable
     starts: list[int]
 
     @cached_property
@@ -87,7 +87,7 @@ class Cut:
     @cached_property
     def line(self) -> TimeLine:
         """The time line of a step."""
-        return simulate(self._actions, self._times, Transfers(self.routes, self.costs.profile.value_bytes, self.link))
+        return simulate(self._actions, self._times, Transfers(self.routes, self.costs.profile.value_bytes, self.links))
 
     @cached_property
     def working_seconds(self) -> float:
@@ -164,7 +164,7 @@ def best_cut(
     schedule: str,
     devices: int,
     limit: int | None,
-    link: Link,
+    links: LinkTable,
     hopeless: float = math.inf,
     *,
     thorough: bool = True,
@@ -180,14 +180,14 @@ def best_cut(
         schedule: its name.
         devices: K.
         limit: of every rank's memory, in bytes.
-        link: between two devices.
+        links: between the ranks of a pipeline.
         hopeless: seconds of a step; what is slower than that, messages aside, is not improved.
         thorough: improve a cut that nearly fits.
     """
     stages, n = len(PLACEMENTS[schedule](devices)), len(costs.profile.cells)
     if stages > n or not _might_fit(costs, stages, limit):
         return None
-    cut_at = _cuts(costs, schedule, devices, link)
+    cut_at = _cuts(costs, schedule, devices, links)
     if math.comb(n - 1, stages - 1) <= FEW:
         every = [cut_at((0, *inner)) for inner in itertools.combinations(range(1, n), stages - 1)]
         return _fastest_that_fits(every, limit)
@@ -206,9 +206,9 @@ def best_cut(
     return min((_improved(seed, cut_at, limit, hopeless) for seed in seeds), key=lambda cut: cut.line.seconds)
 
 
-def _cuts(costs: StageCosts, schedule: str, devices: int, link: Link) -> CutAt:
+def _cuts(costs: StageCosts, schedule: str, devices: int, links: LinkTable) -> CutAt:
     """The cut that begins its stages at given cells, each made (and so played through) once."""
-    return functools.cache(lambda starts: Cut(costs, schedule, devices, link, list(starts)))
+    return functools.cache(lambda starts: Cut(costs, schedule, devices, links, list(starts)))
 
 
 def _improved(best: Cut, cut_at: CutAt, limit: int | None, hopeless: float) -> Cut:
@@ -245,9 +245,9 @@ def _moved(starts: list[int], n: int) -> Iterator[tuple[int, ...]]:
 
 
 @_collection_paused()
-def fitting_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, link: Link) -> Cut | None:
+def fitting_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, links: LinkTable) -> Cut | None:
     """A cut that fits, with the least slowest rank of those that the search finds to fit; None if there is none."""
-    program, cut_at = _Program(costs, schedule, devices), _cuts(costs, schedule, devices, link)
+    program, cut_at = _Program(costs, schedule, devices), _cuts(costs, schedule, devices, links)
     return _fitting(program, cut_at, limit, 1.0, thorough=False)
 
 
@@ -294,9 +294,9 @@ def _emptied(best: Cut, cut_at: CutAt, limit: int) -> Cut | None:
 
 
 @_collection_paused()
-def least_memory(costs: StageCosts, schedule: str, devices: int, link: Link) -> int | None:
+def least_memory(costs: StageCosts, schedule: str, devices: int, links: LinkTable) -> int | None:
     """The smallest limit, to a thousandth, under which a cut is found; None if there are too few cells."""
-    program, cut_at = _Program(costs, schedule, devices), _cuts(costs, schedule, devices, link)
+    program, cut_at = _Program(costs, schedule, devices), _cuts(costs, schedule, devices, links)
     cut = _fitting(program, cut_at, None, 1.0)
     if cut is None:
         return None

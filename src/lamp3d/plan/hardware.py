@@ -1,65 +1,31 @@
 """What the devices are: those at hand (kind, number, threads for a worker, fast bf16), and those that are described.
 
 A description is a small YAML file (``devices/``, or the user's own): memory, rates of arithmetic and of memory, and the
-link that joins such devices, each figure with its source.
+links that join such devices, each figure with its source.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-import yaml
-from pydantic import (
-    BaseModel,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
 
 from lamp3d.errors import ConfigError
-from lamp3d.explain import explained
 from lamp3d.plan.allowance import cpu_cores, memory_bytes
 from lamp3d.plan.amounts import parse_bytes
+from lamp3d.plan.descriptions import checked, read_description
+from lamp3d.plan.links import USUAL_NETWORK
 from lamp3d.settings import Settings
 
 DeviceType = Literal["cpu", "cuda"]
-Description = TypeVar("Description", bound=BaseModel)
 
-_FOLDER = Path(__file__).parent
-_LINKS = _FOLDER / "links.yaml"
-_DEVICES = _FOLDER / "devices"
+_DEVICES = Path(__file__).parent / "devices"
 
 CUDA_RESERVED, CUDA_ALLOCATOR = 800_000_000, 1.05
 """Bytes that the context and the libraries take, and bytes that torch's allocator takes for one byte of tensors."""
-
-
-class Link(Settings):
-    """How devices are joined.
-
-    Attributes:
-        title: for people.
-        gbs: 10⁹ bytes a second in each direction.
-        seconds: that a message takes beside.
-        source: of these figures.
-        by_cores: whether sending and receiving keep the devices from computing.
-    """
-
-    title: str
-    gbs: PositiveFloat
-    seconds: float = Field(ge=0)
-    source: str
-    by_cores: bool = False
-
-    def of(self, size: float) -> float:
-        """Seconds until a message of ``size`` bytes has arrived."""
-        return self.seconds + size / (self.gbs * 1e9)
 
 
 class Hardware(Settings):
@@ -78,7 +44,9 @@ class Hardware(Settings):
         host_seconds: that an operation takes on the host, which issues it (with its part of autograd).
         reserved: bytes of the device's memory that tensors never have: the context and the libraries' own.
         allocator: bytes that the allocator takes from the device for one byte of tensors.
-        link: name of what joins such devices, from ``links.yaml``.
+        link: name of what joins such devices in a machine, from ``links.yaml``.
+        across: name of what joins machines.
+        per_machine: such devices in a machine, at most.
         sources: of the figures.
     """
 
@@ -95,6 +63,8 @@ class Hardware(Settings):
     reserved: int = CUDA_RESERVED
     allocator: PositiveFloat = CUDA_ALLOCATOR
     link: str
+    across: str = USUAL_NETWORK
+    per_machine: PositiveInt = 8
     sources: dict[str, str]
 
     @field_validator("memory", mode="before")
@@ -147,50 +117,12 @@ def load_hardware(name: str) -> Hardware:
     if not path.exists():
         known = ", ".join(known_hardware())
         raise ConfigError(f"no device {name!r}; there are {known}; or give the path of a YAML file like theirs.")
-    return _checked(Hardware, _read(path), str(path))
+    return checked(Hardware, read_description(path), str(path))
 
 
 def known_hardware() -> list[str]:
     """The names of the devices that are described."""
     return sorted(path.stem for path in _DEVICES.glob("*.yaml"))
-
-
-def load_link(text: str) -> Link:
-    """A link by its name in ``links.yaml``, or by what it carries in a second, such as "10GB".
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    links = _read(_LINKS)
-    if text in links:
-        return _checked(Link, links[text], str(_LINKS))
-    if not text[:1].isdigit():
-        raise ConfigError(f"no link {text!r}; there are {', '.join(links)}; or say what it carries, such as 10GB.")
-    return Link(title=f"{text} a second", gbs=parse_bytes(text) / 1e9, seconds=0.0, source="as given")
-
-
-def local_link(kind: DeviceType) -> Link:
-    """What joins the devices of this machine: gloo over loopback; or PCIe 4, a guess."""
-    return load_link("pcie4" if kind == "cuda" else "loopback")
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is no description: it should hold names and values.")
-    return content
-
-
-def _checked(model: type[Description], content: Mapping[str, Any], where: str) -> Description:
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(
-            f"{where} does not describe a {model.__name__.lower()}: {explained(error, model, content)}"
-        ) from error
 
 
 def device_type() -> DeviceType:

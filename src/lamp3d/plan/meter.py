@@ -28,7 +28,6 @@ from lamp3d.plan.cache import remembered
 from lamp3d.plan.hardware import (
     DeviceType,
     Hardware,
-    Link,
     device_memory,
     device_name,
     device_type,
@@ -36,6 +35,7 @@ from lamp3d.plan.hardware import (
     local_workers,
     worker_threads,
 )
+from lamp3d.plan.links import Link, Links
 from lamp3d.plan.neighbours import neighbours_at_work
 from lamp3d.plan.plan import Precision
 from lamp3d.plan.profile import (
@@ -79,7 +79,7 @@ class Meter(ABC):
         network: any traceable module; left as it is. Its parameters may be on the meta device if nothing is timed.
         input_shape: of the mini-batch.
         micro_batch: the smallest in question.
-        link: between the devices.
+        links: between the devices.
         kind: of the devices.
         graph: the network's, where it is known already.
 
@@ -97,14 +97,14 @@ class Meter(ABC):
         network: nn.Module,
         input_shape: InputShape,
         micro_batch: int,
-        link: Link,
+        links: Links,
         kind: DeviceType,
         graph: CellGraph | None = None,
     ):
         self.network = network
         self.input_shape = input_shape
         self.micro_batch = micro_batch
-        self.link = link
+        self.links = links
         self.kind = kind
         self.divisor: int = getattr(network, "divisor", 32)
         self.graph = trace(self.network, self.shape) if graph is None or graph.reads_shape else graph
@@ -165,7 +165,13 @@ class Meter(ABC):
         return [way for way in best if seconds[way] <= FAR_SLOWER * min(seconds.values())]
 
     def profile(
-        self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int | None = None
+        self,
+        slabs: Slabs,
+        precision: str,
+        channels_last: bool,
+        split: bool,
+        cases: int | None = None,
+        link: Link | None = None,
     ) -> Profile:
         """What the cells cost a rank, for the smallest micro-batch.
 
@@ -173,6 +179,7 @@ class Meter(ABC):
             slabs: how volumes are cut.
             precision, channels_last, split: as for :func:`lamp3d.plan.profile.time_cells`.
             cases: that are computed at once; the seconds are the smallest micro-batch's share.
+            link: between the ranks that share a volume; None: as within a machine.
         """
         alike = replace(slabs, least=1)  # what is gathered changes nothing of what is timed
         near, whole = self.work(self.near(alike), precision, channels_last, split), self.whole(precision, channels_last)
@@ -180,7 +187,7 @@ class Meter(ABC):
         entire = None
         if slabs != alike:
             entire = self.timing(Slabs(), precision, channels_last, split, cases or self.micro_batch)
-        profile = shared(profile_of(near, timing), near, whole, self.graph, slabs, self.link, entire)
+        profile = shared(profile_of(near, timing), near, whole, self.graph, slabs, link or self.links.within, entire)
         part = sum(profile.value_bytes[name] for name in self.graph.outputs) / sum(
             whole.value_bytes[name] for name in self.graph.outputs
         )
@@ -245,18 +252,18 @@ class ModelMeter(Meter):
         input_shape: InputShape,
         micro_batch: int,
         hardware: Hardware,
-        link: Link,
+        links: Links,
         graph: CellGraph | None = None,
         loss: LossCost | None = None,
     ):
-        super().__init__(network, input_shape, micro_batch, link, hardware.device_type, graph)
+        super().__init__(network, input_shape, micro_batch, links, hardware.device_type, graph)
         self.hardware, self.loss = hardware, loss
         self._modelled: dict[tuple[object, ...], Timing] = {}
 
-    def on(self, hardware: Hardware, link: Link) -> ModelMeter:
+    def on(self, hardware: Hardware, links: Links) -> ModelMeter:
         """The same cells on other devices; what they do need not be found again."""
         other = copy.copy(self)
-        other.hardware, other.link, other.kind, other._modelled = hardware, link, hardware.device_type, {}
+        other.hardware, other.links, other.kind, other._modelled = hardware, links, hardware.device_type, {}
         return other
 
     @property
@@ -306,7 +313,7 @@ class MeasuringMeter(Meter):
         network: nn.Module,
         input_shape: InputShape,
         micro_batch: int,
-        link: Link,
+        links: Links,
         graph: CellGraph | None = None,
         *,
         workers: int,
@@ -314,7 +321,7 @@ class MeasuringMeter(Meter):
         repeats: int = 3,
         fresh: bool = False,
     ):
-        super().__init__(network, input_shape, micro_batch, link, device_type(), graph)
+        super().__init__(network, input_shape, micro_batch, links, device_type(), graph)
         self.workers, self.loss, self.repeats, self.fresh = workers, loss, repeats, fresh
         self._timed: dict[str, Timing] = {}  # so that nothing is timed twice, also where the disk does not remember
         self.timing_of, self.loss_cost_of = functools.cache(self._timing), functools.cache(self._loss_cost)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -16,7 +16,7 @@ from lamp3d.files import write_text
 from lamp3d.graph import Edge
 from lamp3d.graph.inputs import input_text, volume_of
 from lamp3d.plan.amounts import format_bytes
-from lamp3d.plan.hardware import Link
+from lamp3d.plan.links import Links
 from lamp3d.plan.routes import Routes
 from lamp3d.plan.schedule import SCHEDULES, Actions, StageTimes, splits_backward
 from lamp3d.plan.simulate import TimeLine, Transfers, simulate
@@ -103,7 +103,7 @@ class Plan(BaseModel):
         stages: in the network's order; a device may have several.
         per_device: by rank of the pipeline.
         edges: what passes between stages.
-        link: between the devices.
+        links: between the devices.
         gathered: the cells of a cut volume that every rank computes, their slabs being too thin.
         exchanged_bytes: that a rank sends in a step to those with which it shares volumes.
         reduce_seconds: that a step waits for the sum of replicas' and slabs' gradients.
@@ -131,13 +131,23 @@ class Plan(BaseModel):
     stages: tuple[StagePlan, ...]
     per_device: tuple[DevicePlan, ...]
     edges: tuple[EdgePlan, ...] = ()
-    link: Link | None = None
+    links: Links | None = None
     gathered: tuple[str, ...] = ()
     exchanged_bytes: int = 0
     reduce_seconds: float = 0.0
     step_seconds: float
     bubble: float
     uncertainty: float = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_machine(cls, content: Any) -> Any:
+        """Plans that know one link alone, as they were saved before there were links between machines."""
+        if isinstance(content, dict) and "link" in content:
+            content = dict(content)
+            link = content.pop("link")
+            return content | {"links": None if link is None else {"within": link}}
+        return content
 
     @field_validator("recompute", mode="before")
     @classmethod
@@ -215,13 +225,13 @@ class Plan(BaseModel):
     def time_line(self) -> TimeLine:
         """The predicted time line of a step."""
         actions = self.actions(self.micro_batches)
-        if self.link is None:
+        if self.links is None:
             return simulate(actions, self.stage_times)
         edges = [Edge(edge.value, edge.maker, edge.users) for edge in self.edges]
         gradients = {edge.value for edge in self.edges if edge.gradient}
         routes = Routes(edges, self.ranks, actions, [gradients] * self.micro_batches)
         sizes = {edge.value: edge.size for edge in self.edges}
-        return simulate(actions, self.stage_times, Transfers(routes, sizes, self.link))
+        return simulate(actions, self.stage_times, Transfers(routes, sizes, self.links.in_pipeline(self.pipe)))
 
     def table(self) -> Table:
         """The plan as a table: stage, cells, seconds, memory, bytes sent."""
@@ -229,7 +239,8 @@ class Plan(BaseModel):
         table = Table(
             box=SIMPLE_HEAD,
             title=f"{self.network}, mini-batch {input_text(self.input_shape)}, {self._devices_text()} "
-            f"{self.device_type}, {self.precision}{', channels-last' if self.channels_last else ''}",
+            f"{self.device_type}{self._machines_text()}, {self.precision}"
+            f"{', channels-last' if self.channels_last else ''}",
             caption=f"{self.schedule}, {self.micro_batches} micro-batches, recompute {self._recompute_text()}: "
             f"{self.step_seconds:.2f} s a step, {self.bubble:.0%} bubble, peak memory "
             f"{format_bytes(self.peak_bytes)}{limit} (predicted{self._spread()})"
@@ -270,6 +281,11 @@ class Plan(BaseModel):
     def _devices_text(self) -> str:
         factors = [f"{self.data} replicas"] * (self.data > 1) + [f"{self.slabs} slabs"] * (self.slabs > 1)
         return " × ".join([*factors, str(self.pipe)]) + ("" if factors else " ×")
+
+    def _machines_text(self) -> str:
+        if self.links is None or self.links.across is None:
+            return ""
+        return f" on {math.ceil(self.devices / self.links.per_machine)} machines ({self.links.across.title})"
 
     def _recompute_text(self) -> str:
         if isinstance(self.recompute, str):

@@ -18,8 +18,9 @@ from lamp3d.graph.buffers import refuse_parts, wants_whole_batch
 from lamp3d.graph.inputs import InputShape, batch_of, input_text, title_of, volume_of, with_batch
 from lamp3d.plan.advice import does_not_fit
 from lamp3d.plan.amounts import format_bytes, parse_bytes
-from lamp3d.plan.hardware import Hardware, load_hardware, load_link, local_link
+from lamp3d.plan.hardware import Hardware, load_hardware, local_workers
 from lamp3d.plan.hardware import device_type as local_device_type
+from lamp3d.plan.links import USUAL_NETWORK, Links, load_link, local_link
 from lamp3d.plan.meter import MeasuringMeter, Meter, ModelMeter, Way
 from lamp3d.plan.plan import PRECISIONS, DevicePlan, EdgePlan, Plan, Precision, Recompute, StagePlan, check_schedule
 from lamp3d.plan.plan import recompute_setting as in_blocks
@@ -105,6 +106,8 @@ def find_plans(
     any_loss: bool = False,
     hardware: str | Hardware | None = None,
     link: str | int | None = None,
+    across: str | int | None = None,
+    per_machine: int | None = None,
     repeats: int = 3,
     fresh: bool = False,
 ) -> Planning:
@@ -138,7 +141,12 @@ def find_plans(
         any_loss: only plans that are right for a loss that is no mean over cases.
         hardware: the devices are not here: the name of a description, such as ``"a100-80g"``, or one's path. Seconds
             are then worked out from arithmetic and bytes, and nothing is allocated.
-        link: between the devices: a name, such as ``"nvlink3"``, or what it carries in a second, ``"10GB"``.
+        link: between the devices (of a machine): a name, such as ``"nvlink3"``, or what it carries in a second,
+            ``"10GB"``. If neither of the next two is given, between all devices that are described.
+        across: what joins machines, all devices of one together, likewise; by default what the description says, and
+            for devices that are here ``"network100"``.
+        per_machine: devices of a machine; by default what the description says, and for devices that are here what
+            torchrun has started on this one.
         repeats: timed passes through all cells.
         fresh: time the cells even if that was done before on this machine.
 
@@ -147,8 +155,11 @@ def find_plans(
         ConfigError: the network cannot be traced or does not accept ``input_shape``, or there is no such hardware.
     """
     batch = batch_of(input_shape)
-    counts = {"devices": devices, "repeats": repeats, "micro_batches": micro_batches, "data": data, "pipe": pipe}
-    _check_numbers(input_shape, counts | {"space": space, "least_planes": least_planes})
+    counts = {
+        "devices": devices, "repeats": repeats, "micro_batches": micro_batches, "data": data, "pipe": pipe,
+        "space": space, "least_planes": least_planes, "per_machine": per_machine,
+    }  # fmt: skip
+    _check_numbers(input_shape, counts)
     mesh = None if space is None else tuple(s for s in ([space] if isinstance(space, int) else space) if s != 1)
     _check(devices, data, mesh, pipe, batch, micro_batches)
     if schedule is not None:
@@ -165,10 +176,7 @@ def find_plans(
             refuse_parts(graph, network)
         data = micro_batches = 1
     described = hardware if hardware is None or isinstance(hardware, Hardware) else load_hardware(str(hardware))
-    if link is not None:
-        joined = load_link(str(link))
-    else:
-        joined = local_link(local_device_type()) if described is None else load_link(described.link)
+    joined = _links(devices, described, link, across, per_machine)
     smallest = (
         1 if data is None or micro_batches is None else math.ceil(batch // data / min(micro_batches, batch // data))
     )
@@ -268,6 +276,25 @@ def search_plans(meter: Meter, request: Request, *, advise: bool = True, kept: i
     return Planning(_plan(answer.best, meter, request, title_of(meter.network)), answer)
 
 
+def _links(
+    devices: int, described: Hardware | None, link: str | int | None, across: str | int | None, per_machine: int | None
+) -> Links:
+    """What joins so many devices: what is given, else what is known of them."""
+    if link is not None:
+        within = load_link(str(link))
+    else:
+        within = local_link(local_device_type()) if described is None else load_link(described.link)
+    if described is not None and link is not None and across is None and per_machine is None:
+        return Links(within=within)
+    if per_machine is None:
+        per_machine = local_workers(devices) if described is None else described.per_machine
+    if devices <= per_machine:
+        return Links(within=within)
+    if across is None:
+        across = USUAL_NETWORK if described is None else described.across
+    return Links(within=within, across=load_link(str(across)), per_machine=per_machine)
+
+
 def _check_numbers(input_shape: InputShape, counts: Mapping[str, Any]) -> None:
     for extents in input_shape.values() if isinstance(input_shape, Mapping) else (input_shape,):
         if not all(isinstance(extent, Integral) and extent >= 1 for extent in extents):
@@ -276,6 +303,8 @@ def _check_numbers(input_shape: InputShape, counts: Mapping[str, Any]) -> None:
         numbers = count if name == "space" and isinstance(count, list | tuple) else (count,)
         if count is not None and not all(isinstance(number, Integral) for number in numbers):
             raise ConfigError(f"{name} is a whole number{' or two' if name == 'space' else ''}, not {count!r}.")
+    if counts["per_machine"] is not None and counts["per_machine"] < 1:
+        raise ConfigError(f"a machine has at least one device; per_machine={counts['per_machine']} is not.")
     if counts["repeats"] < 1:
         raise ConfigError(f"cells are timed in at least one pass; repeats={counts['repeats']} is not.")
 
@@ -356,7 +385,7 @@ def _plan(found: Found, meter: Meter, request: Request, network: str) -> Plan:
             )
             for edge in cut.edges
         ),
-        link=cut.link,
+        links=meter.links,
         gathered=tuple(cell.name for cell in whole.cells if option.slabs.mesh and is_gathered(cell, option.slabs)),
         exchanged_bytes=sum(cell.exchanged_bytes for cell in costs.profile.cells) * costs.micro_batches,
         reduce_seconds=found.reduce_seconds,

@@ -15,7 +15,7 @@ from lamp3d.errors import ConfigError
 from lamp3d.plan.blocks import Blocks
 from lamp3d.plan.costs import StageCosts
 from lamp3d.plan.cut import Cut, best_cut, fitting_cut, least_memory
-from lamp3d.plan.hardware import Link
+from lamp3d.plan.links import Link
 from lamp3d.plan.meter import Meter
 from lamp3d.plan.plan import Recompute
 from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, splits_backward
@@ -216,7 +216,7 @@ class Search:
     def __init__(self, meter: Meter, request: Request, kept: int = KEPT):
         self.meter, self.request, self.kept = meter, request, kept
         self._costs: dict[tuple[object, ...], StageCosts] = {}
-        self._profile, self.gathering = functools.cache(meter.profile), functools.cache(self._gathering)
+        self._profile, self._gathered = functools.cache(meter.profile), functools.cache(self._gathering)
 
     def answer(self) -> Answer:
         """Try the options, the most promising first."""
@@ -246,30 +246,35 @@ class Search:
         if option.slabs.mesh and (why := self.meter.refusal(len(option.slabs.mesh))) is not None:
             return Found(option, math.inf, why=why)
         try:
-            option = replace(option, slabs=self.gathering(option.slabs))
+            option = replace(option, slabs=self._gathered(option.slabs, self._slab_link(option)))
             return Found(option, self.bound(option))
         except ConfigError as error:
             if not option.slabs.mesh:
                 raise
             return Found(option, math.inf, why=str(error))
 
-    def _gathering(self, slabs: Slabs) -> Slabs:
+    def _slab_link(self, option: Option) -> Link:
+        """What joins those that share a volume."""
+        return self.meter.links.among_slabs(option.slabs.count, option.pipe)
+
+    def _gathering(self, slabs: Slabs, link: Link) -> Slabs:
         """The slabs, with those levels gathered that every rank has sooner computed than exchanged."""
         if not slabs.mesh or self.request.least_planes is not None:
             return slabs
         how = self.request.precision, self.request.channels_last
         ways = [replace(slabs, least=least) for least in gather_levels(self.meter.whole(*how), slabs)]
-        return min(ways, key=lambda way: self._profile(way, *how, False).seconds)
+        return min(ways, key=lambda way: self._profile(way, *how, False, None, link).seconds)
 
     def costs(self, option: Option, recompute: Recompute) -> StageCosts:
         """What a micro-batch of an option costs."""
         cases = math.ceil(self.request.batch / option.data / option.micro_batches)
         split = option.pipe > 1 and splits_backward(option.schedule)
         at_once = option.schedule == "gpipe" and not self.request.by_case
-        key = option.slabs, split, cases, option.micro_batches, recompute, at_once
+        link = self._slab_link(option)
+        key = option.slabs, split, cases, option.micro_batches, recompute, at_once, link
         if key not in self._costs:
             how = option.slabs, self.request.precision, self.request.channels_last, split
-            profile = self._profile(*how, self.meter.timed_cases(*how, cases)).times(
+            profile = self._profile(*how, self.meter.timed_cases(*how, cases), link).times(
                 math.ceil(cases / self.meter.micro_batch)
             )
             self._costs[key] = StageCosts(self.meter.graph, profile, option.micro_batches, recompute, at_once)
@@ -298,8 +303,8 @@ class Search:
             return 0.0
         profile = self.costs(option, "never").profile
         size = sum(cell.parameter_bytes for cell in profile.cells) / option.pipe
-        link: Link = self.meter.link
-        takes = 2 * (ranks - 1) / ranks * size / (link.gbs * 1e9) + 2 * math.ceil(math.log2(ranks)) * link.seconds
+        link: Link = self.meter.links.within
+        takes = self.meter.links.sum_seconds(size, ranks, option.pipe)
         behind = 0.0 if link.by_cores else sum(cell.backward_seconds for cell in profile.cells) / option.pipe
         return max(link.seconds, takes - behind)
 
@@ -311,14 +316,14 @@ class Search:
             hopeless: seconds of a step beyond which a cut is not improved.
             thorough: improve cuts that nearly fit.
         """
-        option, request, link = found.option, self.request, self.meter.link
+        option, request = found.option, self.request
         stages = len(PLACEMENTS[option.schedule](option.pipe))
         if stages > len(self.meter.graph.cells):
             return replace(found, why=f"{len(self.meter.graph.cells)} cells cannot be cut into {stages} stages")
-        reduce_seconds = self.reduce_seconds(option)
+        reduce_seconds, links = self.reduce_seconds(option), self.meter.links.in_pipeline(option.pipe)
         for recompute in self.ways_to_recompute(option):
             costs = self.costs(option, recompute)
-            cut = best_cut(costs, option.schedule, option.pipe, request.limit, link, hopeless, thorough=thorough)
+            cut = best_cut(costs, option.schedule, option.pipe, request.limit, links, hopeless, thorough=thorough)
             if cut is not None:
                 return replace(found, cut=cut, reduce_seconds=reduce_seconds)
         if option.slabs != (even := replace(option.slabs, least=request.least_planes or 1)):
@@ -327,16 +332,18 @@ class Search:
 
     def fits(self) -> bool:
         """Whether there is a plan among the frugal ones."""
-        link = self.meter.link
+        between = self.meter.links.in_pipeline
         return any(
-            fitting_cut(costs, option.schedule, option.pipe, self.request.limit, link)
+            fitting_cut(costs, option.schedule, option.pipe, self.request.limit, between(option.pipe))
             for option, costs in self._frugal()
         )
 
     def least_memory(self) -> int | None:
         """The smallest limit, about, under which there is a plan; None if there are too few cells."""
-        link = self.meter.link
-        found = [least_memory(costs, option.schedule, option.pipe, link) for option, costs in self._frugal()]
+        between = self.meter.links.in_pipeline
+        found = [
+            least_memory(costs, option.schedule, option.pipe, between(option.pipe)) for option, costs in self._frugal()
+        ]
         return min((size for size in found if size is not None), default=None)
 
     def _frugal(self) -> Iterator[tuple[Option, StageCosts]]:

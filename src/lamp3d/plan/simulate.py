@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lamp3d.plan.hardware import Link
+from lamp3d.plan.links import LinkTable
 from lamp3d.plan.routes import Message, Routes
 from lamp3d.plan.schedule import Action, StageTimes, needs
 
@@ -68,11 +68,11 @@ class Transfers:
     Args:
         routes: the messages of every action.
         value_bytes: of one micro-batch's values, and of their gradients.
-        link: between any two ranks.
+        links: between the ranks.
     """
 
-    def __init__(self, routes: Routes, value_bytes: Mapping[str, int], link: Link):
-        self._routes, self._bytes, self._link = routes, value_bytes, link
+    def __init__(self, routes: Routes, value_bytes: Mapping[str, int], links: LinkTable):
+        self._routes, self._bytes, self._links = routes, value_bytes, links
         self._arrives: dict[Message, float] = {}
         self._free: dict[tuple[int, int], float] = defaultdict(float)
 
@@ -88,10 +88,11 @@ class Transfers:
         """The action is done: what it sends is on its way."""
         for message in self._routes.sent.get(action, ()):
             way = message.origin, message.to
+            link = self._links[message.origin][message.to]
             begin = max(when, self._free[way])
-            arrives = begin + (self._link.seconds if self._link.by_cores else self._link.of(self._size(message)))
+            arrives = begin + (link.seconds if link.by_cores else link.of(self._size(message)))
             self._arrives[message] = arrives
-            self._free[way] = arrives - self._link.seconds
+            self._free[way] = arrives - link.seconds
 
     def ready(self, action: Action) -> float | None:
         """When all that an action needs has arrived; None if something is not yet sent."""
@@ -101,9 +102,8 @@ class Transfers:
         return max((self._arrives[message] for message in needed), default=0.0)
 
     def _own(self, messages: Sequence[Message]) -> float:
-        if not self._link.by_cores:
-            return 0.0
-        return sum(self._size(message) for message in messages) / (self._link.gbs * 1e9) / 2
+        ways = ((self._links[message.origin][message.to], self._size(message)) for message in messages)
+        return sum(size / (link.gbs * 1e9) / 2 for link, size in ways if link.by_cores)
 
     def _size(self, message: Message) -> int:
         return self._bytes.get(message.value, 0)

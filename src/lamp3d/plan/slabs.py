@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph
 from lamp3d.graph.inputs import InputShape, Shape, volume_of
-from lamp3d.plan.hardware import Link
+from lamp3d.plan.links import Link
 from lamp3d.plan.profile import CellProfile, Profile, Timing
 from lamp3d.plan.work import CellWork, Work
 
