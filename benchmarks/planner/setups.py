@@ -28,6 +28,18 @@ HARDWARE = ("v100-16g", "v100-32g", "a100-80g", "h100-80g")
 PAPER: dict[str, Any] = {"data": 1, "space": (), "schedule": "gpipe", "recompute": "always"}
 """GPipe as in the paper: stages one after the other, activations computed again."""
 
+NVLINK, NETWORK = load_link("nvlink4"), load_link("network400")
+JOINED = {
+    "nvlink4": Links(within=NVLINK),
+    "8 a machine": Links(
+        within=NVLINK,
+        across=NETWORK.model_copy(update={"gbs": 8 * NETWORK.gbs, "title": "8 × 400 Gb/s"}),
+        per_machine=8,
+    ),
+    "network400": Links(within=NETWORK),
+}
+"""One domain of all devices; machines of eight, each of which has a network card of its own; a network alone."""
+
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -62,11 +74,11 @@ def _meter(net: nn.Module, sides: tuple[int, ...], graph: CellGraph | None = Non
 
 
 def _plan(
-    meter: ModelMeter, sides: tuple[int, ...], devices: int, name: str, link: str = "", **fixed: Any
+    meter: ModelMeter, sides: tuple[int, ...], devices: int, name: str, links: Links | None = None, **fixed: Any
 ) -> dict[str, Any] | None:
     """The plan in short; None where nothing fits."""
     hardware = load_hardware(name)
-    here = meter.on(hardware, Links(within=load_link(link or hardware.link)))
+    here = meter.on(hardware, links or Links(within=load_link(hardware.link)))
     ways = here.ways(here.precisions)
     request = Request((1, 1, *sides), devices, here.memory, *ways[0], **fixed)
     try:
@@ -94,7 +106,7 @@ def _text(plan: dict[str, Any] | None, *, short: bool = False) -> str:
 
 
 def measure_scaling(rounds: int, console: Console) -> dict[str, Any]:
-    """Strong scaling of one step of U-Net-128 on 512×512×704, H100s joined by NVLink and by a 400 Gb/s network."""
+    """Strong scaling of one step of U-Net-128 on 512×512×704, H100s joined by NVLink, a 400 Gb/s network, and both."""
     with torch.device("meta"):
         net = network("UNet", 128)
     sides = (512, 512, 704)
@@ -102,19 +114,18 @@ def measure_scaling(rounds: int, console: Console) -> dict[str, Any]:
     found: dict[str, Any] = {}
     table = Table(title="U-Net-128, 512×512×704, batch 1, bf16, H100: seconds a step (× of the fewest that it fits)")
     table.add_column("devices", justify="right")
-    links = ("nvlink4", "network400")
-    for link in links:
-        table.add_column(link)
+    for how in JOINED:
+        table.add_column(how)
     first: dict[str, tuple[int, float]] = {}
     for devices in track(RANKS, description="devices", console=console):
         row = []
-        for link in links:
-            plan = _plan(meter, sides, devices, "h100-80g", link)
-            found[f"{devices}, {link}"] = plan
+        for how, links in JOINED.items():
+            plan = _plan(meter, sides, devices, "h100-80g", links)
+            found[f"{devices}, {how}"] = plan
             if plan is None:
                 row.append("does not fit")
                 continue
-            ranks, seconds = first.setdefault(link, (devices, plan["seconds"]))
+            ranks, seconds = first.setdefault(how, (devices, plan["seconds"]))
             gain = seconds / plan["seconds"]
             efficiency = gain * ranks / devices
             plan["efficiency"] = efficiency
