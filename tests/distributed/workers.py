@@ -759,14 +759,17 @@ def by_case_of_any(output: Any, targets: Tensor) -> Tensor:
 
 
 def run_monai(full: bool) -> dict[str, Finding]:
-    """MONAI's networks: all schedules and ways to recompute, or two of each, another random cut each time."""
-    from tests.monai_networks import NETWORKS  # MONAI takes seconds to import, and the other checks do not need it
+    """MONAI's networks: all of them with all schedules and ways to recompute, or every second one with one of each.
+
+    The cut is another random one each time.
+    """
+    from tests.monai_networks import NETWORKS, networks_on  # which takes seconds, and other checks do not need it
 
     torch.set_num_threads(1)
     findings = {}
     every = list(itertools.product(SCHEDULES, ("never", "always", "some")))
-    for number, (name, (make, side)) in enumerate(NETWORKS.items()):
-        network, shape, images, targets, plain = _monai_network(make, side)
+    for number, name in networks_on(world(), full=full):
+        network, shape, images, targets, plain = _monai_network(*NETWORKS[name])
         batch_norm = any(isinstance(module, nn.BatchNorm3d) for module in network.modules())
         names = cell_names(network, shape)
         chosen = every if full else [every[(number * 4 + world() * 7) % len(every)]]
