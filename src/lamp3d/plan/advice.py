@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +18,9 @@ SPARE = 1.1
 """What would fit is named with so much to spare: the next profile has other seconds, and what is on its way between two
 devices depends on them."""
 
-VOLUMES_TRIED = 10
+VOLUMES_TRIED = 15
+"""That may be named, the largest first; which of them is the largest that fits takes four trials to find out."""
+
 MORE_DEVICES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -29,6 +33,7 @@ def does_not_fit(meter: Meter, request: Request, *, advise: bool) -> str:
     hardware = load_hardware("a100-80g").model_copy(update={"device_type": meter.kind})
     loss = meter.loss_cost(request.precision, request.channels_last)
     model = ModelMeter(meter.network, meter.input_shape, meter.micro_batch, hardware, meter.links, meter.graph, loss)
+    model.refusal, model.work = meter.refusal, meter.work  # the same cells, of which that is known
     ways = list(_ways(model, replace(request, limit=round(limit / SPARE)))) if advise else []
     settings = "".join(
         f", {name}={getattr(request, name)!r}"
@@ -66,30 +71,38 @@ def _ways(meter: Meter, request: Request) -> Iterator[str]:
 
 
 def _smaller_volume(meter: Meter, request: Request, memory: int) -> tuple[int, ...] | None:
-    """A volume that fits: the longest axes shortened, a step of the network's at a time.
+    """The largest volume that fits, of those with the longest axes shortened, a step of the network's at a time.
 
-    Bytes grow with voxels, so the first one tried has the part of them that the limit is of the memory needed.
+    Bytes grow with voxels, so the first one in question has the part of them that the limit is of the memory needed.
     """
     if isinstance(meter.input_shape, dict) or len(request.volume) != 5:
         return None
     assert isinstance(meter, ModelMeter)
-    sides = list(request.volume)
-    voxels = math.prod(sides) * (request.limit or 0) / memory
-    tries = 0
-    while tries < VOLUMES_TRIED:
+    voxels = math.prod(request.volume) * (request.limit or 0) / memory
+    few_enough = (shape for shape in _shortened(request.volume, meter.divisor) if math.prod(shape) <= voxels)
+    shapes = list(itertools.islice(few_enough, VOLUMES_TRIED))
+    index = bisect.bisect_left(shapes, True, key=lambda shape: _volume_fits(meter, request, shape))
+    return shapes[index] if index < len(shapes) else None
+
+
+def _shortened(shape: tuple[int, ...], divisor: int) -> Iterator[tuple[int, ...]]:
+    """Ever smaller volumes."""
+    sides = list(shape)
+    while True:
         longest = max(range(2, 5), key=lambda dim: sides[dim])
-        sides[longest] = (sides[longest] - 1) // meter.divisor * meter.divisor
-        if sides[longest] < 2 * meter.divisor:
-            return None
-        if math.prod(sides) > voxels:
-            continue
-        tries += 1
-        shape = tuple(sides)
-        if not meter.takes(shape):
-            continue
-        part = math.prod(sides) / math.prod(request.volume)
-        loss = None if meter.loss is None else meter.loss.share(part)
-        smaller = ModelMeter(meter.network, shape, meter.micro_batch, meter.hardware, meter.links, meter.graph, loss)
-        if Search(smaller, replace(request, volume=shape)).fits():
-            return shape
-    return None
+        sides[longest] = (sides[longest] - 1) // divisor * divisor
+        if sides[longest] < 2 * divisor:
+            return
+        yield tuple(sides)
+
+
+def _volume_fits(meter: ModelMeter, request: Request, shape: tuple[int, ...]) -> bool:
+    if not meter.takes(shape):
+        return False
+    part = math.prod(shape) / math.prod(request.volume)
+    loss = None if meter.loss is None else meter.loss.share(part)
+    smaller = ModelMeter(meter.network, shape, meter.micro_batch, meter.hardware, meter.links, meter.graph, loss)
+    smaller.refusal = (
+        meter.refusal
+    )  # whether it takes slabs does not depend on their size, and takes seconds to find out
+    return Search(smaller, replace(request, volume=shape)).fits()
