@@ -104,3 +104,11 @@ def test_plans_are_made_anew_where_their_settings_changed(run: Path, place: str,
     now = Run(run, ExperimentConfig.model_validate(changed), opened.dataset, opened.organs, opened.channels)
     assert set(_kept_plans(now, 2)) == kept
     assert _kept_plans(now, 1) == {}
+
+
+def test_plans_are_made_anew_on_devices_of_another_type(run: Path) -> None:
+    opened = Run.open(run)
+    assert set(_kept_plans(opened, 2)) == {0, 1}
+    for stage, plan in enumerate(opened.plans()):
+        plan.model_copy(update={"device_type": "cuda"}).save(opened.plan_path(stage))
+    assert _kept_plans(opened, 2) == {}

@@ -23,6 +23,7 @@ from lamp3d.files import claimed
 from lamp3d.graph.inputs import title_of
 from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, format_bytes
+from lamp3d.plan.hardware import device_type
 from lamp3d.predict import Predictor, check_window, single_parts
 from lamp3d.sides import padded_sides
 from lamp3d.train import Checkpoint, CurriculumStage, HybridLoss, Trainer, copy_tensors, network_tensors, resumable
@@ -206,7 +207,7 @@ def _validation_cases(dataset: Dataset) -> tuple[Case, ...]:
 
 
 def _kept_plans(run: Run, devices: int) -> dict[int, Plan]:
-    """A resumed run keeps its plans where the devices, and the settings that they come from, are the same."""
+    """A resumed run keeps its plans where the devices are as many, of the same type, and the settings are the same."""
     if not (run.folder / "run.json").exists():
         return {}
     before, kept = Run.open(run.folder).config, {}
@@ -214,7 +215,7 @@ def _kept_plans(run: Run, devices: int) -> dict[int, Plan]:
         path = run.plan_path(index)
         if path.exists() and _planned_from(before, index) == _planned_from(run.config, index):
             plan = Plan.load(path)
-            if plan.devices == devices:
+            if (plan.devices, plan.device_type) == (devices, device_type()):
                 kept[index] = plan
     return kept
 
