@@ -7,6 +7,7 @@ holds its output does no work on voxels: it only needs to know the shapes.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -93,7 +94,7 @@ class Predictor:
         mirror_axes: of (D, H, W), along which the scan is mirrored too: the output is the mean over all mirror images.
         twins: the channel that each channel becomes in a left-right mirror image; None: none has a side.
         single_parts: labels of which only the largest connected part is kept.
-        most_voxels: of a volume that the devices have memory for; None: any number.
+        most_voxels: of a padded volume that the devices have memory for; None: any number.
     """
 
     def __init__(
@@ -134,8 +135,9 @@ class Predictor:
             PlanError: it is larger than the devices have memory for.
         """
         prepared = prepare_scan(scan, self.preprocess)
-        if self.most_voxels is not None and prepared.image[0].numel() > self.most_voxels:
-            shape = "×".join(map(str, prepared.image.shape[1:]))
+        sides = padded_sides(prepared.image.shape[1:], self.divisor)
+        if self.most_voxels is not None and math.prod(sides) > self.most_voxels:
+            shape = "×".join(map(str, sides))
             raise PlanError(
                 f"a whole volume of {shape} voxels does not fit: the memory of {self.engine.plan.slabs} device(s) is "
                 f"enough for {self.most_voxels / 1e6:.3g} million. Predict with more --devices, or by a sliding "

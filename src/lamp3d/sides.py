@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PositiveInt
@@ -42,6 +43,16 @@ def padded_sides(sides: Sequence[int], divisor: int) -> Shape3:
     """
     depth, height, width = (-(-side // divisor) * divisor for side in sides)
     return (2 * depth if depth == height == width == divisor else depth), height, width
+
+
+def largest_padded(scans: Iterable[Sequence[int]], divisor: int) -> Shape3:
+    """The sides of the largest volume that a network gets of some scans, which need not be the largest scan's.
+
+    Args:
+        scans: (D, H, W) of each, in voxels.
+        divisor: of the network.
+    """
+    return max((padded_sides(sides, divisor) for sides in scans), key=math.prod)
 
 
 def check_sides(what: str, sides: Sequence[int], divisor: int) -> None:

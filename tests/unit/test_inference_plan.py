@@ -120,7 +120,7 @@ def test_a_volume_beyond_the_memory_is_refused_before_it_is_computed() -> None:
     network = UNet(1, 3, filters=2).eval()
     engine = Engine(network, make_plan(network, (1, 1, 32, 32, 32), repeats=1))
     predictor = Predictor(engine, PreprocessConfig(window=(0, 1)), network.divisor, most_voxels=20_000)
-    data = np.random.default_rng(0).random((32, 32, 32), np.float32)
+    data = np.random.default_rng(0).random((17, 32, 32), np.float32)  # 17 planes are padded to 32
     with pytest.raises(PlanError, match=r"32×32×32 voxels does not fit.*0\.02 million.*--window"):
         predictor.predict(Volume(data, np.eye(4)))
 

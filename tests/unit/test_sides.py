@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from lamp3d.errors import ConfigError
-from lamp3d.sides import check_sides, padded_sides
+from lamp3d.sides import check_sides, largest_padded, padded_sides
 
 
 @pytest.mark.parametrize("sides", list(product((1, 16, 17, 40), repeat=3)))
@@ -17,6 +17,10 @@ def test_scans_are_padded_to_the_least_that_a_network_can_take(sides: tuple[int,
         assert padded == (32, 16, 16), "instance norm has nothing to normalise in a single voxel"
     else:
         assert all(to - side < 16 for side, to in zip(sides, padded, strict=True))
+
+
+def test_the_largest_volume_is_that_after_padding() -> None:
+    assert largest_padded([(112, 96, 96), (97, 97, 97)], 16) == (112, 112, 112)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from lamp3d.plan.inference import Sharing, numbers_at_once, share_out
 from lamp3d.plan.slabs import Slabs
 from lamp3d.predict import Predictor, check_window, single_parts
 from lamp3d.scan import read_scan
-from lamp3d.sides import Shape3, padded_sides, sides_or_none
+from lamp3d.sides import Shape3, largest_padded, sides_or_none
 from lamp3d.train import Checkpoint, load_weights
 from lamp3d.volume import read_grid, read_volume, write_nifti
 
@@ -266,7 +266,7 @@ def _sharing(
     """How whole scans are best shared out, by their headers; where those say nothing, by the volumes of training."""
     grids = [grid for scan in scans if (grid := read_grid(scan[0])) is not None]
     shapes: list[tuple[int, ...]] = [largest_shape(grid, preprocess) for grid in grids] or [usual.image_shape[2:]]
-    sides = padded_sides(max(shapes, key=math.prod), network.divisor)
+    sides = largest_padded(shapes, network.divisor)
     ways = share_out(
         network, (1, usual.image_shape[1], *sides), len(scans), devices,
         precision=usual.precision, channels_last=usual.channels_last, limit=device_memory(device_type(), devices),

@@ -18,7 +18,7 @@ from lamp3d.graph import trace
 from lamp3d.nets import Network
 from lamp3d.plan import Plan, make_plan
 from lamp3d.plan.allowance import cpu_cores
-from lamp3d.sides import Shape3, padded_sides
+from lamp3d.sides import Shape3, largest_padded
 from lamp3d.train import CurriculumStage, HybridLoss, with_drawn_targets
 
 Show = Callable[[int, CurriculumStage, Plan], object]
@@ -220,5 +220,4 @@ def is_another_when_validated(network: Network, shape: Sequence[int]) -> bool:
 def _largest_input(stage: CurriculumStage, store: CaseStore, cases: tuple[Case, ...], divisor: int) -> Shape3:
     if stage.patch_shape is not None:
         return stage.patch_shape
-    largest = max((store.shape(case) for case in cases), key=math.prod)
-    return padded_sides(largest, divisor)
+    return largest_padded((store.shape(case) for case in cases), divisor)

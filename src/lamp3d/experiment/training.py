@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from lamp3d.parallel import Engine, launch
 from lamp3d.plan import Plan, format_bytes
 from lamp3d.plan.hardware import device_type
 from lamp3d.predict import Predictor, check_window, single_parts
-from lamp3d.sides import padded_sides
+from lamp3d.sides import largest_padded
 from lamp3d.train import Checkpoint, CurriculumStage, HybridLoss, Trainer, copy_tensors, network_tensors, resumable
 
 MOST_NAMED = 8
@@ -132,7 +131,7 @@ def _check_validation(run: Run, store: CaseStore, cases: tuple[Case, ...]) -> No
     if not cases or run.config.predict.window_shape is not None or run.config.network.name is None:  # lamp3d's own do
         return
     network = run.outline()
-    sides = max((padded_sides(store.shape(case), network.divisor) for case in cases), key=math.prod)
+    sides = largest_padded((store.shape(case) for case in cases), network.divisor)
     try:
         check_window(sides, network)
     except ConfigError as error:
