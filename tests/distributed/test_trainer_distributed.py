@@ -153,7 +153,11 @@ def train_several(folder: Path, plans: Sequence[Plan]) -> list[str]:
     train(folder / "straight", plans, 0.3, False)
     with pytest.raises(KeyboardInterrupt):
         train(folder / "interrupted", plans, 0.3, False, KeyboardInterrupt())
-    train(folder / "interrupted", plans, 0.3, True)
+    exists = Path.exists
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.distributed.get_rank() == 1:  # another machine, which sees new files late
+            patch.setattr(Path, "exists", lambda path: path.suffix not in (".safetensors", ".json") and exists(path))
+        train(folder / "interrupted", plans, 0.3, True)
     return held
 
 

@@ -376,6 +376,15 @@ def test_interruption_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert "--resume" in output
 
 
+def test_time_lines_are_of_each_stages_first_epoch(tmp_path: Path) -> None:
+    first = tmp_path / "timelines" / "stage-0.json"
+    first.parent.mkdir()
+    first.write_text("what somebody left")
+    trainer(tmp_path, settings()).fit()
+    for file in (first, first.with_name("stage-1.json")):
+        assert json.loads(file.read_text())["traceEvents"]
+
+
 def test_one_plan_for_each_stage() -> None:
     config = settings()
     net = network()

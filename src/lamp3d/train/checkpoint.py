@@ -148,6 +148,14 @@ def wait_for_all() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
+def as_first_rank_says(flag: bool) -> bool:
+    """The first rank's answer, on every rank: what depends on files, machines that share a disk may see differently."""
+    answer = torch.tensor([int(flag)])
+    if dist.is_initialized():
+        dist.broadcast(answer, 0)
+    return bool(answer)
+
+
 def _gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All ranks' tensors, on the CPU, on rank 0; nothing elsewhere."""
     if not dist.is_initialized():

@@ -28,7 +28,7 @@ from lamp3d.files import room_for, write_text
 from lamp3d.graph import lay_out_weights
 from lamp3d.parallel import Engine
 from lamp3d.plan import Plan
-from lamp3d.train.checkpoint import Checkpoint, copy_tensors, network_tensors, save_checkpoint, wait_for_all
+from lamp3d.train.checkpoint import Checkpoint, as_first_rank_says, copy_tensors, network_tensors, save_checkpoint
 from lamp3d.train.curriculum import TrainConfig
 from lamp3d.train.feed import on_device, prefetched
 from lamp3d.train.guard import StepCheck, check_step, clip_gradients, diagnosis
@@ -130,8 +130,7 @@ class Trainer:
 
     def _open_run(self, resume: bool) -> None:
         self.run.mkdir(parents=True, exist_ok=True)
-        begun = self.last.exists()
-        wait_for_all()  # before any rank can write the file that the others are looking for
+        begun = as_first_rank_says(self.last.exists())
         if begun and not resume:
             raise ConfigError(f"{self.run} already holds a training run: resume it, or choose another folder.")
         first = not dist.is_initialized() or dist.get_rank() == 0
@@ -276,13 +275,10 @@ class Trainer:
 
     def _save_time_line(self, engine: Engine) -> None:
         """The last step of a stage's first epoch, as a trace that browsers show (and `--timeline` draws)."""
-        path = time_line_path(self.run, self.state.stage)
-        if not path.exists():
+        if self.state.epoch == 1:  # not "if the file is not there": machines see new files at different times
             line = engine.time_line()
-            wait_for_all()  # all have seen that the file is not there
             if engine.rank == 0:
-                path.parent.mkdir(exist_ok=True)
-                write_text(path, json.dumps(line.chrome_trace()))
+                write_text(time_line_path(self.run, self.state.stage), json.dumps(line.chrome_trace()))
 
     def _save_last(self, stage: _Stage) -> None:
         state = self.state
