@@ -25,7 +25,7 @@ from lamp3d.train import (
     network_tensors,
     read_history,
 )
-from lamp3d.train.history import RunRecorder
+from lamp3d.train.history import EpochRecord, RunRecorder
 
 ORGANS = ("Left", "Right")
 STEPS = 3  # an epoch
@@ -374,6 +374,19 @@ def test_interruption_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFi
     output = capsys.readouterr().out
     assert "last.safetensors holds 1 epochs (1 of stage 1), 3 steps" in output
     assert "--resume" in output
+
+
+def test_a_line_of_the_history_is_an_epoch_whatever_cases_are_called(tmp_path: Path) -> None:
+    name = "Müller\u2028Bärbel"  # some take U+2028 for the end of a line
+    record = EpochRecord(
+        stage=1, epoch=1, step=3, loss=0.5, lr=0.01, seconds_per_step=1.0, peak_bytes=[1], bad_steps=1,
+        bad_cases={name: 1}, best_dice=None,
+    )  # fmt: skip
+    recorder = RunRecorder(tmp_path, settings(), epochs=0, step=0)
+    recorder.end_epoch(record)
+    recorder.close()
+    assert name.encode() in (tmp_path / "history.jsonl").read_bytes()
+    assert read_history(tmp_path) == [record]
 
 
 def test_time_lines_are_of_each_stages_first_epoch(tmp_path: Path) -> None:

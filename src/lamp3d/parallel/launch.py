@@ -108,7 +108,7 @@ def _worker_error(rank: int, failure: ProcessFailure) -> LampError:
             "lost: a training run goes on with --resume."
         )
     try:
-        with open(failure.error_file) as file:
+        with open(failure.error_file, encoding="utf-8") as file:
             details = json.load(file)["message"]
         text = details["extraInfo"]["py_callstack"]
         name, _, message = details["message"].partition(": ")

@@ -148,7 +148,7 @@ class RunRecorder(Recorder):
         self.bar.update(self.task, state="validation")
 
     def end_epoch(self, record: EpochRecord) -> None:
-        with self.history.open("a") as file:
+        with self.history.open("a", encoding="utf-8") as file:
             file.write(record.model_dump_json() + "\n")
             file.flush()
             os.fsync(file.fileno())  # the checkpoint that counts this line follows
@@ -182,8 +182,8 @@ class RunRecorder(Recorder):
 
 def _whole_lines(path: Path) -> list[str]:
     """Without the last one if it was cut off while it was written."""
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+    *lines, _ = path.read_text("utf-8").split("\n") if path.exists() else [""]
+    return [f"{line}\n" for line in lines]
 
 
 def _summary_writer(folder: Path, step: int) -> SummaryWriter:
