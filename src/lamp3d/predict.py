@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamp3d.data.augment import LEFT_RIGHT_AXIS
-from lamp3d.data.preprocess import PreprocessConfig, prepare_scan
+from lamp3d.data.preprocess import PreparedScan, PreprocessConfig, prepare_scan
 from lamp3d.errors import ConfigError, PlanError
 from lamp3d.graph import trace
 from lamp3d.nets import Network, UShape
@@ -121,14 +121,8 @@ class Predictor:
         # Ranks that share a volume all learn the result; one of them is enough to hand it on.
         self.holds_result = engine.holds_output and engine.is_first_slab
 
-    def predict(self, scan: Volume | Scan) -> Volume | None:
-        """The label map of one scan, on the scan's own grid.
-
-        Args:
-            scan: the raw scan or its channels, the same on every rank.
-
-        Returns:
-            uint8 labels with the scan's shape and affine; None on all ranks but one that holds the network's output.
+    def prepare(self, scan: Volume | Scan) -> PreparedScan:
+        """A scan as the network wants it. What is wrong with it is wrong on all ranks alike, before any computes.
 
         Raises:
             ScanError: if the scan cannot be prepared (no foreground, for instance).
@@ -143,6 +137,21 @@ class Predictor:
                 f"enough for {self.most_voxels / 1e6:.3g} million. Predict with more --devices, or by a sliding "
                 "window, such as --window 128."
             )
+        return prepared
+
+    def predict(self, scan: Volume | Scan | PreparedScan) -> Volume | None:
+        """The label map of one scan, on the scan's own grid.
+
+        Args:
+            scan: the raw scan or its channels, or what `prepare` made of them; the same on every rank.
+
+        Returns:
+            uint8 labels with the scan's shape and affine; None on all ranks but one that holds the network's output.
+
+        Raises:
+            ScanError, PlanError: as from `prepare`.
+        """
+        prepared = scan if isinstance(scan, PreparedScan) else self.prepare(scan)
         (logits,) = self.predict_prepared([prepared.image])
         if logits is None:
             return None

@@ -225,15 +225,20 @@ def test_a_scan_that_is_none_is_named_by_the_worker_too(lamp3d: CommandLine, tra
     assert f"{scan}: truncated or corrupt" in said
 
 
-def test_a_scan_without_a_patient_is_named_and_those_before_it_are_done(
-    lamp3d: CommandLine, trained: Path, dataset: Path, tmp_path: Path
+@pytest.mark.parametrize("way", [(), ("--devices", 2, "--window", 32)], ids=str)
+def test_scans_that_cannot_be_labelled_are_named_and_all_others_are_done(
+    lamp3d: CommandLine, trained: Path, dataset: Path, tmp_path: Path, way: tuple[object, ...]
 ) -> None:
-    air = tmp_path / "air.nii.gz"
+    air, noise, out = tmp_path / "air.nii.gz", tmp_path / "noise.nii.gz", tmp_path / "out"
     write_nifti(Volume(np.full((32, 32, 32), -1000, np.int16), np.eye(4)), air)
-    said = lamp3d("predict", trained, dataset / "images" / "p3.nii.gz", air, "--out", tmp_path / "out").complaint()
+    noise.write_bytes(b"noise")
+    scans = [air, dataset / "images" / "p2.nii.gz", noise, dataset / "images" / "p3.nii.gz"]
+    said = lamp3d("predict", trained, *scans, "--out", out, *way).complaint()
     assert f"{air}: no voxel is above foreground_above=-500.0" in said
     assert "give a scan like those that the run was trained on" in said
-    assert (tmp_path / "out" / "p3.nii.gz").exists()
+    assert f"{noise}: truncated or corrupt" in said
+    assert f"All others are labelled, in {out}." in said
+    assert sorted(file.name for file in out.iterdir()) == ["p2.nii.gz", "p3.nii.gz"]
 
 
 def test_nothing_is_overwritten_unasked(

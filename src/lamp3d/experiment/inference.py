@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lamp3d.data import Case, Dataset
 from lamp3d.data.augment import label_swap
-from lamp3d.data.preprocess import PreprocessConfig, largest_shape
+from lamp3d.data.preprocess import PreparedScan, PreprocessConfig, largest_shape
 from lamp3d.data.store import check_label
-from lamp3d.errors import ConfigError, DatasetError, PlanError, ScanError
+from lamp3d.errors import ConfigError, DatasetError, LampError, PlanError, ScanError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
 from lamp3d.experiment.run import Run
 from lamp3d.graph import trace
@@ -56,6 +56,7 @@ class _Part:
     wrote: bool
     seconds: float
     peak_bytes: int
+    problem: LampError | None = None
 
 
 def predict(
@@ -82,8 +83,8 @@ def predict(
     Raises:
         ConfigError: the run has no weights, it has not seen mirror images, its network cannot take such windows, a
             scan is absent, or a label map is there already or would replace a scan.
-        ScanError: a scan cannot be read or prepared; those before it are done.
-        PlanError: a scan is larger than the devices have memory for.
+        ScanError: scans cannot be read or prepared; all others are done.
+        PlanError: a scan is larger than the devices have memory for; all others are done.
     """
     if not run.best.exists():
         raise ConfigError(f"{run.folder} has no checkpoint yet; train first.")
@@ -109,11 +110,17 @@ def predict(
     plan = _inference_plan(network, usual, devices, sides, len(scans), sharing)
     pairs = list(zip(scans.values(), targets, strict=True))
     results = launch(_predict_worker, devices, (run.folder, plan, pairs, {"window": sides, **settings}))
-    predictions = []
+    predictions, problems = [], []
     for index, target in enumerate(targets):
         parts = [parts[index] for parts in results if index in parts]
+        if (problem := parts[0].problem) is not None:  # which all have alike
+            problems.append(problem)
+            continue
         (seconds,) = (part.seconds for part in parts if part.wrote)
         predictions.append(Prediction(target, seconds, tuple(part.peak_bytes for part in parts)))
+    if problems:
+        others = [f"All others are labelled, in {out}."] if predictions else []
+        raise type(problems[0])("\n".join([*map(str, problems), *others]))
     return predictions
 
 
@@ -327,18 +334,27 @@ def _predict_worker(
         for index in progress.track(own, description="Predicting"):
             scan, target = pairs[index]
             begin = time.perf_counter()
-            volumes = read_scan(scan, run.channels)  # what is wrong with a file names it
             try:
-                labels = predictor.predict(volumes)
-            except ScanError as error:
-                raise ScanError(f"{scan[0]}: {error}; give a scan like those that the run was trained on") from error
-            except PlanError as error:
-                raise PlanError(f"{scan[0]}: {error}") from error
+                prepared = _prepared(predictor, scan, run.channels)
+            except (ScanError, PlanError) as problem:
+                parts[index] = _Part(False, time.perf_counter() - begin, engine.peak_bytes(), problem)
+                continue
+            labels = predictor.predict(prepared)
             if labels is not None:
                 write_nifti(labels, target, overwrite=True)
             seconds = time.perf_counter() - begin
             parts[index] = _Part(predictor.holds_result, seconds, engine.peak_bytes())
     return parts
+
+
+def _prepared(predictor: Predictor, scan: Files, channels: Sequence[str]) -> PreparedScan:
+    volumes = read_scan(scan, channels)  # what is wrong with a file names it
+    try:
+        return predictor.prepare(volumes)
+    except ScanError as error:
+        raise ScanError(f"{scan[0]}: {error}; give a scan like those that the run was trained on") from error
+    except PlanError as error:
+        raise PlanError(f"{scan[0]}: {error}") from error
 
 
 def _progress(hidden: bool = False) -> Progress:
