@@ -20,6 +20,7 @@ SAME = 1e-3
 """Directions, and voxel sizes in mm, that differ by no more are written down differently at most."""
 
 _POSITION, _INTERCEPT, _SLOPE = "0020|0032", "0028|1052", "0028|1053"
+_PHOTOMETRIC, _DESCRIPTION = "0028|0004", "0008|103e"
 _ALIKE = {"0020|0037": "directions", "0028|0030": "voxel sizes"}
 
 
@@ -29,19 +30,24 @@ def read_series(folder: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.f
     The third axis follows the slices' own positions, along the table even where the gantry is tilted.
 
     Raises:
-        ScanError: there is not one series, it is damaged or in colour, or slices are missing or do not say where they
-            lie.
+        ScanError: there is not one series, it is damaged, in colour or MONOCHROME1, or slices are missing, doubled or
+            do not say where they lie.
     """
-    files = _files(folder)
     try:
+        files = _files(folder)
         with _without_warnings():
-            if len(files) == 1:
-                image = sitk.ReadImage(files[0])
-                step = _third_axis(image)
-            else:
-                image, step = _read_slices(folder, files)
+            headers = [_header(file) for file in files]
+            step = _third_axis(headers[0]) if len(files) == 1 else _common_step(folder, headers)
+            # The first slice's type would hold all: in PET every slice has a slope of its own.
+            alike = all(len(set(_of_slices(headers, tag))) == 1 for tag in (_SLOPE, _INTERCEPT))
+            image = sitk.ReadImage(
+                files if len(files) > 1 else files[0], sitk.sitkUnknown if alike else sitk.sitkFloat32
+            )
     except RuntimeError as error:
-        raise ScanError(f"{folder}: truncated or corrupt DICOM ({error}); export the series again") from error
+        why = " ".join(str(error).split())
+        raise ScanError(f"{folder}: truncated or corrupt DICOM ({why}); export the series again") from error
+    if "MONOCHROME1" in _of_slices(headers, _PHOTOMETRIC):  # whose values ITK turns round before it scales them
+        raise ScanError(f"{folder}: MONOCHROME1, small values being bright, is not read; convert it to NIfTI first")
     return sitk.GetArrayFromImage(_checked(folder, image)).transpose(2, 1, 0), _affine(image, step)
 
 
@@ -62,15 +68,25 @@ def series_grid(folder: Path) -> tuple[tuple[int, int, int], npt.NDArray[np.floa
 
 
 def _files(folder: Path) -> Sequence[str]:
+    reader = sitk.ImageSeriesReader
     with _without_warnings():
-        names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+        series = [reader.GetGDCMSeriesFileNames(str(folder), uid) for uid in reader.GetGDCMSeriesIDs(str(folder))]
+    if len(series) == 1:
+        files: Sequence[str] = series[0]
+        return files
+    if series:
+        held = "; ".join(f"{_told(files[0])} in {len(files)} file(s) such as {Path(files[0]).name}" for files in series)
+        raise ScanError(f"{folder}: holds {len(series)} DICOM series, wanted one: {held}; move one into its own folder")
     for ending in (".nii.gz", ".nii"):
-        if not names and any(folder.glob(f"*{ending}")):
+        if any(folder.glob(f"*{ending}")):
             raise ScanError(f"{folder}: holds NIfTI files and no DICOM series; give the files, {folder}/*{ending}")
-    if len(names) != 1:
-        raise ScanError(f"{folder}: holds {len(names)} DICOM series, wanted one; give a folder with one series in it")
-    files: Sequence[str] = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), names[0])
-    return files
+    raise ScanError(f"{folder}: holds no DICOM series; give the folder that the slices themselves lie in")
+
+
+def _told(file: str) -> str:
+    header = _header(file)
+    description = header.GetMetaData(_DESCRIPTION).strip() if header.HasMetaDataKey(_DESCRIPTION) else ""
+    return description or "one without a name"
 
 
 @contextmanager
@@ -91,25 +107,23 @@ def _header(file: str) -> Any:
     return reader
 
 
-def _read_slices(folder: Path, files: Sequence[str]) -> tuple[sitk.Image, npt.NDArray[np.float64]]:
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(files)
-    reader.MetaDataDictionaryArrayUpdateOn()
-    image = reader.Execute()
+def _common_step(folder: Path, headers: Sequence[Any]) -> npt.NDArray[np.float64]:
+    """From one slice to the next, in mm, of slices that are otherwise alike."""
+    other = next((what for tag, what in _ALIKE.items() if _differ(_of_slices(headers, tag))), None)
+    if len({header.GetSize() for header in headers}) > 1:
+        other = "sizes"
+    if other is not None:
+        raise ScanError(f"{folder}: slices of different {other}; give a folder with one series of parallel slices")
+    return _step(folder, _of_slices(headers, _POSITION))
 
-    def of_slices(tag: str) -> list[str | None]:
-        found = (reader.GetMetaData(i, tag) if reader.HasMetaDataKey(i, tag) else None for i in range(len(files)))
-        return [None if text is None else text.strip() for text in found]
 
-    if any(len(set(of_slices(tag))) > 1 for tag in (_SLOPE, _INTERCEPT)):
-        # The first slice's type would hold all: in PET every slice has a slope of its own.
-        reader.SetOutputPixelType(sitk.sitkFloat32)
-        image = reader.Execute()
-    for tag, what in _ALIKE.items():
-        values = _numbers(of_slices(tag))
-        if len(values) and np.ptp(values, axis=0).max() > SAME:
-            raise ScanError(f"{folder}: slices of different {what}; give a folder with one series of parallel slices")
-    return image, _step(folder, of_slices(_POSITION))
+def _of_slices(headers: Sequence[Any], tag: str) -> list[str | None]:
+    return [header.GetMetaData(tag).strip() if header.HasMetaDataKey(tag) else None for header in headers]
+
+
+def _differ(of_slices: Sequence[str | None]) -> bool:
+    values = _numbers(of_slices)
+    return bool(len(values) and np.ptp(values, axis=0).max() > SAME)
 
 
 def _numbers(of_slices: Sequence[str | None]) -> npt.NDArray[np.float64]:
@@ -121,6 +135,11 @@ def _step(folder: Path, positions: Sequence[str | None]) -> npt.NDArray[np.float
     places = _numbers(positions)
     if len(places) < len(positions):
         raise ScanError(f"{folder}: slices do not say where they lie (Image Position); export the series again")
+    if doubled := len(places) - len(np.unique(places.round(2), axis=0)):
+        raise ScanError(
+            f"{folder}: {doubled} of {len(places)} slices lie where another one does: copies, or several scans of one "
+            "place; give a folder with each slice once"
+        )
     steps = np.diff(places, axis=0)
     usual = np.median(steps, axis=0)
     off_mm, usual_mm = np.linalg.norm(steps - usual, axis=1), float(np.linalg.norm(usual))
@@ -128,7 +147,7 @@ def _step(folder: Path, positions: Sequence[str | None]) -> npt.NDArray[np.float
     if off_mm[worst] > STEP_TOLERANCE * usual_mm:
         raise ScanError(
             f"{folder}: slices {worst + 1} and {worst + 2} lie {np.linalg.norm(steps[worst]):.2f} mm apart, the others "
-            f"{usual_mm:.2f} mm, and {off_mm[worst]:.2f} mm off their line; a slice is missing, doubled or another "
+            f"{usual_mm:.2f} mm, and {off_mm[worst]:.2f} mm off their line; a slice is missing, damaged or another "
             "scan's: export the series again"
         )
     return np.asarray((places[-1] - places[0]) / (len(places) - 1))

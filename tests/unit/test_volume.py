@@ -214,6 +214,18 @@ def test_dicom_that_is_no_volume_is_refused(tmp_path: Path) -> None:
     write_dicom(tmp_path / "scout", data, more=lambda i: {"0020|0037": "1\\0\\0\\0\\0\\-1"} if i == 5 else {})
     with pytest.raises(ScanError, match="slices of different directions"):
         read_volume(tmp_path / "scout")
+    write_dicom(tmp_path / "sizes", data)
+    write_dicom(tmp_path / "sizes", data[:, :4, :1])
+    with pytest.raises(ScanError, match="slices of different sizes"):
+        read_volume(tmp_path / "sizes")
+    write_dicom(tmp_path / "dark", data)
+    for file in (tmp_path / "dark").iterdir():
+        file.write_bytes(file.read_bytes().replace(b"MONOCHROME2", b"MONOCHROME1"))
+    with pytest.raises(ScanError, match=r"MONOCHROME1.* convert it to NIfTI first"):
+        read_volume(tmp_path / "dark")
+    write_dicom(tmp_path / "copies", data, more=lambda i: {"0020|0032": f"-10\\20\\{30 + 3 * (i % 4)}"})
+    with pytest.raises(ScanError, match="2 of 6 slices lie where another one does"):
+        read_volume(tmp_path / "copies")
     write_dicom(tmp_path / "nowhere", data)
     for file in (tmp_path / "nowhere").iterdir():  # its position under a number that nobody knows
         file.write_bytes(file.read_bytes().replace(b"\x20\x00\x32\x00", b"\x20\x00\x33\x00"))
@@ -257,9 +269,10 @@ def test_dicom_with_a_missing_slice_or_two_series_is_refused(tmp_path: Path) -> 
     with pytest.raises(ScanError, match=r"slices 3 and 4 lie 6\.00 mm apart, the others 3\.00 mm"):
         read_volume(tmp_path / "gap")
     write_dicom(tmp_path / "two", data)
-    write_dicom(tmp_path / "two", data, series="1.2.4")
-    with pytest.raises(ScanError, match="holds 2 DICOM series"):
+    write_dicom(tmp_path / "two", data[..., :1], series="1.2.4", more=lambda i: {"0008|103e": "Scout"})
+    with pytest.raises(
+        ScanError, match=r"holds 2 DICOM series.* without a name in 6 file\(s\) such as .*; Scout in 1 file"
+    ):
         read_volume(tmp_path / "two")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ScanError, match="holds 0 DICOM series"):
-        read_volume(tmp_path / "empty")
+    with pytest.raises(ScanError, match="holds no DICOM series; give the folder that the slices themselves lie in"):
+        read_volume(tmp_path)
