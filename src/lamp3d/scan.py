@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,12 +74,12 @@ def scan_files(first: Path, channels: int) -> tuple[Path, ...]:
         channels: how many the scan has.
     """
     name, mark, ending = first.name.rpartition(FIRST_CHANNEL)
-    if channels == 1 or not mark or ending not in (".nii", ".nii.gz"):
+    if channels == 1 or not mark or ending.lower() not in (".nii", ".nii.gz"):
         return (first,)
     return tuple(first.with_name(f"{name}_{channel:04}{ending}") for channel in range(channels))
 
 
 def scan_name(*files: Path) -> str:
     """The name of a scan's file or folder without ``.nii`` or ``.nii.gz``, and of several files without the channel."""
-    name = Path(os.path.abspath(files[0])).name.removesuffix(".gz").removesuffix(".nii")
+    name = re.sub(r"\.nii(\.gz)?$", "", Path(os.path.abspath(files[0])).name, flags=re.IGNORECASE)
     return name.removesuffix(FIRST_CHANNEL) if len(files) > 1 else name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import logging
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from nibabel import imageglobals
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
@@ -20,6 +22,10 @@ from lamp3d.errors import ScanError
 from lamp3d.files import write_atomically
 
 _UNREADABLE = (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, zlib.error, ValueError)
+
+_GZIP = b"\x1f\x8b"
+
+imageglobals.logger.setLevel(logging.CRITICAL)  # what it would print of damaged headers is told as an error
 
 
 @dataclass(frozen=True)
@@ -134,15 +140,16 @@ def _read(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]
         return read_series(path)
     if not path.is_file():
         raise ScanError(f"{path}: no such file; check the path")
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise ScanError(f"{path}: neither .nii, .nii.gz nor a DICOM folder; convert it to NIfTI first")
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        how = "of DICOM files give their folder, anything else convert to NIfTI first"
+        raise ScanError(f"{path}: neither .nii, .nii.gz nor a DICOM folder; {how}")
     return _read_nifti(path)
 
 
 def _read_nifti(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
     try:
         content = path.read_bytes()
-        if path.suffix == ".gz":
+        if content.startswith(_GZIP):  # whatever its name says
             content = gzip.decompress(content)  # whole, so that its checksum is verified
         nifti2 = content[:4] in ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))  # its header's size
         image = (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)

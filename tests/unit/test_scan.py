@@ -57,6 +57,7 @@ def test_files_and_names() -> None:
     assert scan_files(Path("a_0000"), 2) == (Path("a_0000"),)  # a DICOM folder
     assert scan_name(first) == "a_0000_0000"
     assert scan_name(*scan_files(first, 2)) == "a_0000"
+    assert scan_name(Path("SCAN.NII.GZ")) == scan_name(Path("SCAN.Nii")) == "SCAN"
 
 
 def test_what_is_no_scan_of_these_channels_is_refused(tmp_path: Path) -> None:

@@ -89,6 +89,22 @@ def test_nifti2_is_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_volume(tmp_path / "scan.nii.gz").data, data)
 
 
+@pytest.mark.parametrize(("written", "name"), [("a.nii.gz", "A.NII.GZ"), ("a.nii.gz", "b.nii"), ("a.nii", "b.nii.gz")])
+def test_what_is_compressed_is_known_by_its_content(tmp_path: Path, written: str, name: str) -> None:
+    volume = tiny_scan(0)[0]
+    write_nifti(volume, tmp_path / written)
+    read = read_volume((tmp_path / written).rename(tmp_path / name))
+    np.testing.assert_array_equal(read.data, volume.data)
+
+
+def test_nibabel_says_nothing_of_a_damaged_header(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scan.nii").write_bytes(b"noise" * 100)
+    assert read_grid(tmp_path / "scan.nii") is None
+    with pytest.raises(ScanError, match="truncated or corrupt"):
+        read_volume(tmp_path / "scan.nii")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_and_infinity_are_refused(tmp_path: Path, value: float) -> None:
     data = np.zeros(SHAPE, np.float32)
@@ -109,7 +125,7 @@ def test_absent_files_and_other_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ScanError, match="no such file"):
         read_volume(tmp_path / "absent.nii.gz")
     (tmp_path / "scan.png").write_bytes(b"x")
-    with pytest.raises(ScanError, match="convert it to NIfTI"):
+    with pytest.raises(ScanError, match="of DICOM files give their folder, anything else convert to NIfTI"):
         read_volume(tmp_path / "scan.png")
     with pytest.raises(ScanError, match=r"ends in \.nii"):
         write_nifti(tiny_scan(0)[0], tmp_path / "scan.png")
