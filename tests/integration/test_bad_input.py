@@ -174,6 +174,10 @@ def test_a_plan_that_cannot_fit(lamp3d: CommandLine, refusal: Refusal, dataset: 
         (["predict", "RUN", "DATASET/dataset.json", "--out", "OUT"], ["dataset.json: neither .nii"]),
         (["predict", "RUN", "SCAN", "--out", "OUT", "--window", "20"], ["20x20x20", "multiple of 16"]),
         (["predict", "RUN", "DATASET/none.nii.gz", "--out", "OUT"], ["no scan at", "none.nii.gz"]),
+        (
+            ["predict", "RUN", "one/CT", "two/CT", "--out", "OUT"],
+            ["one/CT and two/CT would share CT.nii.gz; predict them into different folders"],
+        ),
         (["evaluate", "RUN", "DATASET", "--split", "tset"], ["no split 'tset'", "train, validation"]),
         (["report", "DATASET"], ["give the folder of a run"]),
         (["predict", "RUN", "SCAN", "--out", "RUN/run.json"], ["run.json: File exists"]),

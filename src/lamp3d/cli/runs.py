@@ -140,9 +140,13 @@ def _scans_by_name(paths: list[Path], channels: int) -> dict[str, tuple[Path, ..
     scans = [scan_files(path, channels) for path in paths]
     others = {file for files in scans for file in files[1:]}  # which a glob finds as well
     scans = [files for files in scans if files[0] not in others]
-    by_name = {scan_name(*files): files for files in scans}
-    if len(by_name) < len(scans):
-        raise ConfigError("several scans have the same name; predict them into different folders.")
+    by_name: dict[str, tuple[Path, ...]] = {}
+    for files in scans:
+        name = scan_name(*files)
+        if name in by_name:
+            first = by_name[name][0]
+            raise ConfigError(f"{first} and {files[0]} would share {name}.nii.gz; predict them into different folders.")
+        by_name[name] = files
     return by_name
 
 
