@@ -132,6 +132,15 @@ def test_restore_interpolates_scores_not_labels() -> None:
     assert scan.restore_labels(logits).data[:, 0, 0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.parametrize("factor", [0.001, 1000])
+def test_voxels_in_other_units_are_refused_before_they_are_resampled(factor: float) -> None:
+    scan = tiny_scan(0)[0]
+    affine = np.diag([factor, factor, factor, 1]) @ AFFINE
+    config = CONFIG.model_copy(update={"spacing_limits_mm": ((2, 2, 2), (4, 4, 4))})
+    with pytest.raises(ScanError, match=r"voxels of .* mm, to be resampled to .* mm: its header has other units"):
+        prepare_scan(Volume(scan.data, affine), config)
+
+
 def test_scan_without_foreground_is_refused_with_its_values() -> None:
     with pytest.raises(ScanError, match=r"foreground_above=5000.0: the scan's values run from -1000.0 to"):
         prepare_scan(tiny_scan(0)[0], CONFIG.model_copy(update={"foreground_above": 5000.0}))

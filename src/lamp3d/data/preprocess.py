@@ -32,6 +32,9 @@ _AXIS_ENDS = (("L", "R"), ("P", "A"), ("I", "S"))
 _KEYS = ("image", "label")
 _CT_WINDOW, _CT_AIR = (-200.0, 400.0), -500.0
 
+_FARTHEST = 50.0
+"""How many times larger or smaller a resampled voxel may be: what is beyond is no patient in mm."""
+
 Spacing = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 """Of voxels along x, y, z, in mm."""
 
@@ -176,7 +179,8 @@ def prepare_scan(source: Volume | Scan, config: PreprocessConfig, label: Volume 
         label: its label map, on the same grid.
 
     Raises:
-        ScanError: nothing in the scan is brighter than ``foreground_above``, or a channel is the same everywhere.
+        ScanError: nothing in the scan is brighter than ``foreground_above``, a channel is the same everywhere, or its
+            voxels are too large or small to be resampled.
     """
     from monai.data import MetaTensor
     from monai.transforms import Resize
@@ -199,6 +203,9 @@ def prepare_scan(source: Volume | Scan, config: PreprocessConfig, label: Volume 
     bring_to_windows(crop.as_tensor(), config.window, config.window_percentiles, above)
     spacing = np.linalg.norm(np.asarray(crop.affine, dtype=np.float64)[:3, :3], axis=0)
     wanted = config.spacing_for(spacing)
+    if (np.maximum(spacing / wanted, wanted / spacing) > _FARTHEST).any():
+        own, target = ("×".join(f"{mm:.3g}" for mm in sizes) for sizes in (spacing, wanted))
+        raise ScanError(f"voxels of {own} mm, to be resampled to {target} mm: its header has other units, or is wrong")
     size = [max(1, round(n * old / new)) for n, old, new in zip(crop.shape[1:], spacing, wanted, strict=True)]
     scaling = scale_affine(crop.shape[1:], size, align_corners=False)
     return PreparedScan(
