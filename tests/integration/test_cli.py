@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,24 +21,31 @@ from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
 from lamp3d.experiment import Run
 from lamp3d.experiment.initial import initial_weights
+from lamp3d.files import write_atomically
 from lamp3d.plan import Plan
 from lamp3d.train import Checkpoint, read_history
 from lamp3d.volume import read_volume
 from tests.integration.conftest import CHANGED, CommandLine, environment
 
 
-def test_a_command_that_is_interrupted_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_says_so_and_leaves_no_half_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    def interrupted(run: Path) -> Path:
-        raise KeyboardInterrupt
+    def stopped(run: Path) -> None:
+        write_atomically(run / "report.html", lambda half: os.kill(os.getpid(), number))
 
-    monkeypatch.setattr(runs, "write_report", interrupted)
-    monkeypatch.setattr(sys, "argv", ["lamp3d", "report", "run"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 130
-    assert "stopped by SIGINT" in capsys.readouterr().err
+    monkeypatch.setattr(runs, "write_report", stopped)
+    monkeypatch.setattr(sys, "argv", ["lamp3d", "report", str(tmp_path)])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 128 + number
+    assert f"stopped by {number.name}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_leaves_a_run_and_a_calm_log(trained: Path) -> None:

@@ -21,6 +21,7 @@ def main() -> None:
         if under_torchrun():
             lead(app)
         else:
+            signal.signal(signal.SIGTERM, _raise)  # of its own it would leave half-written files
             app()
     except LampError as error:
         stop(str(error))
@@ -28,12 +29,16 @@ def main() -> None:
         if error.filename is None and error.strerror not in FULL:
             raise  # else it is about a path, such as a file where --out wants a folder, or about where output goes
         stop(f"{error.filename or 'output'}: {error.strerror}.")
-    except SignalException as error:  # what torch's launcher makes of SIGINT and SIGTERM
+    except SignalException as error:  # as torch's launcher makes of SIGINT and SIGTERM too
         _stopped(error.sigval)
     except SystemExit as end:
         if end.code == 128 + signal.SIGINT:  # what typer makes of Ctrl-C
             _stopped(signal.SIGINT)
         raise
+
+
+def _raise(number: int, _: object) -> NoReturn:
+    raise SignalException("stopped", signal.Signals(number))
 
 
 def _stopped(number: int) -> NoReturn:
