@@ -6,6 +6,8 @@ import gzip
 import itertools
 import logging
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +26,6 @@ from lamp3d.files import write_atomically
 _UNREADABLE = (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, zlib.error, ValueError)
 
 _GZIP = b"\x1f\x8b"
-
-imageglobals.logger.setLevel(logging.CRITICAL)  # what it would print of damaged headers is told as an error
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,26 @@ def _read(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]
     return _read_nifti(path)
 
 
+@contextmanager
+def _nibabel_quiet() -> Iterator[None]:
+    """What it would print of damaged headers is told as an error."""
+    level = imageglobals.logger.level
+    imageglobals.logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        imageglobals.logger.setLevel(level)
+
+
 def _read_nifti(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
     try:
         content = path.read_bytes()
         if content.startswith(_GZIP):  # whatever its name says
             content = gzip.decompress(content)  # whole, so that its checksum is verified
         nifti2 = content[:4] in ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))  # its header's size
-        image = (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)
-        data = np.asanyarray(image.dataobj)
+        with _nibabel_quiet():
+            image = (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)
+            data = np.asanyarray(image.dataobj)
     except (*_UNREADABLE, MemoryError) as error:  # the latter where a damaged header claims too many voxels
         why = " ".join(str(error).split())
         raise ScanError(f"{path}: truncated or corrupt ({why}); fetch or export the file again") from error
