@@ -34,7 +34,7 @@ def explained(error: ValidationError, model: type[BaseModel], content: Any) -> s
     """
     found: dict[Place, list[ErrorDetails]] = {}
     for problem in error.errors():
-        found.setdefault(_place(problem["loc"], content), []).append(problem)
+        found.setdefault(_place(problem, content), []).append(problem)
     unknown = [place for place, (first, *_) in found.items() if first["type"] == "extra_forbidden"]
     known = {place: _keys_beside(place, model) for place in unknown}
     meant = {place: difflib.get_close_matches(str(place[-1]), known[place], 1) for place in unknown}
@@ -52,11 +52,13 @@ def explained(error: ValidationError, model: type[BaseModel], content: Any) -> s
     return "; ".join(told)
 
 
-def _place(names: Sequence[str | int], content: Any) -> Place:
+def _place(problem: ErrorDetails, content: Any) -> Place:
     """Where a problem is, without what pydantic says of the types that it has tried there."""
     place: list[str | int] = []
+    names = problem["loc"]
+    missing = names[-1:] if problem["type"] == "missing" else ()
     for name in names:
-        if isinstance(content, dict):
+        if isinstance(content, dict) and (name in content or name in missing):
             content = content.get(name)
         elif isinstance(content, list | tuple) and isinstance(name, int):
             content = content[name] if name < len(content) else None

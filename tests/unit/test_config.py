@@ -135,6 +135,7 @@ def test_what_cannot_be_is_named(path: Path, override: str, words: list[str]) ->
         ("train.curriculum=[{patch: 32, epoch: 3}]", "unknown key 'train.curriculum.0.epoch'; did you mean 'epochs'?"),
         ("network.filters=[1, 2, 3, 4]", "network.filters.4 is missing"),
         ("predict.mirror=true", "predict.mirror goes with augment.flip_axes: the network has to have seen such images"),
+        ("loss.class_weights={A: -1}", "loss.class_weights.A: should be greater than or equal to 0 (got -1)"),
     ],
 )
 def test_what_only_follows_from_an_error_is_not_told(path: Path, override: str, message: str) -> None:

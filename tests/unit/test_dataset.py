@@ -59,6 +59,7 @@ def test_splits_annotated_and_test_scans(tmp_path: Path) -> None:
         ({"labels": {str(value): f"part {value}" for value in range(257)}}, "256 organs; at most 255 are supported"),
         ({"training": [{"image": "imagesTr/absent.nii.gz"}]}, r"lists .*absent\.nii\.gz, which is absent"),
         ({"training": [{"label": "labelsTr/case_0.nii.gz"}]}, r"training\.0\.image is missing"),
+        ({"test": [{"label": "labelsTr/case_0.nii.gz"}]}, r"json: test\.0\.image is missing; see"),
         ({"training": [{"image": "imagesTr/case_0.nii.gz", "annotated": ["Splin"]}]}, r"\['Splin'\] are not among"),
         ({"training": [{"image": "imagesTr/case_0.nii.gz"}] * 2}, "listed twice: case_0"),
         ({"splits": {"train": ["case_9"]}}, "unknown cases: case_9"),
