@@ -69,7 +69,8 @@ def check_sides(what: str, sides: Sequence[int], divisor: int) -> None:
     smaller = [max(1, side // divisor) * divisor for side in sides]
     larger = [max(1, -(-side // divisor)) * divisor for side in sides]
     if list(sides) != smaller:
-        fitting = dict.fromkeys("x".join(map(str, near)) for near in (smaller, larger))  # once, where they are the same
+        near = (padded_sides(sides, divisor) for sides in (smaller, larger))
+        fitting = dict.fromkeys("x".join(map(str, sides)) for sides in near)  # once, where they are the same
         raise ConfigError(
             f"{what} of {'x'.join(map(str, sides))}: each side must be a multiple of {divisor}, as this network halves "
             f"its volumes; take {' or '.join(fitting)}."

@@ -159,7 +159,7 @@ def test_a_plan_that_cannot_fit(lamp3d: CommandLine, refusal: Refusal, dataset: 
         (["train", "DATASET", "--config", "nowhere.yaml"], ["no configuration at nowhere.yaml"]),
         (["train"], ["Missing argument", "dataset"]),
         (["tarin"], ["No such command", "tarin"]),
-        (["plan", "--volume", "17"], ["multiple of 16", "16x16x16 or 32x32x32"]),
+        (["plan", "--volume", "17"], ["multiple of 16", "32x16x16 or 32x32x32"]),
         (["plan", "--memory", "some"], ["'some' is not an amount of memory"]),
         (["plan", "--net", "resnet"], ["no network 'resnet'", "unet, seunet", "package.module:function"]),
         (["plan", "--net", "a.b:c", "--filters", "4"], ["a.b:c says itself how it is built: leave out --filters"]),

@@ -25,7 +25,12 @@ def test_the_largest_volume_is_that_after_padding() -> None:
 
 @pytest.mark.parametrize(
     ("sides", "fitting"),
-    [((20, 64, 64), "take 16x64x64 or 32x64x64"), ((8, 16, 16), r"take 16x16x16\."), ((0, 16, 16), r"take 16x16x16\.")],
+    [
+        ((20, 64, 64), "take 16x64x64 or 32x64x64"),
+        ((30, 30, 30), r"take 32x16x16 or 32x32x32\."),  # of 16³ instance norm has nothing to normalise
+        ((8, 16, 16), r"take 32x16x16\."),
+        ((0, 16, 16), r"take 32x16x16\."),
+    ],
 )
 def test_other_sides_are_refused_with_what_would_do(sides: tuple[int, int, int], fitting: str) -> None:
     with pytest.raises(ConfigError, match=f"a patch of {'x'.join(map(str, sides))}: .* multiple of 16, .*{fitting}"):

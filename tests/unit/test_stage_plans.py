@@ -9,9 +9,9 @@ import pytest
 from torch import Tensor, nn
 
 from lamp3d.data import CaseStore, Dataset
-from lamp3d.errors import PlanError
+from lamp3d.errors import ConfigError, PlanError
 from lamp3d.experiment import ExperimentConfig
-from lamp3d.experiment.planning import is_another_when_validated, stage_plan
+from lamp3d.experiment.planning import is_another_when_validated, plan_stages, stage_plan
 from lamp3d.experiment.run import Run
 from lamp3d.nets import SEUNet, UNet
 
@@ -52,7 +52,28 @@ def test_such_a_network_is_not_divided(
     assert (plan.data, len(plan.stages)) == (2, 1)
     with pytest.raises(
         PlanError,
-        match=r"stage 2: unet is another network in validation .* --devices 1",
+        match=r"^unet is another network in validation .* --devices 1",
     ):
         stage_plan(run, 1, store, content.cases, 2, memory=None)
     assert len(stage_plan(run, 1, store, content.cases, 1, memory=None).stages) == 1
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"patch": 16}, r"stage 2: images of size \(16, 16, 16\) leave a single voxel .* make one size 32"),
+        ({"patch": 20}, "stage 2: a patch of 20x20x20: "),
+        ({"patch": 32, "data": 2}, "stage 2: data × space × pipe must be devices"),
+    ],
+)
+def test_what_is_wrong_with_a_stage_says_which(
+    tiny: Callable[..., Dataset], tmp_path: Path, second: dict[str, object], message: str
+) -> None:
+    stages = [{"patch": [32, 16, 16], "epochs": 1}, {"epochs": 1, **second}]
+    settings = {"network": {"filters": 2}, "train": {"precision": "fp32", "curriculum": stages}}
+    config, content = ExperimentConfig.model_validate(settings), tiny()
+    run = Run(tmp_path, config, content.root, content.organs, content.channels)
+    store = CaseStore(content, config.preprocess, tmp_path)
+    first = stage_plan(run, 0, store, content.cases, 1, memory=None)
+    with pytest.raises((ConfigError, PlanError), match=f"^{message}"):
+        plan_stages(run, store, content.cases, content.cases, 1, kept={0: first})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from lamp3d.errors import ConfigError, PlanError
 from lamp3d.experiment.config import ExperimentConfig
 from lamp3d.experiment.run import Run, cache_folder
 from lamp3d.graph import trace
-from lamp3d.nets import Network
+from lamp3d.nets import Network, UShape
 from lamp3d.plan import Plan, make_plan
 from lamp3d.plan.allowance import cpu_cores
 from lamp3d.sides import Shape3, largest_padded
@@ -132,14 +133,16 @@ def plan_stages(
     config = run.config
     divisor = config.network.outline(store.dataset.n_classes).divisor
     for index in range(len(config.train.curriculum)):  # what mixes up left and right is refused before it is timed
-        stage_batches(config, index, store, train_cases, divisor)
+        with _of_stage(index):
+            stage_batches(config, index, store, train_cases, divisor)
     plans: dict[int, Plan] = {}
     for reads_scans in (False, True):
         if reads_scans:
             store.prepare(all_cases, workers=cpu_cores())
         for index, stage in enumerate(config.train.curriculum):
             if (stage.patch_shape is None) == reads_scans:
-                plan = kept.get(index) or stage_plan(run, index, store, train_cases, devices, memory=config.memory)
+                with _of_stage(index):
+                    plan = kept.get(index) or stage_plan(run, index, store, train_cases, devices, memory=config.memory)
                 plans[index] = plan
                 if show is not None:
                     show(index, stage, plan)
@@ -161,15 +164,19 @@ def stage_plan(
 
     Raises:
         PlanError: none fits, or the network is another one for volumes of other sizes and would have to be divided.
+        ConfigError: the network does not take such volumes.
     """
     stage = run.config.train.curriculum[index]
     torch.manual_seed(run.config.train.seed)
     network = run.network()
     loss = run.config.loss.model_copy(update={"class_weights": {}})  # they change no seconds
+    shape = (stage.batch, store.channels, *_largest_input(stage, store, cases, network.divisor))
+    if isinstance(network, UShape):  # whose own words say what would do
+        network.check_input(shape)
     make = partial(
         make_plan,
         network,
-        (stage.batch, store.channels, *_largest_input(stage, store, cases, network.divisor)),
+        shape,
         devices,
         data=stage.data,
         space=stage.space,
@@ -190,10 +197,19 @@ def stage_plan(
         return plan if plan.is_for_any_cells else make(pipe=1, recompute="always")
     except PlanError as error:
         raise PlanError(
-            f"stage {index + 1}: {run.config.network.name or run.config.network.kind} is another network in validation "
-            "(in evaluation mode, or for volumes of other sizes), so that it cannot be divided among devices. Take "
-            f"--devices 1, or a batch of {devices} or a multiple of that for this stage. ({error})"
+            f"{run.config.network.name or run.config.network.kind} is another network in validation (in evaluation "
+            "mode, or for volumes of other sizes), so that it cannot be divided among devices. Take --devices 1, or a "
+            f"batch of {devices} or a multiple of that for this stage. ({error})"
         ) from error
+
+
+@contextmanager
+def _of_stage(index: int) -> Iterator[None]:
+    """What is wrong with one stage of several is told as such."""
+    try:
+        yield
+    except (ConfigError, PlanError) as error:
+        raise type(error)(f"stage {index + 1}: {error}") from error
 
 
 def is_another_when_validated(network: Network, shape: Sequence[int]) -> bool:
