@@ -84,7 +84,7 @@ class TrainConfig(Settings):
     """Epochs between validations; the last epoch of a stage is always validated."""
     max_bad_steps: PositiveInt = 10
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
 
     def learning_rate(self, stage: int, position: float) -> float:
         """Learning rate of a step.
