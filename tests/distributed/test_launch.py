@@ -12,6 +12,7 @@ import torch
 
 from lamp3d import launch
 from lamp3d.errors import ConfigError, DeviceMemoryError, WorkerError
+from lamp3d.parallel import worker
 from tests.distributed import workers
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,15 @@ def test_a_killed_worker_is_named(victim: int, devices: int, tmp_path: Path) -> 
     assert time.time() - float(note.read_text()) < 15
     assert f"worker {victim} was killed by SIGKILL" in str(caught.value)
     assert "onnection" not in str(caught.value)
+
+
+def test_a_lost_peer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "LOST_PEER_SECONDS", 0)
+    told = r"lost another one, .* \(Read error: Connection reset by peer\).*--resume"
+    with pytest.raises(WorkerError, match=told), worker.telling_lost_peers():
+        raise RuntimeError("Read error: Connection reset by peer\nframe #0")
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), worker.telling_lost_peers():
+        raise RuntimeError("shapes differ")
 
 
 def test_the_same_script_runs_under_torchrun(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lamp3d.errors import ConfigError, WorkerError
-from lamp3d.parallel.worker import Result, join, work
+from lamp3d.parallel.worker import Result, join, telling_lost_peers, work
 
 WAITING = timedelta(days=1)
 """How long ranks wait for the first one's next launch; where it fails, torchrun ends them."""
@@ -87,9 +87,10 @@ def share(fn: Callable[..., Result], devices: int, args: Sequence[Any]) -> list[
 
 def _handed_out(task: _Task | None) -> _Task | None:
     """What the first rank gives all to do; None is the end."""
-    join(WAITING)
     box = [task]
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    with telling_lost_peers():
+        join(WAITING)
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
     return box[0]
 
 

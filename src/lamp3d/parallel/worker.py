@@ -8,14 +8,15 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from lamp3d.errors import DeviceMemoryError, PlanError
+from lamp3d.errors import DeviceMemoryError, PlanError, WorkerError
 from lamp3d.graph.allocator import keep_freed_memory, return_freed_memory
 from lamp3d.parallel.groups import set_timeout
 from lamp3d.plan.hardware import device_type, worker_threads, workers_per_gpu
@@ -38,13 +39,9 @@ def work(fn: Callable[..., Result], args: Sequence[Any], timeout: timedelta) -> 
         timeout: of collective operations.
     """
     join(timeout)
-    try:
+    with telling_lost_peers():
         result = reporting_memory(fn, args)
-    except RuntimeError as error:
-        if _lost_peer(error):
-            time.sleep(LOST_PEER_SECONDS)
-        raise
-    dist.all_reduce(torch.zeros(1))  # no one leaves while another still wants to hear from it
+        dist.all_reduce(torch.zeros(1))  # no one leaves while another still wants to hear from it
     return result
 
 
@@ -74,6 +71,26 @@ def join(timeout: timedelta) -> None:
     # Under torchrun the next launch in this process uses the same group: a second one would meet the addresses of the
     # first in torchrun's store.
     atexit.register(_leave_group)
+
+
+@contextmanager
+def telling_lost_peers() -> Iterator[None]:
+    """That a peer has gone is said in words, where no launcher knows better: under torchrun, on another machine.
+
+    Raises:
+        WorkerError: one has.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _lost_peer(error):
+            raise
+        time.sleep(LOST_PEER_SECONDS)
+        said = str(error).splitlines()[0]
+        raise WorkerError(
+            f"a worker lost another one, and why is said there, or on its machine ({said}). Nothing that was saved is "
+            "lost: a training run goes on with --resume."
+        ) from error
 
 
 def reporting_memory(fn: Callable[..., Result], args: Sequence[Any]) -> Result:
@@ -119,4 +136,4 @@ def _lost_peer(error: BaseException) -> bool:
         "remote process has exited",
         "socket",
     )
-    return any(sign in str(error).lower() for sign in signs)
+    return isinstance(error, dist.DistNetworkError) or any(sign in str(error).lower() for sign in signs)
