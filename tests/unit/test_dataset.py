@@ -66,7 +66,10 @@ def test_splits_annotated_and_test_scans(tmp_path: Path) -> None:
         ({"splits": {"train": ["case_0"], "validation": ["case_0"]}}, "more than one split place: case_0"),
         ({"splits": {"train": ["case_0"], "val": ["case_1"]}}, "split 'val'; did you mean 'validation'"),
         ({"splits": {"Training": ["case_0"]}}, "split 'Training'; did you mean 'train'"),
-        ({"training": [{"image": "imagesTr/case_0.nii.gz"}]}, "cases without a label: case_0"),
+        (
+            {"training": [{"image": "imagesTr/case_0.nii.gz"}]},
+            "a label: case_0; add their label maps, or list them under",
+        ),
     ],
 )
 def test_contradictions_are_refused(tiny: Callable[..., Dataset], change: dict[str, Any], message: str) -> None:

@@ -296,7 +296,10 @@ def _check_splits(path: Path, splits: dict[str, tuple[str, ...]], cases: tuple[C
         if unknown := [name for name in names if name not in by_name]:
             raise DatasetError(f"{path}: split {split!r} names unknown cases: {', '.join(unknown)}; correct the split")
         if split != TEST and (bare := [name for name in names if by_name[name].label is None]):
-            raise DatasetError(f"{path}: split {split!r} has cases without a label: {', '.join(bare)}")
+            raise DatasetError(
+                f"{path}: split {split!r} has cases without a label: {', '.join(bare)}; add their label maps, or list "
+                "them under `test`"
+            )
     if shared := _twice(name for names in splits.values() for name in names):
         raise DatasetError(f"{path}: cases in more than one split place: {', '.join(shared)}; keep splits disjoint")
 
