@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_dataset import AFFINE, ORGANS, SHAPE, write_tiny_dataset
 
-from lamp3d.data import CaseStore, PreprocessConfig, read_dataset, unusual_contours
+from lamp3d.data import CaseStore, PreprocessConfig, read_dataset, unseen_organs, unusual_contours
 from lamp3d.volume import Volume, write_nifti
 
 VOXEL_ML = 2 * 2.5 * 3 / 1000
@@ -63,3 +63,9 @@ def test_absent_organs_have_no_size(tmp_path: Path) -> None:
     store = store_of(tmp_path, {"Spine": [100] * 8 + [0]})
     assert "Spine" not in store.organ_ml(store.dataset.cases[8])
     assert unusual_contours(store, store.dataset.cases) == []
+
+
+def test_organs_that_no_case_shows_are_found(tmp_path: Path) -> None:
+    store = store_of(tmp_path, {"GlandLeft": [0, 0], "Spine": [0, 9]})
+    assert unseen_organs(store, store.dataset.cases) == ["GlandLeft"]
+    assert unseen_organs(store, store.dataset.cases[:1]) == ["GlandLeft", "Spine"]

@@ -67,3 +67,14 @@ def unusual_contours(store: CaseStore, cases: Sequence[Case]) -> list[UnusualCon
             if abs(math.log(ml) - usual) > farthest
         ]
     return sorted(found, key=lambda contour: -abs(math.log(contour.ml / contour.usual_ml)))
+
+
+def unseen_organs(store: CaseStore, cases: Sequence[Case]) -> list[str]:
+    """Those that no case shows, so that nothing can be learnt of them.
+
+    Args:
+        store: in which the cases are prepared.
+        cases: that are trained on.
+    """
+    seen = {organ for case in cases for organ in store.organ_ml(case)}
+    return [organ for organ in store.dataset.organs if organ not in seen]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from lamp3d.data import Batches, Case, CaseStore, Dataset, UnusualContour, read_dataset, unusual_contours
+from lamp3d.data import Batches, Case, CaseStore, Dataset, UnusualContour, read_dataset, unseen_organs, unusual_contours
 from lamp3d.errors import ConfigError, DatasetError, DeviceMemoryError, LampError, PlanError, WorkerKilledError
 from lamp3d.evaluate import dice_per_organ
 from lamp3d.experiment.config import ExperimentConfig
@@ -104,6 +104,11 @@ def train(
     _check_validation(run, store, validation_cases)
     if not begun:
         _point_out(unusual_contours(store, (*train_cases, *validation_cases)), console)
+        if unseen := unseen_organs(store, train_cases):
+            console.print(
+                f"No training case shows {', '.join(unseen)}: are its contours there? The network cannot learn it.",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
     with claimed(out / ".lock") as mine:
         if not mine:
             raise ConfigError(f"{out} is being trained by another process; wait for it, or choose another --out.")
