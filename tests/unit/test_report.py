@@ -241,6 +241,16 @@ def test_a_distance_is_said_to_be_of_the_organs_that_have_one(run: Path, tmp_pat
     assert "mean over organs" in write_report(run).read_text()
 
 
+@pytest.mark.parametrize(("hd95_mm", "text"), [(2.0, "2.00 mm"), (34.56, "34.6 mm"), (151.84, "152 mm")])
+def test_numbers_have_room_on_their_cards(run: Path, tmp_path: Path, hd95_mm: float, text: str):
+    results = Results.load(run / "results.json")
+    for case in results.cases:
+        for name, scores in case.organs.items():
+            case.organs[name] = scores.model_copy(update={"hd95_mm": hd95_mm})
+    summarise(results.cases, ORGANS, split="validation", settings={}).save(tmp_path / "results.json")
+    assert f"<b>{text}</b><span>HD95</span>" in write_report(tmp_path).read_text()
+
+
 def test_plan_picture_draws_every_action(tmp_path: Path):
     figure = plan_picture(make_plan(micro_batches=4))
     assert len(figure.axes[0].patches) == 2 * 2 * 4

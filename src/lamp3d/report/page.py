@@ -93,13 +93,13 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
             values = [mean for organ in summaries if (mean := getattr(organ, key).mean) is not None]
             if values:
                 mean = statistics.fmean(values)
-                text = f"{mean:.1f} mm" if key == "hd95_mm" else _score(mean)
+                text = f"{_figures(mean)} mm" if key == "hd95_mm" else _score(mean)
                 tolerance = results.settings.get("tolerance_mm")
                 over = f"{len(values)} of {len(summaries)} " * (len(values) < len(summaries))  # the others are missed
                 detail = f"within {tolerance} mm" if key == "surface_dice" and tolerance else f"mean over {over}organs"
                 cards.append((text, what, detail))
         if seconds := [case.seconds for case in results.cases if case.seconds is not None]:
-            cards.append((f"{statistics.median(seconds):.2f} s", "a prediction", "median over cases"))
+            cards.append((f"{_figures(statistics.median(seconds))} s", "a prediction", "median over cases"))
     if best := max((epoch.mean_dice for epoch in run.history if epoch.mean_dice is not None), default=None):
         cards.append((_score(best), "best validation Dice", f"in {len(run.history)} epochs"))
     if run.plans:
@@ -188,6 +188,11 @@ def _chart(figure: Figure) -> Markup:
 def _embedded(buffer: io.BytesIO, media_type: str, text: str) -> Markup:
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return Markup('<img alt="{}" src="data:{};base64,{}">').format(text, media_type, data)
+
+
+def _figures(value: float) -> str:
+    """Three figures, or all before the point: what a card has room for."""
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f}"
 
 
 def _score(value: float | None) -> str:
