@@ -104,6 +104,10 @@ def _broken_folds(root: Path) -> None:
     (root / "splits_final.json").write_text('{"train": []}', encoding="utf-8")
 
 
+def _fold_of_others(root: Path) -> None:
+    (root / "splits_final.json").write_text('[{"train": ["CT_000"], "val": ["CT_007"]}]', encoding="utf-8")
+
+
 def _nothing(root: Path) -> None:
     pass
 
@@ -130,6 +134,7 @@ def _nothing(root: Path) -> None:
         ({}, _no_label, "no label map of CT_002; add CT_002.nii.gz"),
         ({}, _no_images, "no files CASE_0000.nii.gz"),
         ({}, _broken_folds, "not a list of folds"),
+        ({}, _fold_of_others, "splits_final.json: the first fold has CT_007, of which the dataset has no scan"),
     ],
 )
 def test_what_is_not_nnunets(
@@ -197,7 +202,7 @@ def test_a_run_keeps_its_splits_when_cases_are_added(tmp_path: Path) -> None:
     assert Run.open(tmp_path / "run").read_dataset().splits == before.splits
     gone = [entry for entry in content["training"] if before.splits["validation"][0] not in entry["image"]]
     (root / "dataset.json").write_text(json.dumps(content | {"training": gone}), "utf-8")
-    with pytest.raises(DatasetError, match="names unknown cases"):
+    with pytest.raises(DatasetError, match=r"the run's cases case_. are not there any more; bring them back"):
         Run.open(tmp_path / "run").read_dataset()
 
 

@@ -109,6 +109,11 @@ class Dataset:
             DatasetError: some of them are not there any more.
         """
         kept = {split: tuple(names) for split, names in splits.items()}
+        there = {case.name for case in self.cases}
+        if gone := [name for names in kept.values() for name in names if name not in there]:
+            raise DatasetError(
+                f"{self.root}: the run's cases {', '.join(gone)} are not there any more; bring them back"
+            )
         _check_splits(self.root, kept, self.cases)
         return replace(self, splits=kept, drawn=False)
 

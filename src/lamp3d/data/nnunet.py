@@ -60,7 +60,7 @@ def as_decathlon(root: Path, content: dict[str, Any]) -> dict[str, Any]:
     tests = _entries(root, "Ts", len(channels), ending)
     found = {"name": content.get("name") or root.resolve().name, "labels": _labels(path, labels), "modality": channels}
     found |= {"training": training, "test": tests}
-    if (splits := _first_fold(root)) is not None:
+    if (splits := _first_fold(root, [entry["name"] for entry in training])) is not None:
         found["splits"] = splits | ({"test": [entry["name"] for entry in tests]} if tests else {})
     return found
 
@@ -113,16 +113,22 @@ def _labels(path: Path, labels: dict[str, Any]) -> dict[str, str]:
     return {str(value): name for name, value in labels.items()}
 
 
-def _first_fold(root: Path) -> dict[str, list[str]] | None:
+def _first_fold(root: Path, cases: list[str]) -> dict[str, list[str]] | None:
     folder = root.resolve()
     for path in (folder / SPLITS, folder.parent.parent / "nnUNet_preprocessed" / folder.name / SPLITS):
         if path.exists():
             try:
                 fold = json.loads(path.read_text(encoding="utf-8"))[0]
-                return {
+                splits = {
                     "train": [str(name) for name in fold["train"]],
                     "validation": [str(name) for name in fold["val"]],
                 }
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise DatasetError(f"{path}: not a list of folds with train and val ({error!r}); repair it.") from error
+            if unknown := [name for names in splits.values() for name in names if name not in cases]:
+                raise DatasetError(
+                    f"{path}: the first fold has {', '.join(unknown)}, of which the dataset has no scan; add it, or "
+                    "repair or remove the file."
+                )
+            return splits
     return None
