@@ -5,7 +5,8 @@ import itertools
 import random
 import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -335,6 +336,16 @@ def _assigned(net: nn.Module, image: Tensor) -> Tensor:
     return net.conv(image) * net.number
 
 
+class _Named(NamedTuple):
+    fine: Tensor
+    coarse: list[Tensor]
+
+
+@dataclass
+class _Made:
+    fine: Tensor
+
+
 def _checkpointed(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
     return lambda net, image: checkpoint(net.conv, image, use_reentrant=reentrant)
 
@@ -353,6 +364,7 @@ def _checkpointed(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
         (lambda net, image: torch.as_tensor([net.conv(image)]), "makes a new tensor of the numbers"),
         (lambda net, image: net.conv(image) * random.random(), "draws random numbers"),
         (lambda net, image: net.conv(image) * np.random.rand(), "draws random numbers"),  # noqa: NPY002
+        (lambda net, image: _Made(net.conv(image)), "puts tensors into a _Made, .* return a tuple"),
         (_assigned, r"assigns to the buffer number, .* self\.number\.copy_"),
         (lambda net, image: net.conv(image) * sum(p.sum() for p in net.parameters()), "does not call by name"),
     ],
@@ -386,6 +398,23 @@ def _compiled() -> nn.Module:
 def test_networks_that_cannot_be_traced_are_named(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         trace(make(), (1, 1, 8, 8, 8))
+
+
+def test_a_named_tuple_comes_out_as_one() -> None:
+    net = _Forward(lambda net, image: _Named(net.conv(image), [net.conv(image).relu()]))
+    image = torch.randn(2, 1, 4, 4, 4)
+    graph = trace(net, tuple(image.shape))
+    found = run_stages(graph, list(range(len(graph.cells))), image)
+    assert type(found) is _Named
+    torch.testing.assert_close(found, net(image))
+
+
+def test_attributes_that_are_tensors() -> None:
+    net = _Forward(lambda net, image: (image.mT + image.data) @ net.conv(image).mT.detach() @ image.mT)
+    image = torch.randn(1, 1, 4, 4, 4)
+    graph = trace(net, tuple(image.shape))
+    found = run_stages(graph, list(range(len(graph.cells))), image)
+    torch.testing.assert_close(found, net(image))
 
 
 def test_the_shape_of_a_buffer_is_no_shape_of_the_input() -> None:

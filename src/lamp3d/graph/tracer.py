@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -114,6 +115,13 @@ class ShapedTracer(fx.Tracer):
             )
             self.constants[name] = a
             return self.create_node("get_attr", name, (), {})
+        if isinstance(a, tuple) and hasattr(a, "_fields"):  # fx would make its making a node, whose value is no tensor
+            return type(a)(*(self.create_arg(item) for item in a))
+        if is_dataclass(a) and not isinstance(a, type):
+            raise ConfigError(
+                f"its forward puts tensors into a {type(a).__name__}, which a graph of it does not know; return a "
+                "tuple (a named one will do), a list or a dict."
+            )
         return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
@@ -264,9 +272,11 @@ class _ShapedProxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.node.meta[VALUE], name)
-        if callable(value) or isinstance(value, Tensor):
-            return super().__getattr__(name)
         assert isinstance(self.tracer, ShapedTracer)
+        if isinstance(value, Tensor):  # such as x.T; fx would make a node of it at its use only
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        if callable(value):
+            return super().__getattr__(name)
         self.tracer.reads_shape |= self.node.meta[VARIES] and name not in _FREE_OF_EXTENTS
         return value
 
