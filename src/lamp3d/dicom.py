@@ -23,6 +23,9 @@ _POSITION, _INTERCEPT, _SLOPE = "0020|0032", "0028|1052", "0028|1053"
 _PHOTOMETRIC, _DESCRIPTION = "0028|0004", "0008|103e"
 _ALIKE = {"0020|0037": "directions", "0028|0030": "voxel sizes"}
 
+_STORAGE_CLASS = b"\x02\x00\x02\x00UI"
+"""The element of a file's header that says what sort of object it holds: its tag and type."""
+
 
 def read_series(folder: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
     """The voxels (X, Y, Z) of the one series in a folder, in the modality's units, and their affine to mm in RAS+.
@@ -73,6 +76,11 @@ def _files(folder: Path) -> Sequence[str]:
         series = [reader.GetGDCMSeriesFileNames(str(folder), uid) for uid in reader.GetGDCMSeriesIDs(str(folder))]
     if len(series) == 1:
         files: Sequence[str] = series[0]
+        if damaged := _damaged(folder, files):
+            raise ScanError(
+                f"{folder}: {len(damaged)} file(s) such as {damaged[0].name} cannot be read: truncated or corrupt; "
+                "export the series again"
+            )
         return files
     if series:
         held = "; ".join(f"{_told(files[0])} in {len(files)} file(s) such as {Path(files[0]).name}" for files in series)
@@ -81,6 +89,21 @@ def _files(folder: Path) -> Sequence[str]:
         if any(folder.glob(f"*{ending}")):
             raise ScanError(f"{folder}: holds NIfTI files and no DICOM series; give the files, {folder}/*{ending}")
     raise ScanError(f"{folder}: holds no DICOM series; give the folder that the slices themselves lie in")
+
+
+def _damaged(folder: Path, files: Sequence[str]) -> list[Path]:
+    """Files of the slices' own kind that are not among them: GDCM leaves out what it cannot read without a word."""
+    known, kind = {Path(file).name for file in files}, _storage_class(Path(files[0]))
+    others = (path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in known)
+    return [path for path in others if kind and _storage_class(path) == kind]
+
+
+def _storage_class(path: Path) -> bytes:
+    """What sort of DICOM object a file holds, of which its first bytes tell; empty where it has none."""
+    with path.open("rb") as file:
+        start = file.read(1024)
+    size_and_text = start.partition(_STORAGE_CLASS)[2] if start[128:132] == b"DICM" else b""
+    return size_and_text[2 : 2 + int.from_bytes(size_and_text[:2], "little")]
 
 
 def _told(file: str) -> str:

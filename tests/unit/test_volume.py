@@ -239,6 +239,12 @@ def test_dicom_that_is_no_volume_is_refused(tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes().replace(b"MONOCHROME2", b"MONOCHROME1"))
     with pytest.raises(ScanError, match=r"MONOCHROME1.* convert it to NIfTI first"):
         read_volume(tmp_path / "dark")
+    write_dicom(tmp_path / "damaged", data)
+    last = tmp_path / "damaged" / "1.2.3-5.dcm"
+    last.write_bytes(last.read_bytes()[:-20])
+    (tmp_path / "damaged" / "read me.txt").write_text("of the five slices", "utf-8")
+    with pytest.raises(ScanError, match=r"1 file\(s\) such as 1.2.3-5.dcm cannot be read: truncated or corrupt"):
+        read_volume(tmp_path / "damaged")
     write_dicom(tmp_path / "copies", data, more=lambda i: {"0020|0032": f"-10\\20\\{30 + 3 * (i % 4)}"})
     with pytest.raises(ScanError, match="2 of 6 slices lie where another one does"):
         read_volume(tmp_path / "copies")

@@ -1,6 +1,7 @@
 """The command line: ``lamp3d demo | plan | verify | train | predict | evaluate | report | convert | study | bench``."""
 
 import signal
+import sys
 from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -42,4 +43,5 @@ def _raise(number: int, _: object) -> NoReturn:
 
 
 def _stopped(number: int) -> NoReturn:
-    stop(f"stopped by {signal.Signals(number).name}; a training run goes on with --resume.", 128 + number)
+    goes_on = "; the run goes on with --resume" if sys.argv[1:2] == ["train"] else ""
+    stop(f"stopped by {signal.Signals(number).name}{goes_on}.", 128 + number)
