@@ -72,10 +72,12 @@ def test_a_plan_is_frozen_and_comes_back_from_json(u_net_plan: Plan, tmp_path: P
     assert list(tmp_path.iterdir()) == [path]  # nothing temporary is left
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"speed": "high"}))
-    with pytest.raises(PlanError, match=r"plan\.json is not a plan [^\n]*\n *speed"):
+    with pytest.raises(
+        PlanError, match=r"plan\.json is not a plan .* \(speed: Extra inputs are not permitted\); make it anew"
+    ):
         Plan.load(path)
     path.write_text("{")
-    with pytest.raises(PlanError, match="is not a plan"):
+    with pytest.raises(PlanError, match=r"is not a plan .* \(Invalid JSON.*--resume plans anew\.$"):
         Plan.load(path)
     with pytest.raises(PlanError, match=r"no plan at .*absent\.json; make one with"):
         Plan.load(tmp_path / "absent.json")

@@ -308,7 +308,14 @@ class Plan(BaseModel):
         except FileNotFoundError:
             raise PlanError(f"no plan at {path}; make one with `lamp3d plan … --json {path}`.") from None
         except (ValidationError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path} is not a plan that this version of lamp3d reads: {error}") from error
+            what = str(error)
+            if isinstance(error, ValidationError):  # pydantic's own text has many lines
+                first = error.errors()[0]
+                what = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+            raise PlanError(
+                f"{path} is not a plan that this version of lamp3d reads ({what}); make it anew, or where a run "
+                "keeps it, delete it: --resume plans anew."
+            ) from error
 
 
 def blocks_of(recompute: Recompute, cells: Sequence[str]) -> list[int | None]:
