@@ -103,7 +103,7 @@ def diagnosis(config: TrainConfig, stage: int, precision: str, when: str, last: 
     if config.clip_norm is None:
         advice.append("train.clip_norm=1 (it is off)")
     if len(counted) <= CASES_SHOWN:
-        advice.append("a look at these few cases: broken intensities or labels?")
+        advice.append("a look at these few cases for broken intensities or labels")
     return (
         f"{config.max_bad_steps} steps in a row had a non-finite loss or gradient; they changed nothing. "
         f"Stage {stage + 1} of {len(config.curriculum)} ({config.curriculum[stage]}), precision {precision}, {when}; "
