@@ -156,10 +156,11 @@ def test_the_report_lists_what_is_not_finished(tmp_path: Path) -> None:
         for devices in (1, 2)
     )
     dice: list[dict[str, float | None]] = [{"A": 0.5, "B": 0.25}, {"A": 0.75}]
-    result("a", 0, dice).save(out / "results" / "a-0.json")
-    RowTimings(row="a", network="U-Net-4", input="32³", device="a CPU", timings=timings).save(
-        out / "timings" / "a.json"
-    )
+    (first := result("a", 0, dice)).save(out / "results" / "a-0.json")
+    timed = RowTimings(row="a", network="U-Net-4", input="32³", device="a CPU", timings=timings)
+    timed.save(out / "timings" / "a.json")
+    labels = [label.get_text() for label in figure([first], [timed]).axes[1].get_xticklabels()]
+    assert labels[:3:2] == ["whole\n1 device", "windows\n32×32×32\n1 device"]
     text = write_study_report(out).read_text("utf-8")
     assert "**Not finished:** a-1, b-0." in text or "**Not finished:** b-0, a-1." in text
     assert "| U-Net-4 | 32³ | windows 32×32×32 | 2 | 1.50 ± 0.71 | 1 GB |" in text

@@ -188,7 +188,8 @@ def _draw_seconds(axes: Axes, timed: Sequence[RowTimings], networks: Sequence[st
                 width = 0.8 / len(networks)
                 at = place + width * (shift - (len(networks) - 1) / 2)
                 axes.bar(at, statistics.fmean(seconds), width=0.9 * width, color=colours[network])
-    names = [f"{_by(window)}\n{devices} device{'s' * (devices > 1)}".replace(" ", "\n") for window, devices in ways]
+    by = [(_by(window).replace(" ", "\n"), devices) for window, devices in ways]
+    names = [f"{way}\n{devices} device{'s' * (devices > 1)}" for way, devices in by]
     axes.set_xticks(range(len(ways)), names, fontsize=8)
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter("{x:g}")
