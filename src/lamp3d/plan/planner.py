@@ -319,15 +319,12 @@ def _check(
 ) -> None:
     if devices < 1:
         raise PlanError(f"a plan needs at least one device, not {devices}.")
-    given = [number for number in (data, None if mesh is None else math.prod(mesh), pipe) if number is not None]
-    if (
-        any(number < 1 for number in given)
-        or devices % math.prod(given)
-        or (len(given) == 3 and math.prod(given) != devices)
-    ):
-        raise PlanError(
-            f"data × space × pipe must be devices; data={data}, space={mesh}, pipe={pipe}, devices={devices} is not."
-        )
+    wanted = {"data": data, "space": None if mesh is None else math.prod(mesh), "pipe": pipe}
+    given = {name: number for name, number in wanted.items() if number is not None}
+    product = math.prod(given.values())
+    if any(number < 1 for number in given.values()) or devices % product or (len(given) == 3 and product != devices):
+        told = ", ".join(f"{name}={number}" for name, number in given.items())
+        raise PlanError(f"data × space × pipe must be devices; {told} of {devices} devices is not.")
     if data is not None and batch % data:
         raise PlanError(
             f"a mini-batch of {batch} cannot be shared evenly among {data} replicas; take a multiple of {data}."

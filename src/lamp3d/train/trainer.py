@@ -142,13 +142,14 @@ class Trainer:
         if first:
             self.recorder = RunRecorder(self.run, self.config, epochs=self.state.epochs, step=self.state.step)
         changed = self.state.changed(self.config, self.others)
+        done = self.state.stage >= len(self.plans)
         if begun:
-            done = self.state.stage >= len(self.plans)
             more = " Stages that are done stay as they are; to go on, add another one." if done else ""
             self.recorder.say(f"Resuming {self.last}: {self.state.where(len(self.plans))}.{more}")
         if changed:
             self.recorder.say(
-                f"Settings changed since the checkpoint: {', '.join(changed)}; the new ones apply from here."
+                f"Settings changed since the checkpoint: {', '.join(changed)}; "
+                + ("nothing is left to train with the new ones." if done else "the new ones apply from here.")
             )
         self.state.settings = settings
 
