@@ -225,7 +225,7 @@ def test_recomputation_is_chosen_only_where_it_is_needed() -> None:
     [
         ({"devices": 0}, "at least one device, not 0"),
         ({"devices": 999}, "cells cannot be cut into 999 stages"),
-        ({"space": 3}, r"space=\(3,\)"),
+        ({"space": 3}, "space=3 of"),
         ({"space": (2, 2, 2), "devices": 8}, r"space=\(2, 2, 2\)"),
         ({"space": 99, "devices": 99}, "planes cannot be cut into 99 slabs"),
         ({"devices": 2, "pipe": 3}, "pipe=3"),
