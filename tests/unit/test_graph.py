@@ -444,3 +444,55 @@ def test_cells_of_a_layer_that_is_used_twice_have_two_names() -> None:
             return self.act(self.two(self.act(self.one(image))))
 
     assert [cell.name for cell in trace(Twice(), (1, 1, 4, 4, 4)).cells] == ["one", "act", "two", "act (2)"]
+
+
+def _attention(order: tuple[int, ...]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Of every voxel to every other one, or of every case."""
+
+    def code(net: nn.Module, image: Tensor) -> Tensor:
+        tokens = net.conv(image).flatten(2).permute(order)
+        return (tokens @ tokens.transpose(-1, -2)).softmax(-1) @ tokens
+
+    return code
+
+
+def _over_windows(net: nn.Module, image: Tensor) -> Tensor:
+    """As a Swin transformer does it: windows of all cases along the first axis, queries and keys along another one."""
+    made = net.conv(image)
+    windows = made.view(-1, 2, 2, 2, 4, 4).transpose(1, 2).reshape(-1, 2, 64)
+    one, two = windows.reshape(-1, 2, 2, 32).permute(2, 0, 1, 3).unbind(0)
+    return (one * two).roll(1, 1).softmax(1).view(image.shape[0], 2, 2, 16).sum((2, 3))
+
+
+_GRAM = torch.eye(2)
+
+
+@pytest.mark.parametrize(
+    ("code", "goes_over"),
+    [
+        (lambda net, x: net.conv(x) / net.conv(x).max(), True),
+        (lambda net, x: net.conv(x) / net.conv(x).flatten().norm(), True),
+        (lambda net, x: net.conv(x) - net.conv(x).mean((2, 3, 4)).mean(0)[:, None, None, None], True),
+        (lambda net, x: net.conv(x).flip(0), True),
+        (lambda net, x: net.conv(x).cumsum(-5), True),
+        (lambda net, x: nn.functional.normalize(net.conv(x), dim=0), True),
+        (lambda net, x: net.conv(x).transpose(0, 1).softmax(1), True),
+        (lambda net, x: net.conv(x)[1:], True),
+        (lambda net, x: torch.stack(net.conv(x).unbind()[::-1]), True),
+        (lambda net, x: net.conv(x).flatten(1) @ net.conv(x).flatten(1).T, True),
+        (_attention((1, 0, 2)), True),
+        (_attention((0, 1, 2)), False),
+        (_over_windows, False),
+        (lambda net, x: net.conv(x).transpose(0, 1).softmax(0), False),
+        (lambda net, x: net.conv(x)[:, [1, 0]].flip(1)[:, :, 1:], False),
+        (lambda net, x: torch.cat([net.conv(x), net.conv(x)]).chunk(2)[0] * net.conv.weight.mean(0).sum(), False),
+        (lambda net, x: net.conv(x) / net.conv(x).amax((1, 2, 3, 4), keepdim=True), False),
+        (lambda net, x: nn.functional.embedding((x > 0).long().flatten(1), net.conv.bias[:, None]).softmax(1), False),
+        (lambda net, x: torch.einsum("bcdhw,ce->bedhw", net.conv(x), _GRAM), False),
+        (lambda net, x: nn.functional.group_norm(nn.functional.instance_norm(net.conv(x)), 2), False),
+    ],
+)
+def test_what_goes_over_the_cases_of_a_mini_batch_is_noticed(code: Any, goes_over: bool) -> None:
+    for batch in (2, 3):
+        graph = trace(_Forward(code), (batch, 1, 4, 4, 4))
+        assert (graph.whole_batch is not None) == goes_over

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils import _pytree as pytree
 
 from lamp3d.errors import ConfigError
+from lamp3d.graph.cases import OverCases
 from lamp3d.graph.cells import Cell, CellGraph
 from lamp3d.graph.inputs import InputShape, Shape, input_text, shapes_by_name, title_of
 from lamp3d.graph.shapes import dry_run, module_device, module_dtype
@@ -159,6 +160,7 @@ class _Recorder(fx.Interpreter):
         self.last_use: dict[int, int] = {}  # of a storage
         self.changed: set[int] = set()  # storages of buffers that the forward changes: all that use them stays together
         self.whole_batch: str | None = None
+        self.over_cases = OverCases()
         self.keep: list[Any] = []  # every result: a freed storage's address may be used again
 
     def dry_run(self, network: nn.Module, input_shapes: dict[str, Shape]) -> None:
@@ -180,9 +182,13 @@ class _Recorder(fx.Interpreter):
             self.varies.add(node)
         named = self.fetch_attr(str(node.target)).named_buffers() if node.op == "call_module" else ()
         buffers = [(name, buffer, buffer._version) for name, buffer in named]
-        if node in self.varies and _is_over_cases(node, self.env):
+        self.over_cases.found = node in self.varies and _trains_batch_norm(node)
+        with self.over_cases:
+            result = super().run_node(node)
+        if node.op == "placeholder":
+            self.over_cases.add_input(result)
+        if self.over_cases.found:
             self.whole_batch = f"{node.name!r} is computed over the mini-batch"
-        result = super().run_node(node)
         for name, buffer, version in buffers:
             if buffer._version != version:
                 self.whole_batch = f"{node.target}.{name} changes in the forward"
@@ -223,20 +229,12 @@ class _Recorder(fx.Interpreter):
         return allowed
 
 
-_REDUCTIONS = {"mean", "sum", "prod", "std", "var", "std_mean", "var_mean", "amax", "amin", "logsumexp"}
-
-
-def _is_over_cases(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
-    """Whether a node computes of volumes what depends on all cases of the mini-batch."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name == "batch_norm":
-        (training,) = [*node.args[5:6], *(value for key, value in node.kwargs.items() if key == "training")] or [False]
-        return bool(training)
-    volume = next((values[source] for source in node.all_input_nodes), None)
-    if node.op == "call_module" or name not in _REDUCTIONS or not isinstance(volume, Tensor) or volume.dim() != 5:
+def _trains_batch_norm(node: fx.Node) -> bool:
+    """Whether a node is a functional batch norm that uses the statistics of what it is given."""
+    if getattr(node.target, "__name__", "") != "batch_norm":
         return False
-    dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    return dims is None or any(dim % 5 == 0 for dim in (dims if isinstance(dims, list | tuple) else [dims]))
+    (training,) = [*node.args[5:6], *(value for key, value in node.kwargs.items() if key == "training")] or [False]
+    return bool(training)
 
 
 def _does_not_accept(network: nn.Module, input_shapes: dict[str, Shape], error: Exception) -> ConfigError:
