@@ -220,6 +220,17 @@ def test_alone_on_its_device_a_network_may_be_another_one_for_every_shape(recomp
         in_blocks.step(torch.randn(1, 1, 8, 4, 4, dtype=torch.double), torch.zeros(1).double(), squares)
 
 
+def test_an_engine_does_not_train_parameters_that_it_does_not_know() -> None:
+    net, image = two_layers(), torch.randn(1, 1, 4, 4, 4, dtype=torch.double)
+    engine = Engine(net, plan_at(net, (1, 1, 4, 4, 4), [0], 1))
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    net.load_state_dict(state)
+    engine.step(image, -image, squares)
+    net.load_state_dict(state, assign=True)
+    with pytest.raises(PlanError, match=r"0\.weight is another one .* load without assign"):
+        engine.step(image, -image, squares)
+
+
 def test_a_share_is_what_the_mini_batch_is_cut_into() -> None:
     a, b = torch.arange(4), torch.arange(4) * 10
     assert own_share([a, b], 1, 2, listed=True)[0] is b

@@ -181,9 +181,10 @@ class Engine:
 
         Raises:
             PlanError: the plan's schedule, or its replicas, need a loss that is a mean over cases; or the mini-batch
-                cannot be shared evenly.
+                cannot be shared evenly; or the network's parameters have been replaced.
         """
         self._refuse_parts(self.graph)  # again: the network's mode may have changed
+        self._refuse_other_parameters()
         micro_batches = self._handout.micro_batches(inputs, shared=True)
         with self._refusals():
             programs = [self._program(spec) for spec in micro_batches.specs]
@@ -318,6 +319,15 @@ class Engine:
     def _refuse_parts(self, graph: CellGraph) -> None:
         if self.plan.micro_batches > 1 or self.plan.data > 1:
             refuse_parts(graph, self._network)
+
+    def _refuse_other_parameters(self) -> None:
+        """Others than those of which this engine knows would get gradients that nobody sums or moves."""
+        now = dict(self._network.named_parameters(remove_duplicate=False))
+        if name := next((name for name, known in self.parameters.items() if now.get(name) is not known), None):
+            raise PlanError(
+                f"the parameter {name} is another one than when the engine was made; make a new engine after what "
+                "replaces parameters, such as load_state_dict(…, assign=True), or load without assign."
+            )
 
     def _flush(self) -> None:
         """Wait until everything that was sent has arrived; whoever made this engine may drop it then."""
