@@ -21,7 +21,7 @@ from lamp3d.parallel.outbox import ThreadedOutbox
 from lamp3d.parallel.shares import own_share
 from lamp3d.parallel.transfer import Transfer
 from tests.networks import Aged
-from tests.plans import plan_at
+from tests.plans import cell_names, plan_at
 
 REPLICAS: dict[str, Any] = {"devices": 2, "data": 2}
 SLABS: dict[str, Any] = {"devices": 2, "space": (2,), "space_dims": (2,)}
@@ -47,6 +47,19 @@ class InPlaceAfter(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         skip = self.first(image)
         return self.last(skip + F.relu(self.nothing(skip), inplace=True))
+
+
+class Standardised(nn.Module):
+    """A convolution whose weight is computed: under a plan that is cut there, it is a value that crosses the cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv3d(1, 1, 3, padding=1)
+        self.double()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return F.conv3d(image.sin(), (self.layer.weight * 2).tanh(), padding=1).tanh()
 
 
 class TwoHeads(nn.Module):
@@ -119,12 +132,13 @@ def apart(net: nn.Module, images: Any, targets: Any, loss: Any, settings: dict[s
         if isinstance(images, dict)
         else tuple((images[0] if isinstance(images, tuple) else images).shape)
     )
-    starts = [0, 1] if settings is PIPELINE else [0]
+    starts = settings.get("starts", [0, 1] if settings is PIPELINE else [0])
+    settings = {key: value for key, value in settings.items() if key != "starts"}
     engine = Engine(net, plan_at(net, shape, starts, 1, **settings))
     found = engine.step(images, targets, loss)
     errors = [abs(found.item() / expected.item() - 1)]
     for name, parameter in plain.named_parameters():
-        if settings is PIPELINE and name not in engine.parameters:
+        if len(starts) > 1 and name not in engine.parameters:
             continue  # the other rank's
         ours = engine.parameters[name].grad
         assert (ours is None) == (parameter.grad is None), name
@@ -167,6 +181,10 @@ def find_out() -> dict[str, Any]:
             found[f"two dimensions, {name}"] = apart(in_two_dimensions(), image[:, :, 0], a[:, :, 0], squares, way)
     for k in (0, 1, 2, 3):
         found[f"a head judged in {k}"] = apart(TwoHeads(), image, (a, annotated[k]), of_annotated, REPLICAS)
+    names = cell_names(Standardised(), tuple(image.shape))
+    for cut in range(1, len(names) - 1):
+        way = {"schedule": "zero_bubble_v", "ranks": [0, 1, 0], "starts": [0, cut, len(names) - 1]}
+        found[f"a computed weight, cut at {cut}"] = apart(Standardised(), image, a, squares, way)
     found["weights"] = refusal(two_layers(), image, (a, torch.ones(3)), REPLICAS)
     found["no tensor"] = refusal(two_layers(), image, (a, None), REPLICAS)
     normed = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2), nn.Conv3d(2, 1, 1)).double().eval()
@@ -179,7 +197,7 @@ def test_numbers_are_the_plain_networks() -> None:
     for found in launch(find_out, 2):
         refused = {key: found.pop(key) for key in ("weights", "no tensor", "trained after all", "a slice changed")}
         assert all(error < 1e-10 for error in found.values()), found
-        assert len(found) == 15
+        assert len(found) == 18
         assert "must be the batch of 2; one of them is (3,)" in refused["weights"]
         assert "one of them is NoneType" in refused["no tensor"]
         assert "is a BatchNorm in training mode" in refused["trained after all"]

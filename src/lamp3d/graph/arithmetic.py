@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -167,7 +167,7 @@ class _Arithmetic(TorchFunctionMode):
         """Where the gradients of these are left, if they are."""
         # Weights that are no leaves (weight standardisation) have a gradient to pass on at once, and those with hooks
         # one that autograd hands to them.
-        is_split = weight.requires_grad and all(_is_plain_leaf(t) for t in (weight, bias) if t is not None)
+        is_split = weight.requires_grad and all(_is_plain_parameter(t) for t in (weight, bias) if t is not None)
         return self._deferred if is_split else None
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -206,8 +206,9 @@ def _lowered_as_on_cuda(func: Callable[..., Any], args: tuple[Any, ...], kwargs:
         return func(*args, **kwargs)
 
 
-def _is_plain_leaf(tensor: Tensor) -> bool:
-    return tensor.is_leaf and not tensor._backward_hooks
+def _is_plain_parameter(tensor: Tensor) -> bool:
+    """Not every leaf is one: weights that are made in another stage arrive as leaves, and their gradients go back."""
+    return isinstance(tensor, nn.Parameter) and not tensor._backward_hooks
 
 
 def _has_own_functions(kind: type) -> bool:

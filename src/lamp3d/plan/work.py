@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -148,7 +148,8 @@ def stand_ins(stage: Stage, device: torch.device, channels_last: bool) -> dict[s
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         if fake.dim() == 5:
             fake = laid_out(fake, channels_last)
-        made[name] = fake.requires_grad_(tensor.requires_grad)
+        is_parameter = isinstance(tensor, nn.Parameter)  # and so is what stands in for it: split backwards ask
+        made[name] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
     return made
 
 
