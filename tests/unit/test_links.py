@@ -90,7 +90,12 @@ def test_plans_that_know_one_link_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"), [({"per_machine": 0}, "at least one device"), ({"across": "string"}, "no link")]
+    ("settings", "words"),
+    [
+        ({"per_machine": 0}, "at least one device"),
+        ({"across": "string"}, "no link"),
+        ({"across": "10GB", "per_machine": 4}, "are on one of 4"),
+    ],
 )
 def test_what_joins_nothing_is_refused(settings: dict[str, str | int], words: str) -> None:
     given = {"hardware": "v100-16g", "per_machine": 2} | settings

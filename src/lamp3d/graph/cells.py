@@ -208,7 +208,8 @@ def refuse_tied_parameters(stages: Sequence[Stage], ranks: Sequence[int]) -> Non
         for name, parameter in stage.parameters_by_name().items():
             first, known = owner.setdefault(id(parameter), (index, name))
             if ranks[first] != ranks[index]:
+                tied = "" if known == name else f" (also {known!r})"
                 raise PlanError(
-                    f"parameter {name!r} (also {known!r}) is used in stage {first} and in stage {index}; a parameter "
+                    f"parameter {name!r}{tied} is used in stage {first} and in stage {index}; a parameter "
                     "must lie on one device. Cut elsewhere, or give the two uses parameters of their own."
                 )

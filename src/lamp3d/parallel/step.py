@@ -335,6 +335,11 @@ class MiniBatchLoss:
                 (micro_batch,) = micro_batches
                 targets = None if self._targets is None else self._targets[micro_batch]
                 loss = self._loss_fn(outputs[0], targets) * self._weights[micro_batch]
+            if not loss.requires_grad:
+                raise PlanError(
+                    "the loss has no gradient in any parameter: all are frozen, or the loss function takes the output "
+                    "out of autograd (detach, argmax, a comparison). Train something, or use engine.forward."
+                )
             torch.autograd.backward(loss)
         return loss.detach().double().cpu()
 

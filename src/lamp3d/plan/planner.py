@@ -289,6 +289,11 @@ def _links(
     if per_machine is None:
         per_machine = local_workers(devices) if described is None else described.per_machine
     if devices <= per_machine:
+        if described is not None and across is not None:
+            raise ConfigError(
+                f"across={across!r} joins machines, and {devices} devices are on one of {per_machine}: say how many a "
+                "machine has (per_machine), or leave it out."
+            )
         return Links(within=within)
     if across is None:
         across = USUAL_NETWORK if described is None else described.across
