@@ -85,6 +85,19 @@ def test_an_absent_study_and_an_absent_base(tmp_path: Path) -> None:
         load_study(path)
 
 
+@pytest.mark.parametrize("text", [None, "a: [", "a text", "{study: {}, configs: {}}"])
+def test_a_folder_with_another_file_of_that_name_holds_no_study(tmp_path: Path, text: str | None) -> None:
+    path = write_study(tmp_path, [row("a")])
+    written = path.read_text("utf-8")
+    with pytest.raises(ConfigError, match=r"study\.yaml is not what `lamp3d study run` leaves"):
+        driver.run_study(path, tmp_path, tmp_path, 1)
+    assert path.read_text("utf-8") == written
+    if text is not None:
+        path.write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match=r"study\.yaml is not what `lamp3d study run` leaves"):
+        write_study_report(tmp_path)
+
+
 def test_a_score_is_the_mean_over_organs_of_patients_means() -> None:
     runs = [result("a", 0, [{"A": 0.2, "B": 0.9}, {"A": 0.4}]), result("a", 1, [{"A": 0.4, "B": 0.7}, {"A": 0.6}])]
     table = scores_of(runs, "dice")

@@ -102,10 +102,26 @@ def saved_study(out: Path) -> StudyConfig:
     Raises:
         ConfigError: it holds none.
     """
+    return read_saved(out)[0]
+
+
+def read_saved(out: Path) -> tuple[StudyConfig, dict[str, Any]]:
+    """The study whose results a folder holds, and the experiment configuration of every row that it has had, by name.
+
+    Raises:
+        ConfigError: it holds none.
+    """
+    path = out / "study.yaml"
     try:
-        return StudyConfig.model_validate(yaml.safe_load((out / "study.yaml").read_text("utf-8"))["study"])
+        content = yaml.safe_load(path.read_text("utf-8"))
+        return StudyConfig.model_validate(content["study"]), dict(content["configs"])
     except FileNotFoundError:
         raise ConfigError(f"{out} holds no study (no study.yaml): give the --out of `lamp3d study run`.") from None
+    except (yaml.YAMLError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{path} is not what `lamp3d study run` leaves in its --out: give that folder, and to a study that is run "
+            "one of its own, without the study's file in it."
+        ) from None
 
 
 def load_study(path: Path) -> tuple[StudyConfig, dict[str, ExperimentConfig]]:

@@ -21,7 +21,7 @@ from lamp3d.experiment.planning import voxels_seen
 from lamp3d.files import claimed, write_text
 from lamp3d.plan.hardware import device_name, device_type
 from lamp3d.predict import check_window
-from lamp3d.study.config import Row, StudyConfig, Window, load_study, run_name, saved_study
+from lamp3d.study.config import Row, StudyConfig, Window, load_study, read_saved, run_name, saved_study
 from lamp3d.study.result import RowTimings, RunResult, Timing, read_results, unfinished
 from lamp3d.train import read_history
 
@@ -178,10 +178,10 @@ def _remember(study: StudyConfig, configs: dict[str, ExperimentConfig], out: Pat
     now = {name: config.model_dump(mode="json") for name, config in configs.items()}
     written: dict[str, Any] = {}
     if path.exists():
-        written = yaml.safe_load(path.read_text("utf-8"))["configs"]
+        saved, written = read_saved(out)
         # As read, so that a setting that has come to lamp3d since then counts as left at its default.
         before = {name: parse_config(yaml.safe_dump(config), str(path)) for name, config in written.items()}
-        scored, to_score = _how_scored(saved_study(out)), _how_scored(study)
+        scored, to_score = _how_scored(saved), _how_scored(study)
         begun = {run.name.rpartition("-")[0] for folder in ("runs", "results") for run in (out / folder).glob("*")}
         changed = [
             name
