@@ -208,6 +208,7 @@ def test_windows_that_a_network_cannot_take_are_refused_before_training(tmp_path
     path = write_study(tmp_path)
     content = yaml.safe_load(path.read_text("utf-8")) | {"windows": [[20, 20, 20]]}
     path.write_text(json.dumps(content), "utf-8")
+    write_tiny_dataset(tmp_path / "data", cases=2)
     with pytest.raises(ConfigError, match=r"row unet: a window of .* must be a multiple of 16"):
-        run_study(path, tmp_path / "no-data", tmp_path / "out", 1)
+        run_study(path, tmp_path / "data", tmp_path / "out", 1)
     assert not (tmp_path / "out" / "runs").exists()

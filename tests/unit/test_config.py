@@ -214,7 +214,7 @@ def test_an_outline_has_no_weights_whatever_the_constructor_looks_at() -> None:
     swin = NetworkConfig(kind="monai", name="SwinUNETR", arguments={"feature_size": 12})  # looks at numbers in a tensor
     numbers = torch.get_rng_state()
     for config in (swin, NetworkConfig(filters=2)):
-        assert all(parameter.is_meta for parameter in config.outline(3).parameters())
+        assert all(parameter.is_meta for parameter in config.outline(3, 1).parameters())
     torch.testing.assert_close(torch.get_rng_state(), numbers, rtol=0, atol=0)
 
 

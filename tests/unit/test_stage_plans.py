@@ -14,6 +14,7 @@ from lamp3d.experiment import ExperimentConfig
 from lamp3d.experiment.planning import is_another_when_validated, plan_stages, stage_plan
 from lamp3d.experiment.run import Run
 from lamp3d.nets import SEUNet, UNet
+from tests.plans import plan_at
 
 
 class AsDeepAsTheVolume(nn.Module):
@@ -30,6 +31,27 @@ class AsDeepAsTheVolume(nn.Module):
         for _ in range(image.shape[2] // 8):
             image = image + self.layer(image).tanh()
         return self.last(image)
+
+
+def of_two_channels(in_channels: int, out_channels: int) -> nn.Module:
+    """A network that is made for scans of two channels alone."""
+    if in_channels != 2:
+        raise ValueError(in_channels)
+    return nn.Conv3d(in_channels, out_channels, 1)
+
+
+def test_networks_are_asked_for_what_they_need_with_the_scans_channels(
+    tiny: Callable[..., Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = {"kind": "own", "name": f"{__name__}:of_two_channels", "divisor": 8}
+    train = {"curriculum": [{"patch": 16, "epochs": 1}]}
+    config = ExperimentConfig.model_validate({"network": network, "train": train})
+    content = tiny(modality={"0": "T1", "1": "T2"})
+    run = Run(tmp_path, config, content.root, content.organs, content.channels)
+    store = CaseStore(content, config.preprocess, tmp_path / "cache")
+    monkeypatch.setattr(CaseStore, "prepare", lambda *_, **__: None)
+    planned = plan_at(nn.Conv3d(2, 4, 1), (1, 2, 16, 16, 16), [0])
+    assert plan_stages(run, store, content.cases, content.cases, 1, kept={0: planned}) == {0: planned}
 
 
 def test_networks_that_are_another_when_larger_are_noticed() -> None:

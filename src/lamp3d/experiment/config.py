@@ -84,7 +84,7 @@ class NetworkConfig(Settings):
             deep_supervision=self.deep_supervision,
         )
 
-    def outline(self, n_classes: int, in_channels: int = 1) -> Network:
+    def outline(self, n_classes: int, in_channels: int) -> Network:
         """The network without its weights, on the meta device: for its shapes and numbers."""
         return hollow(partial(self.build, n_classes, in_channels))
 

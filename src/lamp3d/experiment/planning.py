@@ -64,8 +64,7 @@ def forecast(dataset_root: Path, config: ExperimentConfig, devices: int) -> list
     store = CaseStore(dataset, config.preprocess, cache_folder(config))
     run = Run(Path(), config, dataset.root.resolve(), dataset.organs, dataset.channels)
     plans = plan_stages(run, store, cases, cases, devices, kept={})
-    divisor = config.network.outline(dataset.n_classes).divisor
-    found = []
+    divisor, found = run.outline().divisor, []
     for index, stage in enumerate(config.train.curriculum):
         batches = stage_batches(config, index, store, cases, divisor)
         share = batches.share_of(plans[index].image_shape)
@@ -130,8 +129,7 @@ def plan_stages(
         kept: plans that are not made anew.
         show: told of every plan.
     """
-    config = run.config
-    divisor = config.network.outline(store.dataset.n_classes).divisor
+    config, divisor = run.config, run.outline().divisor
     for index in range(len(config.train.curriculum)):  # what mixes up left and right is refused before it is timed
         with _of_stage(index):
             stage_batches(config, index, store, train_cases, divisor)

@@ -19,6 +19,7 @@ from lamp3d.experiment import ExperimentConfig, Run, evaluate, forecast, predict
 from lamp3d.experiment.config import parse_config
 from lamp3d.experiment.planning import voxels_seen
 from lamp3d.files import claimed, write_text
+from lamp3d.nets import Network
 from lamp3d.plan.hardware import device_name, device_type
 from lamp3d.predict import check_window
 from lamp3d.study.config import Row, StudyConfig, Window, load_study, read_saved, run_name, saved_study
@@ -84,8 +85,9 @@ def run_study(path: Path, dataset: Path, out: Path, devices: int, say: Say = pri
     study, configs = load_study(path)
     _remember(study, configs, out)
     for row in study.rows:
-        _check_windows(row, study, configs[row.name])
-        if not read_dataset(dataset, configs[row.name].split).splits.get(VALIDATION):
+        scans = read_dataset(dataset, configs[row.name].split)
+        _check_windows(row, study, configs[row.name].network.outline(scans.n_classes, len(scans.channels)))
+        if not scans.splits.get(VALIDATION):
             raise DatasetError(
                 f"row {row.name}: {dataset} has no validation cases, which choose the weights and are compared; take "
                 "some with split.validation, or name them in `splits` of dataset.json."
@@ -202,8 +204,7 @@ def _how_scored(study: StudyConfig) -> dict[str, tuple[object, ...]]:
     return {row.name: (row.window, study.tolerance_mm) for row in study.rows}
 
 
-def _check_windows(row: Row, study: StudyConfig, config: ExperimentConfig) -> None:
-    network = config.network.outline(2)
+def _check_windows(row: Row, study: StudyConfig, network: Network) -> None:
     for window in (row.window, *study.windows_of(row)):
         try:
             check_window(window, network)
