@@ -102,12 +102,12 @@ def test_a_lost_peer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_script_runs_under_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\n"
+        "import os, sys\n"
         "from pathlib import Path\n"
         "from lamp3d import launch\n"
         "from tests.distributed.workers import describe, run_checks\n"
         "if __name__ == '__main__':\n"
-        "    [(rank, args, _, _)] = launch(describe, 2, ('x',))\n"
+        "    [(rank, args, _, _)] = launch(describe, 2, ('x', os.environ['RANK']))\n"
         "    [checks] = launch(run_checks, 2, (['dropout', 'frozen'],))\n"
         "    errors = [e for f in checks['frozen'].values() for e in f.errors.values()]\n"
         "    found = args, checks['dropout']['dropout'].facts, len(errors) > 0, max(errors) < 1e-10\n"
@@ -128,4 +128,4 @@ def test_the_same_script_runs_under_torchrun(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     for rank in range(2):
-        assert (tmp_path / f"rank{rank}").read_text() == "(('x',), {'same': True}, True, True)"
+        assert (tmp_path / f"rank{rank}").read_text() == "(('x', '0'), {'same': True}, True, True)"

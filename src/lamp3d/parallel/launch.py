@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -21,7 +23,7 @@ from lamp3d import errors
 from lamp3d.errors import ConfigError, LampError, PlanError, WorkerError, WorkerKilledError
 from lamp3d.graph.allocator import keep_freed_memory
 from lamp3d.parallel.lead import leads, share, under_torchrun
-from lamp3d.parallel.worker import Result, reporting_memory, work
+from lamp3d.parallel.worker import Result, join, reporting_memory, work
 from lamp3d.plan.hardware import device_count, device_type
 
 
@@ -32,7 +34,8 @@ def launch(
 
     With ``devices=1`` it runs in this process and without a group; on a CPU the process keeps the memory that it
     frees from then on (:mod:`lamp3d.graph.allocator`). Under ``torchrun`` every process is a worker
-    already: ``fn`` runs in it, and the list holds this worker's result alone (but see :mod:`lamp3d.parallel.lead`).
+    already: ``fn`` runs in it, with the first one's ``args`` (each would have made a plan of its own), and the list
+    holds this worker's result alone (but see :mod:`lamp3d.parallel.lead`).
 
     Args:
         fn: a function at module level (workers import it).
@@ -51,7 +54,7 @@ def launch(
             been ended.
     """
     if under_torchrun():
-        return share(fn, devices, args) if leads() else [work(fn, args, timeout)]
+        return share(fn, devices, args) if leads() else [work(fn, _of_the_first(args, timeout), timeout)]
     kind = device_type()
     if kind == "cuda" and devices > device_count(kind):
         raise PlanError(f"{devices} devices asked for, but this machine has {device_count(kind)}; use that many.")
@@ -83,6 +86,14 @@ def launch(
             rank, failure = error.get_first_failure()
             raise _worker_error(rank, failure) from None
     return [results[rank] for rank in sorted(results)]
+
+
+def _of_the_first(args: Sequence[Any], timeout: timedelta) -> Sequence[Any]:
+    """The first worker's arguments."""
+    join(timeout)
+    box = [tuple(args)]
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
 
 
 def _check_importable(fn: Callable[..., Any]) -> None:
