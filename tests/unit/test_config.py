@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lamp3d import SEUNet, UNet
 from lamp3d.errors import ConfigError
-from lamp3d.experiment import NetworkConfig, load_config
+from lamp3d.experiment import NetworkConfig, Run, load_config
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "experiments" / "openkbp" / "study.yaml"
@@ -245,3 +245,10 @@ def test_settings_of_another_kind_of_network_are_refused(settings: dict[str, Any
 def test_what_monai_does_not_have(name: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         NetworkConfig(kind="monai", name=name, arguments=arguments).build(2)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"id": "that of another program"}', '{"dataset": ".", "organs": 3}'])
+def test_what_is_no_run_is_said_to_be_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.json is damaged, or is not lamp3d's"):
+        Run.open(tmp_path)

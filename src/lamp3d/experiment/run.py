@@ -75,25 +75,20 @@ class Run:
         Raises:
             ConfigError: the folder is not a run.
         """
+        path = folder / "run.json"
         try:
-            content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            dataset, organs = Path(content["dataset"]), tuple(content["organs"])
+            channels, splits = tuple(content.get("channels", [UNNAMED])), content.get("splits")
+            splits = None if splits is None else {split: tuple(names) for split, names in splits.items()}
         except FileNotFoundError:
             raise ConfigError(
                 f"{folder} is not a run folder (no run.json); give the folder that `lamp3d train` left, or to predict "
                 "with a model that comes with lamp3d, its name with --model."
             ) from None
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{folder / 'run.json'} is damaged: {error}") from error
-        config = load_config(folder / "config.yaml")
-        splits = content.get("splits")
-        return cls(
-            folder,
-            config,
-            Path(content["dataset"]),
-            tuple(content["organs"]),
-            tuple(content.get("channels", [UNNAMED])),
-            None if splits is None else {split: tuple(names) for split, names in splits.items()},
-        )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is damaged, or is not lamp3d's ({error!r}).") from error
+        return cls(folder, load_config(folder / "config.yaml"), dataset, organs, channels, splits)
 
     @property
     def best(self) -> Path:
