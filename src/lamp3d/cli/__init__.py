@@ -1,4 +1,4 @@
-"""The command line: ``lamp3d demo | plan | verify | train | predict | evaluate | report | convert | study | bench``."""
+"""The command line: ``lamp3d``, and its commands."""
 
 import signal
 import sys

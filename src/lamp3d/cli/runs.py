@@ -1,4 +1,4 @@
-"""The commands that work on runs: demo, train, predict, evaluate, report; and bench."""
+"""The commands that work on runs: demo, train, predict, evaluate, export, report; and bench."""
 
 import json
 import subprocess

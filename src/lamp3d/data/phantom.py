@@ -1,8 +1,7 @@
 """A procedural head-and-neck CT with the paper's nine organs: data for the demo and the tests, with no download.
 
-Each patient differs in pose, in
-proportions (a smooth deformation), in the place, size and density of every organ, in noise, and in whether fillings
-cast streaks.
+Patients differ in pose, in proportions (a smooth deformation), in the place, size and density of every organ, in noise,
+and in whether fillings cast streaks.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class ExperimentConfig(Settings):
     Args:
         initial_weights: where training begins: a model that comes with lamp3d, by name, or the folder of an exported
             one or of a run, of the same network; its output layers only if its organs are the same. None: fresh ones.
-        memory: limit per device, such as "16GB"; None: no limit.
+        memory: limit per device, such as "16GB"; None: what the device has.
         across: what joins machines, where torchrun has started workers on several: "network100", "network400", or what
             it carries in a second for all devices of a machine together, such as "10GB".
         cache: folder of prepared scans; None: ~/.cache/lamp3d (or $LAMP3D_CACHE).

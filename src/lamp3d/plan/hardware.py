@@ -98,7 +98,7 @@ class Hardware(Settings):
             flops: floating-point operations.
             moved: bytes that are read and written.
             precision: "fp32" or "bf16".
-            channels: of a convolution, the fewer of those that it reads and makes.
+            channels: of a convolution, how wide its matrix product is at its narrowest; 0 for all other operations.
         """
         key: Literal["fp32", "bf16"] = "bf16" if precision == "bf16" and "bf16" in self.peak_tflops else "fp32"
         reached = self.sustained[key] * min(1.0, channels / self.full_channels if channels else 1.0)

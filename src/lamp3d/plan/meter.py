@@ -130,17 +130,23 @@ class Meter(ABC):
 
     @abstractmethod
     def timing(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> Timing:
-        """Seconds of all cells for what `near` says, at the pace of a slab, and so many cases at once.
+        """Seconds of all cells on a volume that is cut as `near` says, computed as fast as slabs are.
 
-        Returns: those of the smallest micro-batch; its share, if there are more cases.
+        Args:
+            slabs: how volumes are cut.
+            precision, channels_last, split: as for :func:`lamp3d.plan.profile.time_cells`.
+            cases: that are computed at once.
+
+        Returns:
+            the seconds of the smallest micro-batch; its share of them, where more cases are computed at once.
         """
 
     def near(self, slabs: Slabs) -> Slabs:
-        """The slabs that `timing` is near to."""
+        """How the volume is cut whose seconds `timing` gives: `profile` brings them to what a slab has to do."""
         return slabs
 
     def timed_cases(self, slabs: Slabs, precision: str, channels_last: bool, split: bool, cases: int) -> int:
-        """How many cases at once to time, to know what so many take."""
+        """How many cases to time at once so as to know what ``cases`` of them take."""
         return self.micro_batch
 
     def layouts(self, precision: str) -> tuple[bool, ...]:

@@ -42,7 +42,7 @@ class Operation:
     Attributes:
         flops: floating-point operations of convolutions and matrix products; 0 of all others.
         moved: bytes that it reads and writes.
-        channels: of a convolution, the fewer of those that it reads and makes; 0 of all others.
+        channels: of a convolution, how wide its matrix product is at its narrowest; 0 of all others.
     """
 
     flops: int
