@@ -24,11 +24,6 @@ ORGANS = (
     "SubmandibularLeft",
     "SubmandibularRight",
 )
-PAIRED_ORGANS = (
-    ("OpticNerveLeft", "OpticNerveRight"),
-    ("ParotidLeft", "ParotidRight"),
-    ("SubmandibularLeft", "SubmandibularRight"),
-)
 LABEL = {organ: value for value, organ in enumerate(ORGANS, start=1)}
 _SIDES = (("Left", -1), ("Right", 1))  # x grows to the right
 

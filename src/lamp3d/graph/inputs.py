@@ -22,6 +22,11 @@ def title_of(network: nn.Module) -> str:
     return str(getattr(network, "title", type(network).__name__))
 
 
+def divisor_of(network: nn.Module) -> int:
+    """What the sides of a network's volumes must be multiples of: what it says itself, or enough for five halvings."""
+    return int(getattr(network, "divisor", 32))
+
+
 def shapes_by_name(shape: InputShape, network: nn.Module) -> dict[str, Shape]:
     """The shape of each input; a single one belongs to ``forward``'s first parameter."""
     if isinstance(shape, Mapping):

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from lamp3d.graph import CellGraph, Stage, arithmetic, trace
 from lamp3d.graph.footprint import LiveBytes
-from lamp3d.graph.inputs import Shape
+from lamp3d.graph.inputs import Shape, divisor_of
 from lamp3d.graph.shapes import fake_tensors
 from lamp3d.plan.amounts import format_bytes
 from lamp3d.plan.slabs import Slabs, longest_axes, slab_shape
@@ -141,8 +141,7 @@ def forward_bytes(
 
     Found on fake tensors, for a volume near to a slab's size, and brought to that of the thickest slab.
     """
-    divisor: int = getattr(network, "divisor", 32)
-    near = slab_shape(volume, slabs, divisor)
+    near = slab_shape(volume, slabs, divisor_of(network))
     assert not isinstance(near, dict)
     graph = trace(network, near) if graph is None or graph.reads_shape else graph
     cpu = torch.device("cpu")

@@ -22,7 +22,7 @@ from torch import nn
 from lamp3d.errors import ConfigError
 from lamp3d.graph import CellGraph, lay_out_weights, trace
 from lamp3d.graph.allocator import freed_memory_kept
-from lamp3d.graph.inputs import InputShape, Shape, input_text, title_of, with_batch
+from lamp3d.graph.inputs import InputShape, Shape, divisor_of, input_text, title_of, with_batch
 from lamp3d.plan.allowance import cpu_cores
 from lamp3d.plan.cache import remembered
 from lamp3d.plan.hardware import (
@@ -106,7 +106,7 @@ class Meter(ABC):
         self.micro_batch = micro_batch
         self.links = links
         self.kind = kind
-        self.divisor: int = getattr(network, "divisor", 32)
+        self.divisor = divisor_of(network)
         self.graph = trace(self.network, self.shape) if graph is None or graph.reads_shape else graph
         if not self.graph.cells:
             raise ConfigError(f"{title_of(network)} has nothing to compute: it gives back what it gets.")

@@ -77,7 +77,7 @@ def mean(
     input: ShardedVolume, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Any = None
 ) -> Any:
     """``torch.mean``."""
-    dims = _dims(input, dim if axis is None else axis)
+    dims = _dims(dim if axis is None else axis)
     wide = torch.promote_types(dtype or input.dtype, torch.float32)
     total = _reduced(input, dims, keepdim, lambda x: x.sum(dims, keepdim, dtype=wide), all_sum, "mean")
     return (total / math.prod(input.shape[d] for d in dims)).to(dtype or input.dtype)
@@ -88,14 +88,14 @@ def sum_(
     input: ShardedVolume, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Any = None
 ) -> Any:
     """``torch.sum``."""
-    dims = _dims(input, dim if axis is None else axis)
+    dims = _dims(dim if axis is None else axis)
     return _reduced(input, dims, keepdim, lambda x: x.sum(dims, keepdim, dtype=dtype), all_sum, "sum")
 
 
 @rule(torch.amax, Tensor.amax)
 def amax(input: ShardedVolume, dim: Any = (), keepdim: bool = False) -> Any:
     """``torch.amax``: equal largest values share the gradient."""
-    dims = _dims(input, None if dim == () else dim)
+    dims = _dims(None if dim == () else dim)
     if not _crosses(input, dims, "amax"):
         return _reduced(input, dims, keepdim, lambda x: x.amax(dims, keepdim), all_sum, "amax")
     found: Tensor = _Largest.apply(input.local, input.space, dims, keepdim)  # type: ignore[no-untyped-call]
@@ -110,7 +110,7 @@ def max_(input: ShardedVolume, *args: Any, **kwargs: Any) -> Any:
     raise refuse("max", "over an axis it gives indices; use amax, or argmax over the channels")
 
 
-def _dims(input: ShardedVolume, dim: Any) -> tuple[int, ...]:
+def _dims(dim: Any) -> tuple[int, ...]:
     given: Sequence[int] = range(5) if dim is None else [dim] if isinstance(dim, int) else list(dim)
     return tuple(sorted(d % 5 for d in given)) or tuple(range(5))
 
