@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from lamp3d.intervals import difference, estimate
 from lamp3d.study import RunResult, driver, load_study, write_study_report
 from lamp3d.study.report import accuracy, controls, figure
 from lamp3d.study.result import RowTimings, Timing, scores_of
+from tests.unit.tiny_dataset import write_tiny_dataset
 
 BASE = {"network": {"filters": 4}, "train": {"curriculum": [{"patch": 32, "epochs": 1}]}}
 
@@ -96,6 +99,22 @@ def test_a_folder_with_another_file_of_that_name_holds_no_study(tmp_path: Path, 
         path.write_text(text, "utf-8")
     with pytest.raises(ConfigError, match=r"study\.yaml is not what `lamp3d study run` leaves"):
         write_study_report(tmp_path)
+
+
+def test_a_run_that_another_process_has_just_done_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_dataset(tmp_path / "data", cases=2)
+    out = tmp_path / "out"
+
+    @contextmanager
+    def claimed(path: Path) -> Iterator[bool]:
+        result("a", 0, []).save(out / "results" / "a-0.json")
+        yield True
+
+    monkeypatch.setattr(driver, "claimed", claimed)
+    monkeypatch.setattr(driver, "_run", lambda *_: pytest.fail("done twice"))
+    driver.run_study(write_study(tmp_path, [row("a")]), tmp_path / "data", out, 1)
 
 
 def test_a_score_is_the_mean_over_organs_of_patients_means() -> None:

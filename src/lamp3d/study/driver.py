@@ -97,11 +97,11 @@ def run_study(path: Path, dataset: Path, out: Path, devices: int, say: Say = pri
     for number, (row, seed) in enumerate(runs, start=1):
         name = run_name(row.name, seed)
         result = out / "results" / f"{name}.json"
-        if result.exists():
-            continue
         config = configs[row.name]
         config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
         with claimed(out / "runs" / f"{name}.lock") as mine:
+            if result.exists():  # asked here, for another process may have come to it a moment ago
+                continue
             if not mine:
                 say(f"Run {number} of {len(runs)}: {name} is being done by another process")
                 continue
