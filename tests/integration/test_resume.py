@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from lamp3d.experiment import ExperimentConfig, Run
+from lamp3d.errors import ConfigError
+from lamp3d.experiment import ExperimentConfig, Run, load_config, training
 from lamp3d.experiment.training import _kept_plans
 from lamp3d.files import claimed
 from tests.integration.conftest import CHANGED, CommandLine
@@ -64,6 +67,24 @@ def test_a_folder_is_trained_in_by_one_process(lamp3d: CommandLine, run: Path, d
         done = lamp3d("train", dataset, "--out", run, "--devices", 2, "--resume")
     assert "is being trained by another process" in done.complaint()
     assert content(run) == before
+
+
+def test_a_run_that_another_process_began_meanwhile_is_left_as_it_is(
+    dataset: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    @contextmanager
+    def claimed(_: Path) -> Iterator[bool]:
+        out.mkdir()
+        (out / "last.safetensors").write_text("another's")
+        yield True
+
+    monkeypatch.setattr(training, "claimed", claimed)
+    settings = load_config(config, ["train.curriculum=[{patch: [16, 16, 32], epochs: 1}]"])
+    with pytest.raises(ConfigError, match="was trained by another process meanwhile"):
+        training.train(dataset, settings, 1, out)
+    assert content(out) == {"last.safetensors": b"another's"}
 
 
 def test_what_is_done_stays_done_and_is_said_to(lamp3d: CommandLine, run: Path, dataset: Path) -> None:

@@ -112,6 +112,8 @@ def train(
     with claimed(out / ".lock") as mine:
         if not mine:
             raise ConfigError(f"{out} is being trained by another process; wait for it, or choose another --out.")
+        if last.exists() and not begun:
+            raise ConfigError(f"{out} was trained by another process meanwhile; start again with --resume to go on.")
         run = Run.create(out, config, dataset, devices)
         (out / "plans").mkdir(exist_ok=True)
         for index, plan in plans.items():
