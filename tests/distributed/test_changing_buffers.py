@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 from lamp3d import Engine, launch, make_plan, mean_over_cases
 from lamp3d.errors import LampError, PlanError
-from lamp3d.parallel.step import concatenate
+from lamp3d.parallel.loss import concatenate
 from lamp3d.space.sharded import whole
 from tests.plans import plan_at
 

@@ -27,7 +27,7 @@ from lamp3d.errors import ConfigError, PlanError
 from lamp3d.graph import arithmetic
 from lamp3d.graph.allocator import return_freed_memory
 from lamp3d.graph.footprint import LiveBytes
-from lamp3d.parallel.step import LossFunction
+from lamp3d.parallel.loss import LossFunction
 from lamp3d.plan import SCHEDULES, Plan
 from lamp3d.plan.schedule import PLACEMENTS
 from lamp3d.space.sharded import whole

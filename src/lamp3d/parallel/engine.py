@@ -30,11 +30,12 @@ from lamp3d.graph.inputs import Shape, batch_of, input_text, with_batch
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
 from lamp3d.parallel.handout import Handout, Inputs
+from lamp3d.parallel.loss import LossFunction, MiniBatchLoss, concatenate
 from lamp3d.parallel.mesh import Place
 from lamp3d.parallel.replicas import GradientSum
 from lamp3d.parallel.shares import own_share
 from lamp3d.parallel.stage import StageCells, StageRunner
-from lamp3d.parallel.step import LossFunction, MiniBatch, MiniBatchLoss, Program, Rank, concatenate
+from lamp3d.parallel.step import MiniBatch, Program, Rank
 from lamp3d.parallel.transfer import Transfer
 from lamp3d.plan import Action, Plan, TimeLine
 from lamp3d.plan.plan import blocks_of
