@@ -188,7 +188,7 @@ def _arithmetic(torchs: bool) -> Iterator[None]:
     """Cells computed as torch would, where asked for."""
     with contextlib.ExitStack() as stack:
         if torchs:
-            for module in ("lamp3d.parallel.stage", "lamp3d.plan.profile", "lamp3d.graph.shapes"):
+            for module in ("lamp3d.parallel.stage", "lamp3d.plan.timing", "lamp3d.graph.shapes"):
                 stack.enter_context(patch(f"{module}.arithmetic", lambda *_: contextlib.nullcontext()))
         yield
 

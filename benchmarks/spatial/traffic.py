@@ -16,7 +16,7 @@ from benchmarks.harness import FILTERS, loss_fn, network
 from lamp3d.graph import trace
 from lamp3d.graph.inputs import input_text
 from lamp3d.plan import Plan, format_bytes, make_plan
-from lamp3d.plan.profile import profile_cells
+from lamp3d.plan.timing import profile_cells
 
 SIDE = 96
 MESHES = ((2,), (4,), (2, 2))

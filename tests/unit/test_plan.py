@@ -23,7 +23,8 @@ from lamp3d.graph import Stage, arithmetic, trace
 from lamp3d.nets import UNet
 from lamp3d.plan import Plan, format_bytes, make_plan, parse_bytes
 from lamp3d.plan.costs import StageCosts
-from lamp3d.plan.profile import Profile, profile_cells
+from lamp3d.plan.profile import Profile
+from lamp3d.plan.timing import profile_cells
 from tests.networks import Aged, Branches, Counting, InPlace, conv
 
 SMALL = (4, 1, 4, 5, 6)

@@ -29,10 +29,11 @@ from lamp3d.plan.hardware import Hardware, known_hardware, load_hardware, worker
 from lamp3d.plan.links import Links, load_link
 from lamp3d.plan.meter import MeasuringMeter, ModelMeter
 from lamp3d.plan.partition import minimise_largest, pairs
-from lamp3d.plan.profile import CellSeconds, Timing, model_cells, profile_cells, time_loss
+from lamp3d.plan.profile import CellSeconds, Timing, model_cells
 from lamp3d.plan.schedule import PLACEMENTS
 from lamp3d.plan.search import Option, Request, Search, options
 from lamp3d.plan.slabs import Slabs
+from lamp3d.plan.timing import profile_cells, time_loss
 from lamp3d.plan.work import account
 from lamp3d.report import cells_picture
 from tests.networks import conv
@@ -558,7 +559,7 @@ def test_a_slow_loss_counts_and_moves_the_cut(tmp_path: Path, monkeypatch: pytes
 
 
 def test_of_a_large_volume_a_part_of_the_loss_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamp3d.plan.profile.LOSS_VOXELS", 128)
+    monkeypatch.setattr("lamp3d.plan.timing.LOSS_VOXELS", 128)
     seen = []
 
     def slow(logits: torch.Tensor) -> torch.Tensor:

@@ -38,18 +38,9 @@ from lamp3d.plan.hardware import (
 from lamp3d.plan.links import Link, Links
 from lamp3d.plan.neighbours import neighbours_at_work
 from lamp3d.plan.plan import Precision
-from lamp3d.plan.profile import (
-    LossCost,
-    Profile,
-    TimedLoss,
-    Timing,
-    model_cells,
-    profile_of,
-    scale_timing,
-    time_cells,
-    time_loss,
-)
+from lamp3d.plan.profile import LossCost, Profile, Timing, model_cells, profile_of, scale_timing
 from lamp3d.plan.slabs import Slabs, longest_axes, shared, slab_shape
+from lamp3d.plan.timing import TimedLoss, time_cells, time_loss
 from lamp3d.plan.work import Work, account
 from lamp3d.space.trial import refusal
 
@@ -134,7 +125,7 @@ class Meter(ABC):
 
         Args:
             slabs: how volumes are cut.
-            precision, channels_last, split: as for :func:`lamp3d.plan.profile.time_cells`.
+            precision, channels_last, split: as for :func:`lamp3d.plan.timing.time_cells`.
             cases: that are computed at once.
 
         Returns:
@@ -183,7 +174,7 @@ class Meter(ABC):
 
         Args:
             slabs: how volumes are cut.
-            precision, channels_last, split: as for :func:`lamp3d.plan.profile.time_cells`.
+            precision, channels_last, split: as for :func:`lamp3d.plan.timing.time_cells`.
             cases: that are computed at once; the seconds are the smallest micro-batch's share.
             link: between the ranks that share a volume; None: as within a machine.
         """

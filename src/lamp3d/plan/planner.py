@@ -24,9 +24,9 @@ from lamp3d.plan.links import USUAL_NETWORK, Links, load_link, local_link
 from lamp3d.plan.meter import MeasuringMeter, Meter, ModelMeter, Way
 from lamp3d.plan.plan import PRECISIONS, DevicePlan, EdgePlan, Plan, Precision, Recompute, StagePlan, check_schedule
 from lamp3d.plan.plan import recompute_setting as in_blocks
-from lamp3d.plan.profile import TimedLoss
 from lamp3d.plan.search import DOES_NOT_FIT, KEPT, Answer, Found, Request, Search, meshes
 from lamp3d.plan.slabs import is_gathered, longest_axes
+from lamp3d.plan.timing import TimedLoss
 
 WORTH_LESS_EXACT = 1.05
 """So many times as fast must a less exact precision be to be chosen."""
