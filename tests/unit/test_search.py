@@ -27,7 +27,8 @@ from lamp3d.plan.cache import remembered
 from lamp3d.plan.cut import Cut, best_cut
 from lamp3d.plan.hardware import Hardware, known_hardware, load_hardware, workers_per_gpu
 from lamp3d.plan.links import Links, load_link
-from lamp3d.plan.meter import MeasuringMeter, ModelMeter
+from lamp3d.plan.measure import MeasuringMeter
+from lamp3d.plan.meter import ModelMeter
 from lamp3d.plan.partition import minimise_largest, pairs
 from lamp3d.plan.profile import CellSeconds, Timing, model_cells
 from lamp3d.plan.schedule import PLACEMENTS
@@ -602,11 +603,12 @@ def test_what_a_loss_has_alive_counts() -> None:
 
 def test_a_volume_that_takes_long_is_timed_on_a_smaller_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMP3D_CACHE", str(tmp_path))
-    monkeypatch.setattr("lamp3d.plan.meter.worker_threads", lambda _: 1)  # two, beside other tests, wait for each other
+    # Two threads, beside other tests, wait for each other.
+    monkeypatch.setattr("lamp3d.plan.measure.worker_threads", lambda _: 1)
     network, shape = UNet(1, 2, filters=2), (1, 1, 64, 64, 64)
     meter = MeasuringMeter(network, shape, 1, NVLINK, workers=1, repeats=1)
     real = meter.profile(Slabs(), "fp32", False, False)
-    monkeypatch.setattr("lamp3d.plan.meter.BUDGET_SECONDS", 0.0)
+    monkeypatch.setattr("lamp3d.plan.measure.BUDGET_SECONDS", 0.0)
     scaled = MeasuringMeter(network, shape, 1, NVLINK, workers=1, repeats=1).profile(Slabs(), "fp32", False, False)
     assert scaled.value_bytes == real.value_bytes
     assert [cell.internal_bytes for cell in scaled.cells] == [cell.internal_bytes for cell in real.cells]
@@ -625,7 +627,7 @@ def test_several_cases_at_once_are_timed_as_such(tmp_path: Path, monkeypatch: py
         return Timing(tuple(CellSeconds(seconds, seconds) for _ in meter.graph.cells))
 
     monkeypatch.setattr(meter, "_time", together)
-    monkeypatch.setattr("lamp3d.plan.meter.CASES_SECONDS", math.inf)
+    monkeypatch.setattr("lamp3d.plan.measure.CASES_SECONDS", math.inf)
 
     def share(cases: int, slabs: Slabs = Slabs()) -> float:  # noqa: B008 (frozen)
         how = slabs, "fp32", False, False
@@ -633,9 +635,9 @@ def test_several_cases_at_once_are_timed_as_such(tmp_path: Path, monkeypatch: py
 
     assert {n: share(n) for n in (1, 2, 4, 8)} == {1: 1, 2: 1, 4: 0.5, 8: 0.5}
     alone = meter.timing(Slabs(), "fp32", False, False, 1).seconds
-    monkeypatch.setattr("lamp3d.plan.meter.CASES_SECONDS", 4 * 2 * alone)  # four cases can be timed, after a warm-up
+    monkeypatch.setattr("lamp3d.plan.measure.CASES_SECONDS", 4 * 2 * alone)  # four cases can be timed, after a warm-up
     assert share(8) == 0.5
-    monkeypatch.setattr("lamp3d.plan.meter.CASES_SECONDS", 2 * 2 * alone)
+    monkeypatch.setattr("lamp3d.plan.measure.CASES_SECONDS", 2 * 2 * alone)
     assert share(8) == 1
     assert share(4, Slabs((2,), (2,))) == share(1)
 
