@@ -23,10 +23,10 @@ from lamp3d.plan import Plan, find_plans, make_plan
 from lamp3d.plan.hardware import load_hardware
 from lamp3d.plan.links import Links, load_link
 from lamp3d.plan.meter import ModelMeter
+from lamp3d.plan.options import Request
 from lamp3d.plan.partition import minimise_largest, pairs
 from lamp3d.plan.planner import search_plans
 from lamp3d.plan.profile import model_cells
-from lamp3d.plan.search import Request
 from lamp3d.plan.work import account
 
 RANDOM = 2000

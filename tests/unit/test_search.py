@@ -29,10 +29,11 @@ from lamp3d.plan.hardware import Hardware, known_hardware, load_hardware, worker
 from lamp3d.plan.links import Links, load_link
 from lamp3d.plan.measure import MeasuringMeter
 from lamp3d.plan.meter import ModelMeter
+from lamp3d.plan.options import Option, Request, options
 from lamp3d.plan.partition import minimise_largest, pairs
 from lamp3d.plan.profile import CellSeconds, Timing, model_cells
 from lamp3d.plan.schedule import PLACEMENTS
-from lamp3d.plan.search import Option, Request, Search, options
+from lamp3d.plan.search import Search
 from lamp3d.plan.slabs import Slabs
 from lamp3d.plan.timing import profile_cells, time_loss
 from lamp3d.plan.work import account

@@ -12,7 +12,8 @@ from lamp3d.graph.inputs import input_text
 from lamp3d.plan.amounts import format_bytes
 from lamp3d.plan.hardware import load_hardware
 from lamp3d.plan.meter import Meter, ModelMeter
-from lamp3d.plan.search import Request, Search
+from lamp3d.plan.options import Request
+from lamp3d.plan.search import Search
 
 SPARE = 1.1
 """What would fit is named with so much to spare: the next profile has other seconds, and what is on its way between two

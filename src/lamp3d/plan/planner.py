@@ -23,9 +23,10 @@ from lamp3d.plan.hardware import device_type as local_device_type
 from lamp3d.plan.links import USUAL_NETWORK, Links, load_link, local_link
 from lamp3d.plan.measure import MeasuringMeter
 from lamp3d.plan.meter import Meter, ModelMeter, Way
+from lamp3d.plan.options import Request, meshes
 from lamp3d.plan.plan import PRECISIONS, DevicePlan, EdgePlan, Plan, Precision, Recompute, StagePlan, check_schedule
 from lamp3d.plan.plan import recompute_setting as in_blocks
-from lamp3d.plan.search import DOES_NOT_FIT, KEPT, Answer, Found, Request, Search, meshes
+from lamp3d.plan.search import DOES_NOT_FIT, KEPT, Answer, Found, Search
 from lamp3d.plan.slabs import is_gathered, longest_axes
 from lamp3d.plan.timing import TimedLoss
 
