@@ -11,15 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from lamp3d.graph import Edge
 from lamp3d.plan.costs import StageCosts, runs
 from lamp3d.plan.links import LinkTable
 from lamp3d.plan.memory import DeviceMemory, StageBytes, memory_use
-from lamp3d.plan.partition import Mask, Matrix, fold_largest, fold_sum, joined, minimise_largest, minimise_sum, pairs
+from lamp3d.plan.partition import minimise_largest
+from lamp3d.plan.program import CutProgram
 from lamp3d.plan.routes import Routes
-from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, Actions, StageTimes, folded_placement, most_in_flight
+from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES, Actions, StageTimes
 from lamp3d.plan.simulate import TimeLine, Transfers, simulate
 
 TOLERANCES = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7)
@@ -28,10 +27,6 @@ TOLERANCES = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7)
 
 FEW = 64
 """So many cuts are all tried."""
-
-
-MOST_FOLDED_CELLS = 64
-"""A longer network's cells are joined, the shortest first, before it is folded; what is found is then improved."""
 
 
 SEEDS = 2
@@ -191,7 +186,7 @@ def best_cut(
     if math.comb(n - 1, stages - 1) <= FEW:
         every = [cut_at((0, *inner)) for inner in itertools.combinations(range(1, n), stages - 1)]
         return _fastest_that_fits(every, limit)
-    program = _Program(costs, schedule, devices)
+    program = CutProgram(costs, schedule, devices)
     known: dict[tuple[int, ...], Cut] = {}
     for tolerance in TOLERANCES:
         found = _fitting(program, cut_at, limit, tolerance, thorough=thorough)
@@ -247,12 +242,12 @@ def _moved(starts: list[int], n: int) -> Iterator[tuple[int, ...]]:
 @_collection_paused()
 def fitting_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, links: LinkTable) -> Cut | None:
     """A cut that fits, with the least slowest rank of those that the search finds to fit; None if there is none."""
-    program, cut_at = _Program(costs, schedule, devices), _cuts(costs, schedule, devices, links)
+    program, cut_at = CutProgram(costs, schedule, devices), _cuts(costs, schedule, devices, links)
     return _fitting(program, cut_at, limit, 1.0, thorough=False)
 
 
 def _fitting(
-    program: _Program, cut_at: CutAt, limit: int | None, tolerance: float, *, thorough: bool = True
+    program: CutProgram, cut_at: CutAt, limit: int | None, tolerance: float, *, thorough: bool = True
 ) -> Cut | None:
     """A cut that fits; None if none is found.
 
@@ -296,7 +291,7 @@ def _emptied(best: Cut, cut_at: CutAt, limit: int) -> Cut | None:
 @_collection_paused()
 def least_memory(costs: StageCosts, schedule: str, devices: int, links: LinkTable) -> int | None:
     """The smallest limit, to a thousandth, under which a cut is found; None if there are too few cells."""
-    program, cut_at = _Program(costs, schedule, devices), _cuts(costs, schedule, devices, links)
+    program, cut_at = CutProgram(costs, schedule, devices), _cuts(costs, schedule, devices, links)
     cut = _fitting(program, cut_at, None, 1.0)
     if cut is None:
         return None
@@ -309,82 +304,3 @@ def least_memory(costs: StageCosts, schedule: str, devices: int, links: LinkTabl
         else:
             high = found.peak_bytes
     return high
-
-
-@functools.cache
-def _flights(schedule: str, devices: int, micro_batches: int) -> list[int]:
-    """How many micro-batches each stage holds at most, if all take equally long."""
-    stages = [StageTimes(rank) for rank in PLACEMENTS[schedule](devices)]
-    return most_in_flight(SCHEDULES[schedule](stages, micro_batches))
-
-
-class _Program:
-    """The dynamic program that cuts a network for a schedule.
-
-    Args:
-        costs: of the network's cells.
-        schedule: its name.
-        devices: K.
-    """
-
-    def __init__(self, costs: StageCosts, schedule: str, devices: int):
-        self.devices = devices
-        self._ranks = PLACEMENTS[schedule](devices)
-        self._folded = len(self._ranks) > devices and self._ranks == folded_placement(devices)
-        flights = _flights(schedule, devices, costs.micro_batches)
-        # Where stages may begin: where the network is folded, not before every cell of a long one.
-        n = len(costs.seconds)
-        self._joints = joined(costs.seconds, MOST_FOLDED_CELLS) if self._folded else np.arange(n)
-        self._seconds = self._at_joints(costs.seconds)
-        # Of a run: what it exchanges with all others, or what crosses where it begins.
-        self._crossing = self._at_joints(
-            costs.exchanged if self._folded else np.repeat(costs.crossing[:, None], n, axis=1)
-        )
-        # A rank's two runs may hold the same skips, so that its memory is at most the sum of theirs.
-        sizes = [costs.peak(flight) for flight in (flights[:devices] if self._folded else flights)]
-        self._sizes = [self._at_joints(size) for size in sizes]
-        self._slowest = functools.cache(self._find_slowest)
-
-    def cut(self, bound: float, tolerance: float) -> list[int] | None:
-        """The fewest bytes sent, with the slowest rank within a factor ``tolerance`` of the least possible.
-
-        Args:
-            bound: of a rank's memory.
-            tolerance: at least 1.
-        """
-        if (slowest := self._slowest(bound)) is None:
-            return None
-        most = slowest * tolerance * (1 + 1e-12)
-        if self._folded:
-            starts = fold_sum(self._seconds, self._sizes, bound, self._crossing, most)
-        else:
-            starts = minimise_sum(self._crossing, [mask & (self._seconds <= most) for mask in self._fits(bound)])
-        return None if starts is None else [int(self._joints[start]) for start in starts]
-
-    @cached_property
-    def smallest(self) -> list[int] | None:
-        """The cut under the least bound of memory, whatever its seconds."""
-        sizes = [*self._sizes, *self._sizes[-2::-1]] if self._folded else self._sizes
-        starts = minimise_largest(sizes, [pairs(len(self._joints) - 1)] * len(sizes))
-        return None if starts is None else [int(self._joints[start]) for start in starts]
-
-    def _find_slowest(self, bound: float) -> float | None:
-        if self._folded:
-            starts = fold_largest(self._seconds, self._sizes, bound)
-        else:
-            starts = minimise_largest(self._seconds, self._fits(bound))
-        if starts is None:
-            return None
-        of_rank = [0.0] * self.devices
-        for rank, run in zip(self._ranks, runs(starts, len(self._seconds) - 1), strict=True):
-            together = of_rank[rank] + self._seconds[run]
-            of_rank[rank] = together if self._folded else max(of_rank[rank], self._seconds[run])
-        return max(of_rank)
-
-    def _at_joints(self, matrix: Matrix) -> Matrix:
-        return matrix[np.ix_(self._joints, self._joints)]
-
-    def _fits(self, bound: float) -> list[Mask]:
-        # A rank with several runs: equal parts, enough though not all that could be.
-        share = bound * self.devices / len(self._ranks)
-        return [size <= share for size in self._sizes]
