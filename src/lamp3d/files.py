@@ -16,6 +16,11 @@ FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
 """What the system says of a disk without room; libraries hand it on in errors of their own."""
 
 
+def cache_root() -> Path:
+    """Where what can be made again is kept: ``$LAMP3D_CACHE``, by default ``~/.cache/lamp3d``."""
+    return Path(os.environ.get("LAMP3D_CACHE") or Path.home() / ".cache" / "lamp3d")
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Have ``write`` fill a temporary file in the same folder, flush it to disk, and rename it to ``path``.
 

@@ -22,14 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lamp3d.data.augment import Region
 from lamp3d.data.dataset import Case, Dataset
 from lamp3d.data.preprocess import PreprocessConfig, prepare_scan
 from lamp3d.errors import DatasetError, ScanError, WorkerError
 from lamp3d.files import write_atomically
 from lamp3d.scan import check_grid, read_scan
 from lamp3d.volume import Grid, Volume, read_volume
-
-Region = tuple[slice, slice, slice]
 
 # Raised whenever the meaning of a cache file changes, so that old ones are not read.
 _FORMAT = 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +12,7 @@ from lamp3d.data import CaseStore, Dataset, read_dataset
 from lamp3d.data.dataset import TRAIN
 from lamp3d.errors import ConfigError, DatasetError
 from lamp3d.experiment.config import ExperimentConfig, load_config
-from lamp3d.files import write_text
+from lamp3d.files import cache_root, write_text
 from lamp3d.nets import Network
 from lamp3d.plan import Plan, TimeLine
 from lamp3d.scan import UNNAMED
@@ -166,9 +165,7 @@ class Run:
 
 def cache_folder(config: ExperimentConfig) -> Path:
     """Where prepared scans are kept."""
-    if config.cache is not None:
-        return config.cache
-    return Path(os.environ.get("LAMP3D_CACHE") or Path.home() / ".cache" / "lamp3d")
+    return cache_root() if config.cache is None else config.cache
 
 
 def _write_json(path: Path, content: object) -> None:

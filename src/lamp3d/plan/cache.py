@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from pathlib import Path
@@ -12,18 +11,13 @@ from typing import Any
 
 import torch
 
-from lamp3d.files import write_text
+from lamp3d.files import cache_root, write_text
 from lamp3d.plan.profile import CellSeconds, Timing
 
 FORMAT = 3
 
 BUSY = 0.5
 """Timings whose passes lie farther apart were made on a machine that did other work: they are measured again."""
-
-
-def timings_folder() -> Path:
-    """``$LAMP3D_CACHE/timings``, by default in ``~/.cache/lamp3d``."""
-    return Path(os.environ.get("LAMP3D_CACHE") or Path.home() / ".cache" / "lamp3d") / "timings"
 
 
 def remembered(key: Mapping[str, Any], measure: Callable[[], Timing], *, fresh: bool = False) -> Timing:
@@ -35,7 +29,7 @@ def remembered(key: Mapping[str, Any], measure: Callable[[], Timing], *, fresh: 
         fresh: measure even if it is known.
     """
     text = json.dumps({**key, "torch": torch.__version__, "format": FORMAT}, sort_keys=True, default=str)
-    path = timings_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    path = cache_root() / "timings" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     known = None if fresh else _read(path)
     if known is not None and known.uncertainty <= BUSY:
         return known
