@@ -241,7 +241,7 @@ def _moved(starts: list[int], n: int) -> Iterator[tuple[int, ...]]:
 
 @_collection_paused()
 def fitting_cut(costs: StageCosts, schedule: str, devices: int, limit: int | None, links: LinkTable) -> Cut | None:
-    """A cut that fits, with the least slowest rank of those that the search finds to fit; None if there is none."""
+    """Of the cuts that the search finds to fit, one whose slowest rank is as fast as can be; None if it finds none."""
     program, cut_at = CutProgram(costs, schedule, devices), _cuts(costs, schedule, devices, links)
     return _fitting(program, cut_at, limit, 1.0, thorough=False)
 

@@ -2,8 +2,8 @@
 
 A schedule only orders; the engine executes it and the simulator predicts it. It is valid when every rank can run its
 list front to back: a forward needs the forward of the stage before, a backward needs its own forward and the backward
-of the stage behind. All but straight GPipe are made by one list scheduler (:func:`_in_order_of_readiness`): it plays
-the mini-batch through with the stages' expected seconds and writes down what each rank did, so an order that
+of the stage behind. All but the interleaved one are made by one list scheduler (:func:`_in_order_of_readiness`): it
+plays the mini-batch through with the stages' expected seconds and writes down what each rank did, so an order that
 dead-locks cannot come out of it. A schedule is then a placement, a limit on micro-batches in flight, and a priority.
 
 The backward of a stage may be split in two: ``backward_input`` gives the gradients that the stage before waits for,

@@ -23,7 +23,7 @@ TimedLoss = Callable[[Any], Tensor]
 """From a network's output to a 0-dim tensor: with targets of its own, to be timed."""
 
 STEADY_SECONDS, MOST_REPEATS = 1.5, 3
-"""Passes of so many seconds are timed in any case, but at most so many times as many as were asked for."""
+"""Passes go on until they have taken so many seconds, but to no more than so many times the number asked for."""
 
 LOSS_VOXELS = 1 << 20
 """At most so many are timed; losses of larger volumes take in proportion."""
