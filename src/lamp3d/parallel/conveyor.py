@@ -10,7 +10,6 @@ from torch import Tensor
 from lamp3d.graph import Edge
 from lamp3d.parallel.step import Program, Rank
 from lamp3d.parallel.transfer import Receipt
-from lamp3d.space.slabs import placed
 
 UNDER_WAY = 32
 """Sends to one destination, at most; bounds the memory of a rank that runs ahead of the next one."""
@@ -66,16 +65,11 @@ class Conveyor:
             if 0 <= tick - stage < len(self._programs):
                 values = self._forward(stage, tick - stage)
                 if stage == rank.last:
-                    output = self._collected(self._programs[tick - stage], values)
+                    output = self._programs[tick - stage].output(values, rank.space)
         # Not in a step, where the schedule bounds it, and who is waited for may be waiting for this rank.
         rank.transfer.hold_back(UNDER_WAY)
         self._tick += 1
         return 0 <= tick - rank.last < len(self._programs), output
-
-    def _collected(self, program: Program, values: dict[str, Tensor]) -> Any:
-        if (space := self._rank.space) is not None:
-            values = {name: placed(values[name], program.specs[name], space) for name in program.graph.outputs}
-        return program.graph.collect(values)
 
     def _receive(self, edge: Edge, micro_batch: int) -> None:
         if 0 <= micro_batch < len(self._programs):

@@ -35,6 +35,12 @@ class Program:
     specs: Mapping[str, ValueSpec]
     stages: Mapping[int, StageCells]
 
+    def output(self, values: Mapping[str, Tensor], space: Space | None) -> Any:
+        """The network's output, made of values by name; of volumes that ranks share, as those."""
+        if space is not None:
+            values = {name: placed(values[name], self.specs[name], space) for name in self.graph.outputs}
+        return self.graph.collect(values)
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -260,18 +266,12 @@ class MiniBatch:
         for m in ready:
             for name, output in self._outputs[m].items():
                 output.requires_grad_(self._programs[m].specs[name].requires_grad)
-        total = loss.backward(ready, [self._collected(m) for m in ready])
+        outputs_of = [self._programs[m].output(self._outputs[m], self._rank.space) for m in ready]
+        total = loss.backward(ready, outputs_of)
         for m in ready:
             outputs = self._outputs.pop(m)
             self._of_outputs[m] = {name: o.grad for name, o in outputs.items() if o.grad is not None}
         return total
-
-    def _collected(self, micro_batch: int) -> Any:
-        """The network's output, as the loss wants it."""
-        program, outputs, space = self._programs[micro_batch], self._outputs[micro_batch], self._rank.space
-        if space is not None:
-            outputs = {name: placed(output, program.specs[name], space) for name, output in outputs.items()}
-        return program.graph.collect(outputs)
 
 
 def _sum_in_place(parts: Sequence[Tensor | None]) -> Tensor | None:
