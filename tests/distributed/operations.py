@@ -121,7 +121,7 @@ def simple(draw: st.DrawFn) -> Operation:
         st.sampled_from([
             ("instance_norm", norm), ("batch_norm", norm), ("group_norm", norm), ("squeeze", {}), ("softmax", {}),
             ("largest", {}), ("leaky_relu", {"inplace": draw(st.booleans())}), ("gate", {}), ("halves", {}),
-            ("moments", {}),
+            ("moments", {}), ("attention", {}), ("waves", {}), ("shuffled", {}), ("spread", {}), ("expanded", {}),
             ("pad", {"amounts": (*draw(st.lists(st.integers(-2, 3), min_size=6, max_size=6)), *channels)}),
             ("slice", {"begin": draw(_triple(0, 2)), "end": draw(_triple(0, 2))}),
         ])
@@ -189,6 +189,11 @@ _SIMPLE: dict[str, Callable[[Any, Any], Any]] = {
     "leaky_relu": lambda x, settings: F.leaky_relu(x * 1.5, 0.1, settings["inplace"]),
     "gate": lambda x, _: torch.where(x > 0, x, x.sum((2, 3, 4), keepdim=True) * x),
     "halves": lambda x, _: torch.cat([x[:, 2:] * 0.5, *torch.chunk(x, 2, 1)[:1]], 1),
+    "attention": lambda x, _: x * torch.cat([x.max(1, keepdim=True)[0], x.mean(1, True)], 1).sum(1, True).sigmoid(),
+    "waves": lambda x, _: torch.atan2(x, torch.hypot(x, x * 0.5) + 1) + torch.logaddexp(x, x.cos()),
+    "shuffled": lambda x, _: F.glu(torch.cat([F.channel_shuffle(x, 2), F.normalize(x, dim=1)], 1), 1),
+    "spread": lambda x, _: (x - x.amin((2, 3, 4), True)) * x.min(1, True).values.expand_as(x),
+    "expanded": lambda x, _: x[:, :1].expand(-1, 4, -1, -1, -1) * torch.max(x, -x),
     "moments": lambda x, _: x - x.mean((1, 2, 3, 4), keepdim=True) + x.sum(1, keepdim=True) - x.square().mean(),
 }
 

@@ -14,12 +14,16 @@ from lamp3d.space.layout import Layout
 from lamp3d.space.sharded import RULES, ShardedVolume, refuse, rule
 
 _NAMES = """
-    abs neg exp expm1 log log1p log2 sqrt rsqrt square reciprocal sign floor ceil round sin cos tanh sigmoid erf relu
+    abs neg exp exp2 expm1 log log10 log1p log2 sqrt rsqrt square reciprocal sign floor ceil round trunc frac
+    sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc relu threshold
     relu6 leaky_relu elu selu celu gelu silu mish softplus softsign hardtanh hardswish hardsigmoid logsigmoid
-    add sub rsub mul div true_divide pow maximum minimum lerp addcmul addcdiv clamp clamp_min clamp_max clip where
-    masked_fill nan_to_num eq ne lt le gt ge isnan isfinite isinf logical_and logical_or logical_not
+    hardshrink softshrink tanhshrink
+    add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum atan2 hypot logaddexp copysign
+    lerp addcmul addcdiv clamp clamp_min clamp_max clip where
+    masked_fill nan_to_num eq ne lt le gt ge isnan isfinite isinf logical_and logical_or logical_xor logical_not
     __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ __neg__ __invert__
-    __and__ __or__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __abs__ __iadd__ __isub__ __imul__ __itruediv__
+    __mod__ __floordiv__
+    __and__ __or__ __xor__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __abs__ __iadd__ __isub__ __imul__ __itruediv__
     to float double half bfloat16 long int bool type_as detach clone contiguous zeros_like ones_like
     empty_like full_like requires_grad_
 """
@@ -129,6 +133,30 @@ def argmax(input: ShardedVolume, dim: int | None = None, keepdim: bool = False) 
     return ShardedVolume(input.local.argmax(dim, keepdim=True), input.placement, input.space)
 
 
+@rule(F.normalize)
+def normalize(input: ShardedVolume, p: float = 2.0, dim: int = 1, eps: float = 1e-12, **_: Any) -> ShardedVolume:
+    """``torch.nn.functional.normalize`` over the channels."""
+    return _along("normalize", input, dim, F.normalize(input.local, p, dim, eps))
+
+
+@rule(F.glu)
+def glu(input: ShardedVolume, dim: int = -1) -> ShardedVolume:
+    """``torch.nn.functional.glu``: one half of the channels gates the other."""
+    return _along("glu", input, dim, F.glu(input.local, dim))
+
+
+@rule(F.channel_shuffle, torch.channel_shuffle)
+def channel_shuffle(input: ShardedVolume, groups: int) -> ShardedVolume:
+    """``torch.nn.functional.channel_shuffle``."""
+    return _along("channel_shuffle", input, 1, F.channel_shuffle(input.local, groups))
+
+
+def _along(what: str, input: ShardedVolume, dim: int, made: Tensor) -> ShardedVolume:
+    if dim % 5 not in (0, 1):
+        raise refuse(what, "it goes along an axis of space")
+    return ShardedVolume(made, input.placement, input.space)
+
+
 @rule(torch.cat, torch.concat)
 def cat(tensors: Any, dim: int = 0, **named: Any) -> ShardedVolume:
     """``torch.cat`` along the batch or the channels."""
@@ -166,6 +194,24 @@ def repeat(input: ShardedVolume, *sizes: Any) -> ShardedVolume:
     if len(counts) != 5 or set(counts[2:]) != {1}:
         raise refuse("repeat", "it goes along an axis of space")
     return ShardedVolume(input.local.repeat(*counts), input.placement, input.space)
+
+
+@rule(Tensor.expand)
+def expand(input: ShardedVolume, *sizes: Any) -> ShardedVolume:
+    """``Tensor.expand`` along the batch or the channels."""
+    wanted = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    if len(wanted) != 5 or any(size not in (-1, own) for size, own in zip(wanted[2:], input.shape[2:], strict=True)):
+        raise refuse("expand", "it goes along an axis of space")
+    return ShardedVolume(input.local.expand(*wanted[:2], -1, -1, -1), input.placement, input.space)
+
+
+@rule(Tensor.expand_as)
+def expand_as(input: Tensor, other: Tensor) -> ShardedVolume:
+    """``Tensor.expand_as`` a volume."""
+    if not isinstance(other, ShardedVolume):
+        raise refuse("expand_as", "what it is made like is no volume that is shared")
+    local = _matched(input, other.placement)
+    return ShardedVolume(local.expand_as(other.local), other.placement, other.space)
 
 
 @rule(F.dropout3d, torch.feature_dropout)

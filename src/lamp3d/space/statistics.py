@@ -102,12 +102,37 @@ def amax(input: ShardedVolume, dim: Any = (), keepdim: bool = False) -> Any:
     return found
 
 
+@rule(torch.amin, Tensor.amin)
+def amin(input: ShardedVolume, dim: Any = (), keepdim: bool = False) -> Any:
+    """``torch.amin``: equal smallest values share the gradient."""
+    return -amax(-input, dim, keepdim)
+
+
 @rule(torch.max, Tensor.max)
 def max_(input: ShardedVolume, *args: Any, **kwargs: Any) -> Any:
-    """``torch.max`` of all values, or over the channels."""
+    """``torch.max``: of all values, of two volumes, or over the channels, with their indices."""
     if not args and not kwargs:
         return amax(input)
-    raise refuse("max", "over an axis it gives indices; use amax, or argmax over the channels")
+    return _with_indices("max", torch.maximum, input, *args, **kwargs)
+
+
+@rule(torch.min, Tensor.min)
+def min_(input: ShardedVolume, *args: Any, **kwargs: Any) -> Any:
+    """``torch.min``: of all values, of two volumes, or over the channels, with their indices."""
+    if not args and not kwargs:
+        return amin(input)
+    return _with_indices("min", torch.minimum, input, *args, **kwargs)
+
+
+def _with_indices(what: str, of_two: Callable[..., Any], input: Any, *args: Any, **kwargs: Any) -> Any:
+    given = dict(zip(("dim", "keepdim"), args, strict=False)) | kwargs
+    if "other" in given or isinstance(given["dim"], Tensor):
+        return of_two(input, *args, **kwargs)
+    dim, keepdim = given["dim"], given.get("keepdim", False)
+    if dim % 5 not in (0, 1) or not keepdim:
+        raise refuse(what, f"it is known along the channels, with keepdim=True, only; or take a{what}")
+    found = getattr(input.local, what)(dim, keepdim=True)
+    return type(found)([ShardedVolume(values, input.placement, input.space) for values in found])
 
 
 def _dims(dim: Any) -> tuple[int, ...]:
