@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -134,7 +135,7 @@ class RunRecorder(Recorder):
         self.done += 1
         now = time.monotonic()
         seconds = (now - self.began) / self.done
-        state = f"loss {check.loss:.4f}  {seconds:.2f} s/step  peak {_gigabytes(check.peak_bytes)}"
+        state = f"loss {check.loss:.4f}  {seconds:.2f} s/step  {_peaks(check.peak_bytes)}"
         self.bar.update(self.task, completed=self.done, state=state)
         if not self.console.is_terminal and now - self.last_line > SECONDS_BETWEEN_LINES:
             self.say(f"{self.title} step {self.done}/{self.steps}  {state}")
@@ -155,7 +156,7 @@ class RunRecorder(Recorder):
         loss = "none" if record.loss is None else f"{record.loss:.4f}"
         line = (
             f"{self.title}  loss {loss}  {record.seconds_per_step:.2f} s/step  lr {record.lr:.2g}  "
-            f"peak {_gigabytes(record.peak_bytes)}"
+            f"{_peaks(record.peak_bytes)}"
         )
         if record.bad_steps:
             line += f"  {record.bad_steps} bad steps"
@@ -193,5 +194,7 @@ def _summary_writer(folder: Path, step: int) -> SummaryWriter:
     return SummaryWriter(folder, purge_step=step + 1)
 
 
-def _gigabytes(peak_bytes: list[int]) -> str:
-    return " | ".join(f"{peak / 1e9:.2f}" for peak in peak_bytes) + " GB"
+def _peaks(peak_bytes: list[int]) -> str:
+    """Of every rank; on a CPU with what Python and its libraries take, which plans do not count."""
+    of = "peak" if torch.cuda.is_available() else "process peak"
+    return f"{of} {' | '.join(f'{peak / 1e9:.2f}' for peak in peak_bytes)} GB"
