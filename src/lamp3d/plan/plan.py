@@ -217,11 +217,6 @@ class Plan(BaseModel):
         """Every rank's actions for a mini-batch of so many micro-batches."""
         return SCHEDULES[self.schedule](self.stage_times, micro_batches)
 
-    @property
-    def blocks(self) -> list[int | None]:
-        """For each cell the number of the block that it is computed again with, None where it is not."""
-        return blocks_of(self.recompute, self.cells)
-
     def time_line(self) -> TimeLine:
         """The predicted time line of a step."""
         actions = self.actions(self.micro_batches)

@@ -58,8 +58,8 @@ class Planning:
         """How far the plan may be from the best one at most, relative."""
         return self.plan.step_seconds / self.bound_seconds - 1
 
-    def alternatives(self, count: int = 10) -> Table:
-        """The best of the others, and why each lost."""
+    def alternatives(self) -> Table:
+        """The plan and the best of the others, and why each of them lost."""
         table = Table(
             box=SIMPLE_HEAD,
             title=f"Considered: {len(self.answer.found)} ways to use the devices",
@@ -74,7 +74,7 @@ class Planning:
         for column in ("s a step", "memory"):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("", overflow="fold")
-        for index, found in enumerate(self.answer.found[: count + 1]):
+        for index, found in enumerate(self.answer.found[:KEPT]):
             table.add_row(*_row(found, self.plan, chosen=index == 0))
         return table
 

@@ -43,6 +43,7 @@ _VIEWS = (
     _View("coronal", 1, 0, ("R", "L"), 2, ("I", "S")),
     _View("sagittal", 0, 1, ("A", "P"), 2, ("I", "S")),
 )
+_WIDTH_INCHES = 10.0  # of the figure; the height follows from the scan, up to a half of the width
 _BACKGROUND = "#0b0f14"
 _MARGIN_MM = 30.0
 # Masks are drawn on a grid this much finer, so that their outlines are curves and not stairs.
@@ -60,7 +61,6 @@ def overlay_picture(
     *,
     window: tuple[float, float] | None = None,
     title: str = "",
-    width_inches: float = 10.0,
 ) -> Figure:
     """Draws axial, coronal and sagittal slices through the organs, the contours as lines, the prediction as a tint.
 
@@ -73,7 +73,6 @@ def overlay_picture(
         organs: the organs' names, in the order of the labels.
         window: intensities shown as black and white; by default what shows the soft tissue around the organs.
         title: a line above the views.
-        width_inches: width of the figure; the height follows from the scan, up to a half of the width.
 
     Returns:
         A figure; ``figure.savefig(path)`` writes it.
@@ -97,18 +96,18 @@ def overlay_picture(
     colours = organ_colours(organs)
 
     gap, top, bottom = 0.08, (0.42 if title else 0.08), 0.58  # inches
-    inches_per_mm = min((width_inches - 4 * gap) / sum(widths), width_inches / 2 / max(heights))
+    inches_per_mm = min((_WIDTH_INCHES - 4 * gap) / sum(widths), _WIDTH_INCHES / 2 / max(heights))
     height_inches = inches_per_mm * max(heights) + top + bottom
     with rc_context(FONT):
-        figure = Figure(figsize=(width_inches, height_inches), facecolor=_BACKGROUND, dpi=130)
+        figure = Figure(figsize=(_WIDTH_INCHES, height_inches), facecolor=_BACKGROUND, dpi=130)
         FigureCanvasAgg(figure)
         shown: set[str] = set()
-        left = (width_inches - inches_per_mm * sum(widths) - 2 * gap) / 2
+        left = (_WIDTH_INCHES - inches_per_mm * sum(widths) - 2 * gap) / 2
         for view, box, width, height in zip(_VIEWS, boxes, widths, heights, strict=True):
             wide, tall = width * inches_per_mm, height * inches_per_mm
             low = bottom + (inches_per_mm * max(heights) - tall) / 2  # centred
             axes = figure.add_axes(
-                (left / width_inches, low / height_inches, wide / width_inches, tall / height_inches)
+                (left / _WIDTH_INCHES, low / height_inches, wide / _WIDTH_INCHES, tall / height_inches)
             )
             crop = tuple(box[axis].start if axis == view.normal else box[axis] for axis in range(3))
             axes.imshow(
