@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,14 +29,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        temporary.touch(exist_ok=False)  # for whom the user's umask says: scans are not everybody's
+        mode = temporary.stat().st_mode
         try:
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)  # mkstemp's 0600 would hide results from colleagues
+            temporary.chmod(mode)  # a library may have made another file in its place
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
