@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+from lamp3d.errors import ConfigError
+
+
+@contextmanager
+def told_with_its_key() -> Iterator[None]:
+    """Within a validator: what lamp3d finds wrong is told like what pydantic does, with its file and key."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 class Settings(BaseModel):

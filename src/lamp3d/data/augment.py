@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
@@ -84,6 +84,13 @@ class AugmentConfig(Settings):
     noise_probability: Probability = 0.5
     noise: Fraction = 0.05
     noise_kind: Literal["uniform", "gaussian"] = "uniform"
+
+    @field_validator("flip_axes")
+    @classmethod
+    def _once_each(cls, axes: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(axes)) < len(axes):
+            raise ValueError("should name each axis once")
+        return axes
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> AugmentConfig:

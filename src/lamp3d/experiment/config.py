@@ -19,7 +19,7 @@ from lamp3d.nets import Network, SEUNet, UNet, from_function, from_monai, hollow
 from lamp3d.plan import parse_bytes
 from lamp3d.plan.links import USUAL_NETWORK, load_link
 from lamp3d.predict import PredictConfig
-from lamp3d.settings import Settings
+from lamp3d.settings import Settings, told_with_its_key
 from lamp3d.train import LossConfig, TrainConfig
 
 
@@ -95,7 +95,7 @@ class ExperimentConfig(Settings):
     Args:
         initial_weights: where training begins: a model that comes with lamp3d, by name, or the folder of an exported
             one or of a run, of the same network; its output layers only if its organs are the same. None: fresh ones.
-        memory: limit per device, such as "16GB"; None: what the device has.
+        memory: limit per device, such as "16GB", or "unlimited"; None: what the device has.
         across: what joins machines, where torchrun has started workers on several: "network100", "network400", or what
             it carries in a second for all devices of a machine together, such as "10GB".
         cache: folder of prepared scans; None: ~/.cache/lamp3d (or $LAMP3D_CACHE).
@@ -129,14 +129,16 @@ class ExperimentConfig(Settings):
     def _is_an_amount(cls, memory: Any) -> Any:
         if isinstance(memory, int | float):
             raise ValueError("an amount of memory has a unit; write it like 16GB")
-        if memory is not None:
-            parse_bytes(memory)
+        if memory not in (None, "unlimited"):
+            with told_with_its_key():
+                parse_bytes(memory)
         return memory
 
     @field_validator("across")
     @classmethod
     def _is_a_link(cls, across: str) -> str:
-        load_link(across)
+        with told_with_its_key():
+            load_link(across)
         return across
 
     @field_validator("cache")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from lamp3d.errors import PlanError
@@ -43,7 +45,7 @@ class Place:
         """This worker's place; to be called by all workers.
 
         Raises:
-            PlanError: there are more or fewer workers than the plan has devices.
+            PlanError: there are more or fewer workers than the plan has devices, or others have another plan.
         """
         rank = dist.get_rank() if dist.is_initialized() else 0
         world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -52,6 +54,7 @@ class Place:
                 f"the plan is for {plan.devices} device(s), but {world_size} worker(s) run; start as many workers "
                 f"as the plan has devices (devices={plan.devices}), or make a plan for {world_size}."
             )
+        _refuse_other_plans(plan)
         pipe, slabs = plan.pipe, plan.slabs
         copy, pipe_rank = divmod(rank, pipe)
         replica, slab = divmod(copy, slabs)
@@ -75,3 +78,28 @@ class Place:
     def pipeline(self) -> tuple[int, ...]:
         """The workers of this worker's pipeline."""
         return self.pipelines[self.rank // len(self.pipelines[0])]
+
+
+_SAID_TO_ALL = {
+    "devices", "data", "space", "space_dims", "least_planes", "micro_batches", "schedule", "recompute", "precision",
+    "channels_last",
+}  # fmt: skip
+
+
+def _refuse_other_plans(plan: Plan) -> None:
+    """Workers with different plans would wait for each other for ever.
+
+    Of the seconds that a plan foretells only the order of actions counts that may follow from them.
+    """
+    if not dist.is_initialized():
+        return
+    cut = plan.starts, plan.ranks, plan.actions(plan.micro_batches)
+    text = f"{plan.model_dump_json(include=_SAID_TO_ALL)} {cut}"
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    ends = torch.tensor([number, -number])
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    if ends[0] != -ends[1]:
+        raise PlanError(
+            "the workers have different plans, as happens where each makes its own, from timings of its own: make one, "
+            "and hand it to all, as lamp3d.launch(work, devices, (plan,)) does."
+        )

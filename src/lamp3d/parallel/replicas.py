@@ -99,13 +99,14 @@ class GradientSum:
         for parameter, before in self._before.items():
             if parameter.grad is not None:
                 before += parameter.grad
-            parameter.grad = before
         self.discard()
 
     def discard(self) -> None:
-        """Leave nothing behind on the parameters."""
+        """Leave nothing behind on the parameters but what was there before."""
         for handle in self._handles:
             handle.remove()
+        for parameter, before in self._before.items():
+            parameter.grad = before
 
     def _reached(self, parameter: nn.Parameter) -> None:
         stage, bucket = self._of[parameter]

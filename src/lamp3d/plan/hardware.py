@@ -18,7 +18,7 @@ from lamp3d.plan.allowance import cpu_cores, memory_bytes
 from lamp3d.plan.amounts import parse_bytes
 from lamp3d.plan.descriptions import checked, read_description
 from lamp3d.plan.links import USUAL_NETWORK
-from lamp3d.settings import Settings
+from lamp3d.settings import Settings, told_with_its_key
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -70,10 +70,8 @@ class Hardware(Settings):
     @field_validator("memory", mode="before")
     @classmethod
     def _bytes(cls, memory: Any) -> int:
-        try:
+        with told_with_its_key():
             return parse_bytes(memory)
-        except ConfigError as error:  # so that it is told with its file
-            raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
     def _has_fp32(self) -> Hardware:

@@ -162,7 +162,8 @@ def find_plans(
         "space": space, "least_planes": least_planes, "per_machine": per_machine,
     }  # fmt: skip
     _check_numbers(input_shape, counts)
-    mesh = None if space is None else tuple(s for s in ([space] if isinstance(space, int) else space) if s != 1)
+    sizes = space if space is None or isinstance(space, Sequence) else [int(space)]
+    mesh = None if sizes is None else tuple(size for size in sizes if size != 1)
     _check(devices, data, mesh, pipe, batch, micro_batches)
     if schedule is not None:
         check_schedule(schedule)
