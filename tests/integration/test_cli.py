@@ -125,10 +125,12 @@ def test_evaluation_and_report(lamp3d: CommandLine, trained: Path, dataset: Path
 
     again = tmp_path / "run"
     shutil.copytree(trained, again)
+    (again / "results-train.json").write_text("older scores", "utf-8")
     done = lamp3d("evaluate", again, dataset, "--split", "train")
     assert done.code == 0, done.err
     assert Results.load(again / "results.json").split == "train"
     assert Results.load(again / "results-validation.json") == results
+    assert not (again / "results-train.json").exists()
 
 
 def test_an_exported_model_predicts_as_its_run_does(

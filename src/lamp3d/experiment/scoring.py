@@ -97,12 +97,17 @@ def evaluate(
 
 def _keep_other_split(path: Path, split: str) -> None:
     """The scores of another split than this one make room under its name, such as results-validation.json."""
+
+    def named_after(split: str) -> Path:
+        return path.with_stem(f"{path.stem}-{split.replace('/', '-')}")
+
     try:
         before = Results.load(path).split
     except DatasetError:  # there are none, or none that this version reads
-        return
+        before = split
     if before != split:
-        path.replace(path.with_stem(f"{path.stem}-{before.replace('/', '-')}"))
+        path.replace(named_after(before))
+    named_after(split).unlink(missing_ok=True)  # older ones of this split, that had made room
 
 
 def _labelled(dataset: Dataset, split: str, run: Run) -> tuple[Case, ...]:
