@@ -10,6 +10,7 @@ from torch import nn
 
 from lamp3d.graph import trace
 from lamp3d.plan import Plan, StagePlan
+from lamp3d.plan.plan import DevicePlan
 
 DEVICE = os.environ.get("LAMP3D_TEST_DEVICE", "cpu")
 """Where plans run. Workers inherit it from the test that launches them: "cuda" in tests/cuda."""
@@ -51,10 +52,11 @@ def plan_at(
         )
         for stage, (begin, end) in enumerate(itertools.pairwise(bounds))
     )
+    pipe = 1 + max(stage.rank for stage in stages)
     plan = Plan(
         network=type(network).__name__,
         input_shape=input_shape if isinstance(input_shape, dict) else tuple(input_shape),
-        devices=1 + max(stage.rank for stage in stages),
+        devices=pipe,
         device_type=DEVICE,
         micro_batches=micro_batches,
         schedule=schedule,
@@ -63,7 +65,7 @@ def plan_at(
         channels_last=False,
         memory_limit_bytes=None,
         stages=stages,
-        per_device=(),
+        per_device=(DevicePlan(saved_bytes=0, peak_bytes=0),) * pipe,
         step_seconds=1.0,
         bubble=0.0,
     )

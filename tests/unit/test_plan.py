@@ -26,6 +26,7 @@ from lamp3d.plan.costs import StageCosts
 from lamp3d.plan.profile import Profile
 from lamp3d.plan.timing import profile_cells
 from tests.networks import Aged, Branches, Counting, InPlace, conv
+from tests.plans import plan_at
 
 SMALL = (4, 1, 4, 5, 6)
 SHAPE = (4, 1, 16, 16, 32)
@@ -82,6 +83,41 @@ def test_a_plan_is_frozen_and_comes_back_from_json(u_net_plan: Plan, tmp_path: P
         Plan.load(path)
     with pytest.raises(PlanError, match=r"no plan at .*absent\.json; make one with"):
         Plan.load(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("edited", "says"),
+    [
+        ({"devices": 3}, r"devices is 3, and must be data × space × the stages' ranks: 1 × 1 × 2\)"),
+        ({"data": 2}, "devices is 2, .*: 2 × 1 × 2"),
+        ({"data": 0}, "data has 0, and must be 1 or more"),
+        ({"micro_batches": -1}, "micro_batches has -1"),
+        ({"space": [0], "space_dims": [2]}, "space has 0"),
+        ({"space": [2], "devices": 4}, r"space is \(2,\) and space_dims \(\): they want an entry an axis"),
+        ({"space": [2], "space_dims": [1], "devices": 4}, "2, 3 or 4, each at most once"),
+        ({"space": [2, 2], "space_dims": [2, 2], "devices": 8}, "2, 3 or 4, each at most once"),
+        ({"stages": []}, r"ranks are \(\)"),
+        ({"per_device": []}, "per_device has 0 entries for 2 ranks"),
+        ({"stages.1.rank": -1}, r"ranks are \(0, -1\), and must be one or more, from 0 on"),
+        ({"stages.1.rank": 0}, "devices is 2, .*: 1 × 1 × 1"),
+        ({"stages.1.first_cell": 0}, "stages.1 has cells 0 to .* this one begins at 1"),
+        ({"stages.0.cells": []}, "stages.0 has cells 0 to .* and names 0"),
+    ],
+)
+def test_a_plan_that_was_edited_by_hand_is_told_what_does_not_hang_together(
+    edited: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    content = plan_at(nn.Identity(), SMALL, [0, 1], names=["a", "b", "c"]).model_dump(mode="json")
+    for key, value in edited.items():
+        *path, last = (int(part) if part.isdigit() else part for part in key.split("."))
+        place: Any = content
+        for part in path:
+            place = place[part]
+        place[last] = value
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match=f"is not a plan that this version of lamp3d reads \\((?!Value).*{says}"):
+        Plan.load(path)
 
 
 def test_the_table_shows_every_stage(u_net_plan: Plan) -> None:

@@ -160,6 +160,39 @@ class Plan(BaseModel):
         check_schedule(name)
         return name
 
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Plan:
+        """What a plan made by lamp3d is by itself, and one that was edited by hand need not be."""
+        if len(self.space) != len(self.space_dims) or len(set(self.space_dims) & {2, 3, 4}) != len(self.space):
+            raise ValueError(
+                f"space is {self.space} and space_dims {self.space_dims}: they want an entry an axis, and the "
+                "latter 2, 3 or 4, each at most once"
+            )
+        counts = {"data": self.data, "micro_batches": self.micro_batches, "least_planes": self.least_planes}
+        for name, count in (*counts.items(), *(("space", slabs) for slabs in self.space)):
+            if count < 1:
+                raise ValueError(f"{name} has {count}, and must be 1 or more")
+        if not self.stages or min(self.ranks) < 0:
+            raise ValueError(f"the stages' ranks are {self.ranks}, and must be one or more, from 0 on")
+        pipe = 1 + max(self.ranks)
+        if self.devices != self.data * self.slabs * pipe:
+            raise ValueError(
+                f"devices is {self.devices}, and must be data × space × the stages' ranks: "
+                f"{self.data} × {self.slabs} × {pipe}"
+            )
+        if len(self.per_device) != pipe:
+            raise ValueError(f"per_device has {len(self.per_device)} entries for {pipe} ranks of a pipeline")
+        first = 0
+        for index, stage in enumerate(self.stages):
+            last = first + len(stage.cells) - 1
+            if not stage.cells or (stage.first_cell, stage.last_cell) != (first, last):
+                raise ValueError(
+                    f"stages.{index} has cells {stage.first_cell} to {stage.last_cell} and names {len(stage.cells)}: "
+                    f"stages follow one another, and this one begins at {first}"
+                )
+            first = last + 1
+        return self
+
     @property
     def image_shape(self) -> tuple[int, ...]:
         """The shape of the volume among the inputs; most networks have no other."""
@@ -306,7 +339,9 @@ class Plan(BaseModel):
             what = str(error)
             if isinstance(error, ValidationError):  # pydantic's own text has many lines
                 first = error.errors()[0]
-                what = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+                what = ": ".join(
+                    filter(None, (".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")))
+                )
             raise PlanError(
                 f"{path} is not a plan that this version of lamp3d reads ({what}); make it anew, or where a run "
                 "keeps it, delete it: --resume plans anew."
