@@ -262,6 +262,26 @@ def test_hardware_without_fp32_or_with_half_its_figures_is_refused(tmp_path: Pat
         load_hardware(str(own))
 
 
+@pytest.mark.parametrize(
+    ("figures", "says"),
+    [
+        ({"launch_seconds": -1.0}, "launch_seconds: .*greater than or equal to 0"),
+        ({"host_seconds": -1.0}, "host_seconds: .*greater than or equal to 0"),
+        ({"sustained": {"fp32": 35, "bf16": 35}}, "sustained.fp32: .*less than or equal to 1"),
+        ({"bandwidth_sustained": 80}, "bandwidth_sustained: .*less than or equal to 1"),
+        ({"reserved": -1}, "reserved: .*greater than or equal to 0"),
+        ({"memory": "100MB"}, "memory is 100000000 bytes, and must be more than what is reserved: 800000000"),
+    ],
+)
+def test_hardware_with_figures_that_no_device_has_is_refused(
+    figures: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(json.dumps(A100.model_dump(mode="json") | figures))
+    with pytest.raises(ConfigError, match=says):
+        load_hardware(str(own))
+
+
 def test_a_users_own_hardware(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(

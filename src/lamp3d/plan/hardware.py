@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from lamp3d.errors import ConfigError
 from lamp3d.plan.allowance import cpu_cores, memory_bytes
@@ -21,6 +29,7 @@ from lamp3d.plan.links import USUAL_NETWORK
 from lamp3d.settings import Settings, told_with_its_key
 
 DeviceType = Literal["cpu", "cuda"]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 _DEVICES = Path(__file__).parent / "devices"
 
@@ -54,13 +63,13 @@ class Hardware(Settings):
     device_type: DeviceType
     memory: PositiveInt
     peak_tflops: dict[Literal["fp32", "bf16"], PositiveFloat]
-    sustained: dict[Literal["fp32", "bf16"], PositiveFloat]
+    sustained: dict[Literal["fp32", "bf16"], Share]
     full_channels: PositiveInt = 1
     bandwidth_gbs: PositiveFloat
-    bandwidth_sustained: PositiveFloat = 0.8
-    launch_seconds: float = 6e-6
-    host_seconds: float = 1e-4
-    reserved: int = CUDA_RESERVED
+    bandwidth_sustained: Share = 0.8
+    launch_seconds: NonNegativeFloat = 6e-6
+    host_seconds: NonNegativeFloat = 1e-4
+    reserved: NonNegativeInt = CUDA_RESERVED
     allocator: PositiveFloat = CUDA_ALLOCATOR
     link: str
     across: str = USUAL_NETWORK
@@ -77,6 +86,12 @@ class Hardware(Settings):
     def _has_fp32(self) -> Hardware:
         if "fp32" not in self.peak_tflops or set(self.sustained) != set(self.peak_tflops):
             raise ValueError("peak_tflops and sustained want the same precisions, fp32 among them")
+        return self
+
+    @model_validator(mode="after")
+    def _leaves_memory(self) -> Hardware:
+        if self.memory <= self.reserved:
+            raise ValueError(f"memory is {self.memory} bytes, and must be more than what is reserved: {self.reserved}")
         return self
 
     @property
