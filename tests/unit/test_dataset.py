@@ -55,8 +55,10 @@ def test_splits_annotated_and_test_scans(tmp_path: Path) -> None:
     [
         ({"labels": {"0": "background", "2": "Spine"}}, r"labels \[0, 2\] must be 0 \(background\), 1, 2"),
         ({"labels": {"0": "background", "1": "Spine", "2": "Spine"}}, "used twice: Spine"),
+        ({"labels": {"0": "background"}}, r"labels \{0: 'background'\} name no organ; add those"),
         ({"labels": {"background": 0}}, "labels.background"),
         ({"labels": {str(value): f"part {value}" for value in range(257)}}, "256 organs; at most 255 are supported"),
+        ({"training": []}, "`training` lists no cases; list those"),
         ({"training": [{"image": "imagesTr/absent.nii.gz"}]}, r"lists .*absent\.nii\.gz, which is absent"),
         ({"training": [{"label": "labelsTr/case_0.nii.gz"}]}, r"training\.0\.image is missing"),
         ({"test": [{"label": "labelsTr/case_0.nii.gz"}]}, r"json: test\.0\.image is missing; see"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from lamp3d.data import CaseStore, PreprocessConfig, SplitConfig, read_dataset
 from lamp3d.errors import DatasetError
@@ -185,6 +186,8 @@ def test_the_papers_split_is_drawn_from_a_seed(tmp_path: Path) -> None:
     assert len(shares["validation"]) == round(0.1 * (131 - round(0.5 * 131)))
     with pytest.raises(DatasetError, match="leave none of 131"):
         read_dataset(tmp_path, SplitConfig(test=100, validation=31))
+    with pytest.raises(ValidationError, match="less than 1"):  # all of them? or one case?
+        SplitConfig(validation=1.0)
 
 
 def test_a_run_keeps_its_splits_when_cases_are_added(tmp_path: Path) -> None:

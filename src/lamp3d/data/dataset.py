@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lamp3d.data.nnunet import as_decathlon, is_nnunet
 from lamp3d.errors import DatasetError
@@ -29,8 +29,8 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 MOST_ORGANS = 255
 """That the bytes of label maps have values for."""
 
-Share = NonNegativeInt | Annotated[float, Field(ge=0, lt=1)]
-"""So many cases, or such a part of them."""
+Share = Annotated[int, Field(ge=0, strict=True)] | Annotated[float, Field(ge=0, lt=1)]
+"""So many cases, or such a part of them; 1.0 is neither, for it would be taken for one case."""
 
 
 class SplitConfig(Settings):
@@ -222,7 +222,9 @@ def write_dataset_json(
 
 
 def _organs(path: Path, labels: dict[int, str]) -> tuple[str, ...]:
-    if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
+    if set(labels) <= {0}:
+        raise DatasetError(f"{path}: labels {labels} name no organ; add those that the label maps hold, from 1")
+    if sorted(labels) != list(range(len(labels))):
         raise DatasetError(
             f"{path}: labels {sorted(labels)} must be 0 (background), 1, 2, … without gaps; renumber them"
         )
@@ -266,6 +268,8 @@ def _case(path: Path, entry: _Entry, organs: tuple[str, ...], channels: tuple[st
 
 def _drawn_splits(path: Path, names: Sequence[str], config: SplitConfig) -> dict[str, tuple[str, ...]]:
     """A shuffle of the sorted names that is the same on every machine: validation first, then training, then test."""
+    if not names:
+        raise DatasetError(f"{path}: `training` lists no cases; list those that have contours")
     ordered = sorted(names)
     shuffled = [ordered[i] for i in np.random.default_rng(config.seed).permutation(len(ordered))]
     n_test = _count(config.test, len(ordered))
