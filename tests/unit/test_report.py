@@ -222,13 +222,22 @@ def test_the_scale_bar_fits_the_scan(voxel_mm: float, bar: str):
     assert max(axial.lines[-1].get_xdata()) < axial.get_xlim()[1]
 
 
-def test_the_best_score_is_not_written_over_the_stages_names(run: Path):
-    low = [{"dice": {"A": dice}, "mean_dice": dice} for dice in (0.0, 0.01, 0.0)]
-    history = [epoch.model_copy(update=scores) for epoch, scores in zip(read_history(run), low, strict=False)]
-    axes = learning_curves(history, ["A"]).axes[1]
-    axes.figure.draw_without_rendering()
-    best, stage = (text.get_window_extent() for text in axes.texts)
-    assert not best.overlaps(stage)
+@pytest.mark.parametrize("best", [0.01, 0.504, 0.99])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_nothing_is_written_over_the_curves(run: Path, best: float, epochs: int):
+    scores = {"dice": {"A": best}, "mean_dice": best}
+    history = [epoch.model_copy(update=scores) for epoch in read_history(run)[:epochs]]
+    figure = learning_curves(history, ["A"])
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        inside, title = axes.get_window_extent(), axes._left_title.get_window_extent()
+        for text in axes.texts:
+            assert not text.get_window_extent().overlaps(inside)
+            assert not text.get_window_extent().overlaps(title)
+        assert all(tick == int(tick) for tick in axes.get_xticks())  # epochs
+    legend = figure.axes[1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["A", f"mean, best {best:.3f}"]
+    assert not legend.get_window_extent().overlaps(figure.axes[1].get_window_extent())
 
 
 def test_a_distance_is_said_to_be_of_the_organs_that_have_one(run: Path, tmp_path: Path):

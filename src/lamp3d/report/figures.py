@@ -34,6 +34,7 @@ _ACTION_NAMES: dict[Kind, str] = {
     "backward_weight": "backward, weights",
 }
 _WIDTH = 10.4  # inches; the width of the page's column
+_STAGES_PAD = 18  # points between axes and title: the stages' names
 
 
 def learning_curves(history: Sequence[EpochRecord], organs: Sequence[str]) -> Figure:
@@ -47,10 +48,12 @@ def learning_curves(history: Sequence[EpochRecord], organs: Sequence[str]) -> Fi
         figure = _figure(_WIDTH, 3.5)
         loss_axes, dice_axes = figure.subplots(1, 2)
         epochs = np.arange(1, len(history) + 1)
-        loss_axes.set(title="Training loss", xlabel="epoch")
+        loss_axes.set(xlabel="epoch")
+        loss_axes.set_title("Training loss", pad=_STAGES_PAD)
         loss_axes.plot(epochs, [epoch.loss for epoch in history], color=ACCENT, linewidth=1.8, marker=".")
 
-        dice_axes.set(title="Validation Dice", xlabel="epoch", ylim=(0, 1))
+        dice_axes.set(xlabel="epoch", ylim=(0, 1))
+        dice_axes.set_title("Validation Dice", pad=_STAGES_PAD)
         validated = [(at, epoch.dice) for at, epoch in zip(epochs, history, strict=True) if epoch.dice]
         colours = organ_colours(organs)
         for organ in organs:
@@ -59,20 +62,18 @@ def learning_curves(history: Sequence[EpochRecord], organs: Sequence[str]) -> Fi
                 dice_axes.plot(*zip(*points, strict=True), color=colours[organ], linewidth=1, marker=".", label=organ)
         means = [(at, e.mean_dice) for at, e in zip(epochs, history, strict=True) if e.mean_dice is not None]
         if means:
-            dice_axes.plot(*zip(*means, strict=True), color=INK, linewidth=2.2, label="mean")
             at, best = max(means, key=lambda point: point[1])
-            dice_axes.plot(at, best, "o", color=INK, markersize=6)
-            above = 8 if best > 0.1 else 20  # the stages' names
-            dice_axes.annotate(
-                f"best {best:.3f}", (at, best), xytext=(0, above), textcoords="offset points", ha="right", weight="bold"
-            )
+            # Said in the legend: beside the point it would lie over the curves of some run.
+            dice_axes.plot(
+                *zip(*means, strict=True), color=INK, linewidth=2.2, marker="o", markersize=6,
+                markevery=[means.index((at, best))], label=f"mean, best {best:.3f}",
+            )  # fmt: skip
             dice_axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=8)
         for axes in (loss_axes, dice_axes):
             axes.grid(axis="y")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axes.set_xlim(0.5, len(history) + 0.5)
-        _stage_bands(loss_axes, history, at_top=True)
-        _stage_bands(dice_axes, history, at_top=False)
+            _stage_bands(axes, history)
     return figure
 
 
@@ -207,15 +208,15 @@ def _strip(axes: Axes, row: int, values: Sequence[float], colour: str) -> None:
     axes.scatter(values, heights, s=11, color=colour, edgecolor=INK, linewidth=0.35, zorder=3)
 
 
-def _stage_bands(axes: Axes, history: Sequence[EpochRecord], *, at_top: bool) -> None:
-    """Tells the stages apart; their names go where the curve is not: losses fall, scores rise."""
+def _stage_bands(axes: Axes, history: Sequence[EpochRecord]) -> None:
+    """Tells the stages apart; their names stand above the axes, where no curve can be."""
     start = 0
     for stage, epochs in groupby(history, key=lambda epoch: epoch.stage):
         stop = start + len(list(epochs))
         if stage % 2 == 0:
             axes.axvspan(start + 0.5, stop + 0.5, color="#f1f5f9", zorder=0)
         axes.text(
-            (start + stop + 1) / 2, 0.97 if at_top else 0.02, f"stage {stage}", transform=axes.get_xaxis_transform(),
-            ha="center", va="top" if at_top else "bottom", fontsize=8, color=MUTED,
+            (start + stop + 1) / 2, 1.01, f"stage {stage}" if start == 0 else str(stage),
+            transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color=MUTED,
         )  # fmt: skip
         start = stop
