@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import statistics
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -191,11 +192,15 @@ def test_the_report_lists_what_is_not_finished(tmp_path: Path) -> None:
     (first := result("a", 0, dice)).save(out / "results" / "a-0.json")
     timed = RowTimings(row="a", network="U-Net-4", input="32³", device="a CPU", timings=timings)
     timed.save(out / "timings" / "a.json")
-    labels = [label.get_text() for label in figure([first], [timed]).axes[1].get_xticklabels()]
+    seconds = figure([first], [timed]).axes[1]
+    labels = [label.get_text() for label in seconds.get_xticklabels()]
+    assert not seconds.patches  # bars on a logarithmic axis
+    assert [line.get_ydata().tolist() for line in seconds.lines] == [[statistics.fmean(t.seconds)] for t in timings]
     assert labels[:3:2] == ["whole\n1 device", "windows\n32×32×32\n1 device"]
     text = write_study_report(out).read_text("utf-8")
     assert "**Not finished:** a-1, b-0." in text or "**Not finished:** b-0, a-1." in text
     assert "| U-Net-4 | 32³ | windows 32×32×32 | 2 | 1.50 ± 0.71 | 1 GB |" in text
+    assert "of seconds a scan over scans" in text
     assert (out / "figure1.png").stat().st_size > 10_000
     assert (out / "dice--validation.csv").read_text("utf-8").startswith("network,input,seeds,A,B,mean\n")
     (out / "results" / "a-1.json").write_text("{}", "utf-8")
