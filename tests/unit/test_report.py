@@ -149,6 +149,32 @@ def test_a_run_without_evaluation_shows_its_training(run: Path, tmp_path: Path):
     assert "Scores by organ" not in page
 
 
+def test_a_plan_is_told_in_full(run: Path, tmp_path: Path):
+    """Its mesh, of which the pictures show one pipeline, and the cells in its blocks."""
+    (tmp_path / "history.jsonl").write_text((run / "history.jsonl").read_text())
+    blocks = (("level0.conv", "level1.conv"), ("level3.conv",))
+    plan = make_plan(4).model_copy(update={"data": 2, "devices": 4, "recompute": blocks})
+    plan.save(tmp_path / "plans" / "stage-0.json")
+    page = " ".join(write_report(tmp_path).read_text().split())
+    assert "2 replicas × 2 cpu, of which the first pipeline is shown; gpipe" in page
+    assert "recompute 3 cells in 2 blocks" in page
+    assert "of which" not in write_report(run).read_text()
+
+
+def test_one_is_no_plural_and_none_is_a_score(run: Path, tmp_path: Path):
+    epoch = read_history(run)[0].model_copy(update={"dice": {"A": 0.0}, "mean_dice": 0.0})
+    (tmp_path / "history.jsonl").write_text(epoch.model_dump_json() + "\n")
+    page = write_report(tmp_path).read_text()
+    assert "1 epoch in 1 curriculum stage</p>" in page
+    assert "<b>0.000</b><span>best validation Dice</span><small>in 1 epoch</small>" in page
+
+
+def test_pictures_scroll_where_the_window_is_too_narrow_to_read_them(run: Path):
+    page = write_report(run).read_text()
+    assert page.count('<div class="scroll"><img') == page.count("data:image/svg+xml")
+    assert ".scroll img, .scan img { min-width" in page
+
+
 def test_missing_scans_leave_a_note_in_place_of_the_picture(run: Path, tmp_path: Path):
     (tmp_path / "results.json").write_text((run / "results.json").read_text())
     page = write_report(tmp_path).read_text()

@@ -266,10 +266,10 @@ class Plan(BaseModel):
         limit = "" if self.memory_limit_bytes is None else f" of {format_bytes(self.memory_limit_bytes)} a device"
         table = Table(
             box=SIMPLE_HEAD,
-            title=f"{self.network}, mini-batch {input_text(self.input_shape)}, {self._devices_text()} "
+            title=f"{self.network}, mini-batch {input_text(self.input_shape)}, {self.devices_text()} "
             f"{self.device_type}{self._machines_text()}, {self.precision}"
             f"{', channels-last' if self.channels_last else ''}",
-            caption=f"{self.schedule}, {self.micro_batches} micro-batches, recompute {self._recompute_text()}: "
+            caption=f"{self.schedule}, {self.micro_batches} micro-batches, recompute {self.recompute_text()}: "
             f"{self.step_seconds:.2f} s a step, {self.bubble:.0%} bubble, peak memory "
             f"{format_bytes(self.peak_bytes)}{limit} (predicted{self._spread()})"
             f"{self._space_text()}",
@@ -306,7 +306,8 @@ class Plan(BaseModel):
             text += f"; computed by every rank: {', '.join(map(_short, self.gathered))}"
         return text
 
-    def _devices_text(self) -> str:
+    def devices_text(self) -> str:
+        """The mesh in words: replicas × slabs × devices of a pipeline."""
         factors = [f"{self.data} replicas"] * (self.data > 1) + [f"{self.slabs} slabs"] * (self.slabs > 1)
         return " × ".join([*factors, str(self.pipe)]) + ("" if factors else " ×")
 
@@ -315,7 +316,8 @@ class Plan(BaseModel):
             return ""
         return f" on {math.ceil(self.devices / self.links.per_machine)} machines ({self.links.across.title})"
 
-    def _recompute_text(self) -> str:
+    def recompute_text(self) -> str:
+        """What is computed again in backward, in words."""
         if isinstance(self.recompute, str):
             return self.recompute
         return f"{sum(map(len, self.recompute))} cells in {len(self.recompute)} blocks"

@@ -49,7 +49,13 @@ def write_report(run: Path, *, dataset: Path | None = None) -> Path:
     content = read_run(run)
     template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"score": _score, "millimetres": _millimetres, "bytes": _bytes, "tint": _tint}
+    environment.filters |= {
+        "score": _score,
+        "millimetres": _millimetres,
+        "bytes": _bytes,
+        "tint": _tint,
+        "input": _input,
+    }
     page = environment.from_string(template).render(
         title=f"{content.folder.resolve().name}",
         run=content,
@@ -87,7 +93,9 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     """The numbers at the page's top: (value, what it is, detail)."""
     cards = []
     if results := run.results:
-        cards.append((_score(results.mean_dice), "mean Dice", f"{len(results.cases)} cases, {results.split} split"))
+        cards.append(
+            (_score(results.mean_dice), "mean Dice", f"{_count(len(results.cases), 'case')}, {results.split} split")
+        )
         summaries = [organ for organ in results.organs.values() if organ.dice.n]
         for key, what in (("hd95_mm", "HD95"), ("surface_dice", "surface Dice")):
             values = [mean for organ in summaries if (mean := getattr(organ, key).mean) is not None]
@@ -100,8 +108,9 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
                 cards.append((text, what, detail))
         if seconds := [case.seconds for case in results.cases if case.seconds is not None]:
             cards.append((f"{_figures(statistics.median(seconds))} s", "a prediction", "median over cases"))
-    if best := max((epoch.mean_dice for epoch in run.history if epoch.mean_dice is not None), default=None):
-        cards.append((_score(best), "best validation Dice", f"in {len(run.history)} epochs"))
+    best = max((epoch.mean_dice for epoch in run.history if epoch.mean_dice is not None), default=None)
+    if best is not None:
+        cards.append((_score(best), "best validation Dice", f"in {_count(len(run.history), 'epoch')}"))
     if run.plans:
         peak = max((peak for epoch in run.history for peak in epoch.peak_bytes), default=0)
         detail = f"at most {_bytes(peak)} on one" if peak else run.plans[0].device_type
@@ -119,7 +128,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
         rows.append(
             {
                 "number": stage,
-                "input": input_text(plan.input_shape).replace("×", " × ") if plan else "",
+                "input": _input(plan.input_shape) if plan else "",
                 "epochs": len(epochs),
                 "loss": next((epoch.loss for epoch in reversed(epochs) if epoch.loss is not None), None),
                 "dice": max((epoch.mean_dice for epoch in epochs if epoch.mean_dice is not None), default=None),
@@ -182,7 +191,8 @@ def _chart(figure: Figure) -> Markup:
     # A fixed salt and no date: the same run gives the same page.
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": "lamp3d"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _embedded(buffer, "image/svg+xml", "chart")
+    # In a window too narrow for it to be read it scrolls.
+    return Markup('<div class="scroll">{}</div>').format(_embedded(buffer, "image/svg+xml", "chart"))
 
 
 def _embedded(buffer: io.BytesIO, media_type: str, text: str) -> Markup:
@@ -193,6 +203,14 @@ def _embedded(buffer: io.BytesIO, media_type: str, text: str) -> Markup:
 def _figures(value: float) -> str:
     """Three figures, or all before the point: what a card has room for."""
     return f"{value:.{max(0, 3 - len(str(int(value))))}f}"
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number} {of}{'s' * (number != 1)}"
+
+
+def _input(shape: tuple[int, ...] | dict[str, tuple[int, ...]]) -> str:
+    return input_text(shape).replace("×", " × ")
 
 
 def _score(value: float | None) -> str:
