@@ -4,6 +4,9 @@ Every message says what was wrong, gives the value, and says what to do about it
 message alone and exits with status 2; anything else that is raised is a bug and keeps its traceback.
 """
 
+RESUMED = "with --resume (a study: by starting it again)"
+"""How a run that was stopped goes on, in messages that `lamp3d train` and `lamp3d study run` both give."""
+
 
 class LampError(Exception):
     """Base of all errors that a user can put right."""

@@ -87,6 +87,7 @@ def test_a_killed_worker_is_named(victim: int, devices: int, tmp_path: Path) -> 
         launch(workers.be_killed_in_mid_step, devices, (victim, note))
     assert time.time() - float(note.read_text()) < 15
     assert f"worker {victim} was killed by SIGKILL" in str(caught.value)
+    assert "--resume (a study: by starting it again)" in str(caught.value)
     assert "onnection" not in str(caught.value)
 
 

@@ -272,7 +272,7 @@ def test_a_full_disk_ends_a_run_that_goes_on_later(tmp_path: Path, monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr(RunRecorder, "end_epoch", full)
-        with pytest.raises(DiskFullError, match=f"{tmp_path} could not be written: No space left .*--resume"):
+        with pytest.raises(DiskFullError, match=f"{tmp_path} could not be written: No space left .*a study: by"):
             trainer(tmp_path, settings()).fit()
     trainer(tmp_path, settings()).fit(resume=True)
     assert len(read_history(tmp_path)) == 5

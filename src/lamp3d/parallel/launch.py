@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lamp3d import errors
-from lamp3d.errors import ConfigError, LampError, PlanError, WorkerError, WorkerKilledError
+from lamp3d.errors import RESUMED, ConfigError, LampError, PlanError, WorkerError, WorkerKilledError
 from lamp3d.graph.allocator import keep_freed_memory
 from lamp3d.parallel.lead import leads, share, under_torchrun
 from lamp3d.parallel.worker import Result, join, reporting_memory, work
@@ -116,7 +116,7 @@ def _worker_error(rank: int, failure: ProcessFailure) -> LampError:
         kind_of_error = WorkerKilledError if name == "SIGKILL" else WorkerError
         return kind_of_error(
             f"worker {rank} was killed by {name}{reason}; all other workers have been ended. Nothing that was saved is "
-            "lost: a training run goes on with --resume."
+            f"lost: a training run goes on {RESUMED}."
         )
     try:
         with open(failure.error_file, encoding="utf-8") as file:

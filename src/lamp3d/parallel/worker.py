@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from lamp3d.errors import DeviceMemoryError, PlanError, WorkerError
+from lamp3d.errors import RESUMED, DeviceMemoryError, PlanError, WorkerError
 from lamp3d.graph.allocator import keep_freed_memory, return_freed_memory
 from lamp3d.parallel.groups import set_timeout
 from lamp3d.plan.hardware import device_type, worker_threads, workers_per_gpu
@@ -89,7 +89,7 @@ def telling_lost_peers() -> Iterator[None]:
         said = str(error).splitlines()[0]
         raise WorkerError(
             f"a worker lost another one, and why is said there, or on its machine ({said}). Nothing that was saved is "
-            "lost: a training run goes on with --resume."
+            f"lost: a training run goes on {RESUMED}."
         ) from error
 
 

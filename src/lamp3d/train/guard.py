@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lamp3d.errors import RESUMED
 from lamp3d.parallel import Engine
 from lamp3d.train.curriculum import TrainConfig
 
@@ -108,5 +109,5 @@ def diagnosis(config: TrainConfig, stage: int, precision: str, when: str, last: 
         f"{config.max_bad_steps} steps in a row had a non-finite loss or gradient; they changed nothing. "
         f"Stage {stage + 1} of {len(config.curriculum)} ({config.curriculum[stage]}), precision {precision}, {when}; "
         f"the last one: {last}. Cases: {named}{more}. "
-        f"To try: {'; '.join(advice)}. Then go on from the last checkpoint with --resume."
+        f"To try: {'; '.join(advice)}. Then go on from the last checkpoint {RESUMED}."
     )

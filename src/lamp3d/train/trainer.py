@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from lamp3d.data import Batch, Batches
-from lamp3d.errors import ConfigError, DiskFullError, TrainingError
+from lamp3d.errors import RESUMED, ConfigError, DiskFullError, TrainingError
 from lamp3d.files import room_for, write_text
 from lamp3d.graph import lay_out_weights
 from lamp3d.parallel import Engine
@@ -114,7 +114,7 @@ class Trainer:
             with room_for(self.run):
                 self._fit(resume)
         except DiskFullError as error:
-            raise DiskFullError(f"{error} What was saved before is intact: go on from there with --resume.") from error
+            raise DiskFullError(f"{error} What was saved before is intact: go on from there {RESUMED}.") from error
 
     def _fit(self, resume: bool) -> None:
         self._open_run(resume)
@@ -125,7 +125,7 @@ class Trainer:
             except KeyboardInterrupt:
                 self.state = TrainingState.model_validate(Checkpoint(self.last).progress)
                 place = self.state.where(len(self.plans))
-                self.recorder.say(f"Interrupted. {self.last} holds {place}; go on from there with --resume.")
+                self.recorder.say(f"Interrupted. {self.last} holds {place}; go on from there {RESUMED}.")
                 raise
 
     def _open_run(self, resume: bool) -> None:
