@@ -548,15 +548,6 @@ def test_timings_are_kept_and_measured_again_on_demand(tmp_path: Path, monkeypat
     assert remembered({"shape": (1, 2)}, measure) == first
 
 
-def test_what_was_timed_on_a_busy_machine_is_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LAMP3D_CACHE", str(tmp_path))
-    found = [
-        remembered({}, lambda: Timing((CellSeconds(seconds, seconds),), uncertainty))  # noqa: B023
-        for seconds, uncertainty in ((3.0, 1.5), (4.0, 2.0), (1.0, 0.1), (9.0, 0.0))
-    ]
-    assert [timing.cells[0].forward for timing in found] == [3.0, 3.0, 1.0, 1.0]
-
-
 def test_a_slow_loss_counts_and_moves_the_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMP3D_CACHE", str(tmp_path))
     network, shape, seen = chain(8), (2, 1, 8, 8, 8), []

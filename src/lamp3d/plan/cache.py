@@ -16,12 +16,11 @@ from lamp3d.plan.profile import CellSeconds, Timing
 
 FORMAT = 3
 
-BUSY = 0.5
-"""Timings whose passes lie farther apart were made on a machine that did other work: they are measured again."""
-
 
 def remembered(key: Mapping[str, Any], measure: Callable[[], Timing], *, fresh: bool = False) -> Timing:
-    """A timing from the disk, or measured and written there: the more certain one, if one is there.
+    """A timing from the disk, or measured and written there.
+
+    However far its passes lie apart: a run that is repeated has to find the same plan, or its numbers differ.
 
     Args:
         key: all that the timing depends on, beside torch's version.
@@ -30,12 +29,9 @@ def remembered(key: Mapping[str, Any], measure: Callable[[], Timing], *, fresh: 
     """
     text = json.dumps({**key, "torch": torch.__version__, "format": FORMAT}, sort_keys=True, default=str)
     path = cache_root() / "timings" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-    known = None if fresh else _read(path)
-    if known is not None and known.uncertainty <= BUSY:
+    if not fresh and (known := _read(path)) is not None:
         return known
     timing = measure()
-    if known is not None and known.uncertainty <= timing.uncertainty:
-        return known
     content = {"key": json.loads(text), "uncertainty": timing.uncertainty, "cells": [astuple(c) for c in timing.cells]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
