@@ -107,8 +107,7 @@ def _storage_class(path: Path) -> bytes:
 
 
 def _told(file: str) -> str:
-    header = _header(file)
-    description = header.GetMetaData(_DESCRIPTION).strip() if header.HasMetaDataKey(_DESCRIPTION) else ""
+    (description,) = _of_slices([_header(file)], _DESCRIPTION)
     return description or "one without a name"
 
 

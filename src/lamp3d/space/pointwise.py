@@ -120,8 +120,7 @@ def _over_channels(
 ) -> ShardedVolume:
     given = [value for value in (*args, kwargs.get("dtype")) if isinstance(value, torch.dtype)]  # or F's stack level
     dtype = given[0] if given else None
-    if dim % 5 not in (0, 1):
-        raise refuse(what, "it goes along an axis of space")
+    _refuse_space(what, dim)
     return ShardedVolume(func(input.local, dim, dtype=dtype), input.placement, input.space)
 
 
@@ -136,32 +135,32 @@ def argmax(input: ShardedVolume, dim: int | None = None, keepdim: bool = False) 
 @rule(F.normalize)
 def normalize(input: ShardedVolume, p: float = 2.0, dim: int = 1, eps: float = 1e-12, **_: Any) -> ShardedVolume:
     """``torch.nn.functional.normalize`` over the channels."""
-    return _along("normalize", input, dim, F.normalize(input.local, p, dim, eps))
+    _refuse_space("normalize", dim)
+    return ShardedVolume(F.normalize(input.local, p, dim, eps), input.placement, input.space)
 
 
 @rule(F.glu)
 def glu(input: ShardedVolume, dim: int = -1) -> ShardedVolume:
     """``torch.nn.functional.glu``: one half of the channels gates the other."""
-    return _along("glu", input, dim, F.glu(input.local, dim))
+    _refuse_space("glu", dim)
+    return ShardedVolume(F.glu(input.local, dim), input.placement, input.space)
 
 
 @rule(F.channel_shuffle, torch.channel_shuffle)
 def channel_shuffle(input: ShardedVolume, groups: int) -> ShardedVolume:
     """``torch.nn.functional.channel_shuffle``."""
-    return _along("channel_shuffle", input, 1, F.channel_shuffle(input.local, groups))
+    return ShardedVolume(F.channel_shuffle(input.local, groups), input.placement, input.space)
 
 
-def _along(what: str, input: ShardedVolume, dim: int, made: Tensor) -> ShardedVolume:
+def _refuse_space(what: str, dim: int) -> None:
     if dim % 5 not in (0, 1):
         raise refuse(what, "it goes along an axis of space")
-    return ShardedVolume(made, input.placement, input.space)
 
 
 @rule(torch.cat, torch.concat)
 def cat(tensors: Any, dim: int = 0, **named: Any) -> ShardedVolume:
     """``torch.cat`` along the batch or the channels."""
-    if named.get("axis", dim) % 5 not in (0, 1):
-        raise refuse("cat", "it goes along an axis of space")
+    _refuse_space("cat", named.get("axis", dim))
     first = _leading(tensors, {})
     if not all(isinstance(tensor, ShardedVolume) for tensor in tensors):
         raise refuse("cat", "one of its tensors is no volume that is shared")
@@ -182,15 +181,14 @@ def split(input: ShardedVolume, split_size_or_sections: Any, dim: int = 0) -> tu
 
 
 def _parts(what: str, input: ShardedVolume, dim: int, parts: Any) -> tuple[ShardedVolume, ...]:
-    if dim % 5 not in (0, 1):
-        raise refuse(what, "it goes along an axis of space")
+    _refuse_space(what, dim)
     return tuple(ShardedVolume(part, input.placement, input.space) for part in parts)
 
 
 @rule(Tensor.repeat)
 def repeat(input: ShardedVolume, *sizes: Any) -> ShardedVolume:
     """``Tensor.repeat`` along the batch or the channels."""
-    counts = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    counts = _sizes(sizes)
     if len(counts) != 5 or set(counts[2:]) != {1}:
         raise refuse("repeat", "it goes along an axis of space")
     return ShardedVolume(input.local.repeat(*counts), input.placement, input.space)
@@ -199,10 +197,15 @@ def repeat(input: ShardedVolume, *sizes: Any) -> ShardedVolume:
 @rule(Tensor.expand)
 def expand(input: ShardedVolume, *sizes: Any) -> ShardedVolume:
     """``Tensor.expand`` along the batch or the channels."""
-    wanted = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    wanted = _sizes(sizes)
     if len(wanted) != 5 or any(size not in (-1, own) for size, own in zip(wanted[2:], input.shape[2:], strict=True)):
         raise refuse("expand", "it goes along an axis of space")
     return ShardedVolume(input.local.expand(*wanted[:2], -1, -1, -1), input.placement, input.space)
+
+
+def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+    """As many arguments, or one with all."""
+    return tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
 
 
 @rule(Tensor.expand_as)
