@@ -202,12 +202,12 @@ def first_cells(network: nn.Module, shape: Sequence[int], seed: int) -> list[int
 
 
 def some_of(cases: Iterable[Any], part: int) -> list[tuple[int, Any]]:
-    """All cases with their numbers; on more than two devices one in ``part``, on each number of devices others.
+    """One in ``part`` of the cases, with their numbers: on each number of devices others.
 
     All of them everywhere with LAMP3D_FULL=1.
     """
     numbered = list(enumerate(cases))
-    return numbered if world() <= 2 or FULL else numbered[world() % part :: part]
+    return numbered if FULL else numbered[world() % part :: part]
 
 
 # The checks. Each takes nothing and returns findings by name.
@@ -266,10 +266,9 @@ def check_schedules() -> dict[str, Finding]:
         images, targets = volumes(shape)
         plain = run_plain(network, images, targets, by_case)
         names = cell_names(network, shape)
-        for number, (schedule, recompute) in some_of(itertools.product(SCHEDULES, ("never", "always", "some")), 2):
+        every = itertools.product(SCHEDULES, ("never", "always", "some"))
+        for _, (schedule, recompute) in some_of(every, 4 if kind is SEUNet else 2):
             seed += 1
-            if kind is SEUNet and number % 4 > world() // 3:  # each schedule once or so, each way to recompute as well
-                continue
             ranks = PLACEMENTS[schedule](world())
             starts = random_starts(len(names), len(ranks), seed)
             again = tuple(random.Random(seed).sample(names, len(names) // 2)) if recompute == "some" else recompute

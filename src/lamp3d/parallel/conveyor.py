@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from lamp3d.graph import Edge
-from lamp3d.parallel.step import Program, Rank
+from lamp3d.parallel.programs import Program
+from lamp3d.parallel.step import Rank
 from lamp3d.parallel.transfer import Receipt
 
 UNDER_WAY = 32

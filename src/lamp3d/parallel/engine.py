@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,29 +17,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lamp3d.errors import LampError, PlanError
-from lamp3d.graph import CellGraph, SpecsOnDemand, infer_specs, lay_out_weights, refuse_tied_parameters, trace
+from lamp3d.graph import lay_out_weights
 from lamp3d.graph.allocator import (
     forget_peak_resident_bytes,
     limit_freed_memory,
     peak_resident_bytes,
     return_freed_memory,
 )
-from lamp3d.graph.buffers import refuse_parts
-from lamp3d.graph.inputs import Shape, batch_of, input_text, with_batch
 from lamp3d.parallel.announce import Announcer, MicroBatchSpec
 from lamp3d.parallel.conveyor import Conveyor
 from lamp3d.parallel.handout import Handout, Inputs
 from lamp3d.parallel.loss import LossFunction, MiniBatchLoss, concatenate
 from lamp3d.parallel.mesh import Place
+from lamp3d.parallel.programs import Program, Programs
 from lamp3d.parallel.replicas import GradientSum
 from lamp3d.parallel.shares import own_share
-from lamp3d.parallel.stage import StageCells, StageRunner
-from lamp3d.parallel.step import MiniBatch, Program, Rank
+from lamp3d.parallel.stage import StageRunner
+from lamp3d.parallel.step import MiniBatch, Rank
 from lamp3d.parallel.transfer import Transfer
 from lamp3d.plan import Action, Plan, TimeLine
-from lamp3d.plan.plan import blocks_of
 from lamp3d.plan.routes import Routes
-from lamp3d.space.slabs import described, own_targets, shard_input
+from lamp3d.space.slabs import own_targets
 
 
 class Engine:
@@ -81,13 +78,10 @@ class Engine:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             forget_peak_resident_bytes()
-        self.graph = trace(network, with_batch(plan.input_shape, batch_of(plan.input_shape) // plan.data))
-        _check_cells(self.graph.cells, plan)
-        refuse_tied_parameters(self.graph.cut(plan.starts), plan.ranks)
         self._network = network
-        self._refuse_parts(self.graph)
+        self._programs = Programs(network, plan, self._place, self.device)
+        self.graph, own = self._programs.graph, self._programs.stages
         self.on_action: Callable[[Action], None] | None = None
-        own = self._stages(self.graph)
         # All of the network's: every rank derives from the weights' layout in which layout a value travels.
         lay_out_weights(network, plan.channels_last)
         edges = self.graph.stage_edges(plan.starts)
@@ -101,30 +95,8 @@ class Engine:
         self._stage_parameters = {i: list(cells.whole.parameters_by_name().values()) for i, cells in own.items()}
         self._announcer = Announcer(self._place.pipeline)
         self._handout = Handout(self.graph, plan, self._place, self.device, self._announcer)
-        self._graphs: dict[tuple[object, ...], tuple[CellGraph, dict[int, StageCells]]] = {}
-        if not self.graph.reads_shape:
-            self._graphs[None, self._mode] = self.graph, own
-        self._programs: dict[tuple[object, ...], Program] = {}
         self._schedules: dict[tuple[object, ...], tuple[list[list[Action]], Routes]] = {}
         self._times: list[tuple[Action, float, float]] = []
-
-    def _stages(self, graph: CellGraph) -> dict[int, StageCells]:
-        """This rank's stages, on its device, each also in runs that are, or are not, computed again in backward."""
-        plan = self.plan
-        blocks = blocks_of(plan.recompute, [cell.name for cell in graph.cells])
-        flips = {i for i in range(1, len(blocks)) if blocks[i] != blocks[i - 1]}
-        starts = sorted({*plan.starts, *flips})
-        parts = list(zip(starts, graph.cut(starts), strict=True))
-        stages = {}
-        for index, (stage, whole) in enumerate(zip(plan.stages, graph.cut(plan.starts), strict=True)):
-            if stage.rank == self._place.pipe_rank:
-                inside = [
-                    (part.to(self.device), blocks[i] is not None)
-                    for i, part in parts
-                    if stage.first_cell <= i <= stage.last_cell
-                ]
-                stages[index] = StageCells(whole.to(self.device), inside)
-        return stages
 
     @property
     def reads_input(self) -> bool:
@@ -184,11 +156,11 @@ class Engine:
             PlanError: the plan's schedule, or its replicas, need a loss that is a mean over cases; or the mini-batch
                 cannot be shared evenly; or the network's parameters have been replaced.
         """
-        self._refuse_parts(self.graph)  # again: the network's mode may have changed
+        self._programs.refuse_parts()  # again: the network's mode may have changed
         self._refuse_other_parameters()
         micro_batches = self._handout.micro_batches(inputs, shared=True)
         with self._refusals():
-            programs = [self._program(spec) for spec in micro_batches.specs]
+            programs = [self._programs.of(spec) for spec in micro_batches.specs]
             actions, routes = self._schedule(programs)
             loss = MiniBatchLoss(
                 loss_fn,
@@ -243,7 +215,7 @@ class Engine:
         conveyor = Conveyor(self._rank)
         with self._refusals():
             for spec, piece in zip(micro_batches.specs, micro_batches.inputs, strict=True):
-                conveyor.put(self._program(spec), piece)
+                conveyor.put(self._programs.of(spec), piece)
         outputs = []
         while conveyor.unfinished:
             done, output = conveyor.advance()
@@ -293,7 +265,7 @@ class Engine:
         for volume in coming:
             micro_batches = self._handout.micro_batches(None if volume is None else [volume])
             with self._refusals():
-                conveyor.put(self._program(micro_batches.specs[0]), micro_batches.inputs[0])
+                conveyor.put(self._programs.of(micro_batches.specs[0]), micro_batches.inputs[0])
             return True
         return False
 
@@ -316,10 +288,6 @@ class Engine:
         for extent in extents:
             targets = own_targets(targets, extent, self.space)
         return targets
-
-    def _refuse_parts(self, graph: CellGraph) -> None:
-        if self.plan.micro_batches > 1 or self.plan.data > 1:
-            refuse_parts(graph, self._network)
 
     def _refuse_other_parameters(self) -> None:
         """Others than those of which this engine knows would get gradients that nobody sums or moves."""
@@ -347,51 +315,6 @@ class Engine:
             self._schedules[key] = actions, Routes(self._rank.edges, self.plan.ranks, actions, differentiable)
         return self._schedules[key]
 
-    def _program(self, spec: MicroBatchSpec) -> Program:
-        """The network for such a micro-batch (worked out at a shape's first use).
-
-        Which values have a gradient depends on which parameters are frozen; these may change between steps.
-
-        Raises:
-            PlanError: the network is another one for this shape, or in the mode that it is in.
-        """
-        trainable = tuple(parameter.requires_grad for parameter in self.graph.root.parameters())
-        key = (spec, trainable, self._mode)
-        if key not in self._programs:
-            plan = self.plan
-            graph, stages = self._graph_for(tuple(shape for shape, _ in spec))
-            shared = None if self.space is None else (partial(shard_input, space=self.space), described)
-            specs = SpecsOnDemand(
-                partial(infer_specs, graph, spec, plan.precision, plan.channels_last, self.device, *(shared or ()))
-            )
-            if plan.pipe * plan.slabs > 1:
-                specs.work_out()  # what is refused is refused now, by all
-            self._programs[key] = Program(graph, specs, stages)
-        return self._programs[key]
-
-    def _graph_for(self, shapes: tuple[Shape, ...]) -> tuple[CellGraph, dict[int, StageCells]]:
-        """The network's graph, traced anew for shapes and modes that it looks at; divided alike, where it is shared."""
-        key = (shapes if self.graph.reads_shape else None, self._mode)
-        if key not in self._graphs:
-            by_name = dict(zip(self.graph.input_names, shapes, strict=True))
-            graph = trace(self._network, by_name)
-            self._refuse_parts(graph)
-            if not self.plan.is_for_any_cells and not graph.is_divided_like(self.graph):
-                now, then = (" in training" if of.training else " in evaluation" for of in (graph, self.graph))
-                now, then = (now, then) if now != then else ("", "")
-                raise PlanError(
-                    f"{self.plan.network} does something else with an input of {input_text(by_name)}{now} than with "
-                    f"{input_text(self.plan.input_shape)}{then}, for which the plan was made; make a plan for this, or "
-                    "one with the whole network on each device (pipe=1, recompute never or always), where any will do."
-                )
-            self._graphs[key] = graph, self._stages(graph)
-        return self._graphs[key]
-
-    @property
-    def _mode(self) -> bool | None:
-        """Whether the network is in training; None where that changes nothing but its modules."""
-        return self._network.training if self.graph.changes_with_mode else None
-
 
 def _loss_at_end(actions: Sequence[Sequence[Action]], rank: Rank) -> bool:
     """Whether all of the last stage's forwards precede its first backward."""
@@ -405,13 +328,3 @@ def _own_device(plan: Plan) -> torch.device:
     if not torch.cuda.is_available():
         raise PlanError("the plan is for CUDA devices, but this machine has none; make a plan on this machine.")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _check_cells(cells: Sequence[Any], plan: Plan) -> None:
-    names = [cell.name for cell in cells]
-    if names != plan.cells:
-        pairs = zip([*names, "(none)"], [*plan.cells, "(none)"], strict=False)
-        ours, theirs = next(((a, b) for a, b in pairs if a != b), ("?", "?"))
-        raise PlanError(
-            f"the plan was made for another network: cell {ours!r} here is {theirs!r} there; make a new plan."
-        )

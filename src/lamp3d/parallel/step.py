@@ -5,41 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lamp3d.graph import CellGraph, Edge, ValueSpec
+from lamp3d.graph import Edge, ValueSpec
 from lamp3d.parallel.loss import MiniBatchLoss
+from lamp3d.parallel.programs import Program
 from lamp3d.parallel.replicas import GradientSum
-from lamp3d.parallel.stage import StageCells, StageRunner
+from lamp3d.parallel.stage import StageRunner
 from lamp3d.parallel.transfer import Receipt, Transfer
 from lamp3d.plan import Action
 from lamp3d.plan.routes import AHEAD, Message, Routes, user_ranks
 from lamp3d.space.ranks import Space
-from lamp3d.space.slabs import placed
-
-
-@dataclass(frozen=True)
-class Program:
-    """What the network is for inputs of one shape.
-
-    Attributes:
-        graph: its cells.
-        specs: what every value looks like.
-        stages: this rank's, by number.
-    """
-
-    graph: CellGraph
-    specs: Mapping[str, ValueSpec]
-    stages: Mapping[int, StageCells]
-
-    def output(self, values: Mapping[str, Tensor], space: Space | None) -> Any:
-        """The network's output, made of values by name; of volumes that ranks share, as those."""
-        if space is not None:
-            values = {name: placed(values[name], self.specs[name], space) for name in self.graph.outputs}
-        return self.graph.collect(values)
 
 
 @dataclass(frozen=True)
