@@ -121,7 +121,7 @@ def memory(
     ranks, sizes = [stage.rank for stage in times], value_bytes or {}
     routes = Routes(edges, ranks, actions, [sizes.keys()] * 4)
     line = simulate(actions, times)
-    found = memory_use(line, routes, edges, ranks, sizes, [StageBytes(one, deferred, 0, 0) for one in held])
+    found = memory_use(line, routes, edges, ranks, sizes, [StageBytes(one, deferred, 0, 0, 0) for one in held])
     return [device.saved_bytes for device in found]
 
 
@@ -133,6 +133,14 @@ def test_memory_counts_what_is_in_flight_and_what_two_stages_hold_once() -> None
     together = memory("folded", 2, [{"skip": 10}, {}, {"skip": 10}], {})
     assert together[0] < apart[0]
     assert memory("zero_bubble_v", 2, [{}, {}, {}], {"gradients": 3})[1] >= 3
+
+
+def test_memory_counts_the_sum_of_the_gradients_where_activations_are_small() -> None:
+    line = simulate(make("1f1b", 1, 2), stages("1f1b", 1))
+    routes = Routes([], [0], make("1f1b", 1, 2), [()] * 2)
+    for held, peak in ((5, 40 + 10), (50, 40 + 50)):
+        (found,) = memory_use(line, routes, [], [0], {}, [StageBytes({"a": held}, {}, 40, 0, 10)])
+        assert found.peak_bytes == peak
 
 
 def test_memory_counts_what_is_on_its_way() -> None:

@@ -100,7 +100,13 @@ class Cut:
             self.ranks,
             costs.profile.value_bytes,
             [
-                StageBytes(costs.held(*run), costs.deferred(*run), costs.static_bytes(*run), costs.backward_bytes(*run))
+                StageBytes(
+                    costs.held(*run),
+                    costs.deferred(*run),
+                    costs.static_bytes(*run),
+                    costs.backward_bytes(*run),
+                    costs.parameter_bytes(*run),
+                )
                 for run in self.bounds
             ],
         )

@@ -6,7 +6,8 @@ holds for several reasons is counted once:
 * what a micro-batch saves for its backward, and what a split backward leaves for later;
 * values and gradients that wait on their rank for another stage of it;
 * what is being received, some actions ahead, and what has been sent and not yet asked for by the receiver;
-* outputs that the loss has yet to see.
+* outputs that the loss has yet to see;
+* when the activations are gone, the sum of the gradients over replicas and slabs, or what the optimizer's step needs.
 """
 
 from __future__ import annotations
@@ -44,12 +45,14 @@ class StageBytes:
         deferred: the same between the two parts of a split backward.
         static: whatever is in flight.
         backward: what a micro-batch's backward needs beside, at its fullest moment.
+        parameters: alone; a step ends with as much again, where gradients are summed or an optimizer updates them.
     """
 
     held: Held
     deferred: Held
     static: int
     backward: int
+    parameters: int
 
 
 def memory_use(
@@ -93,8 +96,9 @@ def memory_use(
             for before, (action, _, _) in zip([0, *after], actions, strict=False)
             if action.kind in ("backward", "backward_input")
         ]
-        own = sum(stages[stage].static for stage in {action.stage for action, _, _ in actions})
-        found.append(DeviceMemory(max(after), own + max([*after, *during])))
+        own = [stages[stage] for stage in {action.stage for action, _, _ in actions}]
+        at_end = sum(stage.parameters for stage in own)
+        found.append(DeviceMemory(max(after), sum(stage.static for stage in own) + max([*after, *during, at_end])))
     return found
 
 
