@@ -142,11 +142,11 @@ def test_an_override_that_cannot_be(refusal: Refusal, dataset: Path, override: s
 
 def test_a_plan_that_cannot_fit(lamp3d: CommandLine, refusal: Refusal, dataset: Path, tmp_path: Path) -> None:
     said = lamp3d("plan", "--filters", 2, "--volume", 32, "--memory", "1MB").complaint()
-    assert "does not fit 1 device(s) of 1 MB" in said
+    assert "does not fit 1 device of 1 MB" in said
     assert "MB a device on 1 device" in said
 
     said = refusal(dataset, "memory=1MB", "--devices", 2)
-    assert "does not fit 2 device(s) of 1 MB" in said
+    assert "does not fit 2 devices of 1 MB" in said
     assert "MB a device on 2 devices" in said
     assert not (tmp_path / "run" / "last.safetensors").exists()
 
@@ -165,8 +165,8 @@ def test_a_plan_that_cannot_fit(lamp3d: CommandLine, refusal: Refusal, dataset: 
         (["plan", "--net", "a.b:c", "--filters", "4"], ["a.b:c says itself how it is built: leave out --filters"]),
         (["plan", "--net", "a.b:c", "--classes", "4"], ["says itself how many classes it has: leave out --classes"]),
         (
-            ["verify", "--plan", "p.json", "--space", "2", "--recompute", "never"],
-            ["p.json says that itself: leave out --space, --recompute"],
+            ["verify", "--plan", "p.json", "--space", "2", "--recompute", "never", "--volume", "32", "--devices", "2"],
+            ["p.json says that itself: leave out --volume, --devices, --space, --recompute"],
         ),
         (["plan", "--picture", "OUT/plan.xyz"], ["plan.xyz: pictures are .png, .pdf, .svg"]),
         (["evaluate", "RUN", "DATASET", "--tolerance-mm", "nan"], ["a tolerance of nan mm is not possible"]),

@@ -24,6 +24,7 @@ from lamp3d.train import HybridLoss, LossConfig, with_drawn_targets
 
 OWN = ("unet", "seunet")
 USUAL_CLASSES = 10
+SAID_BY_PLANS = ("volume", "batch", "devices", "micro_batches", "schedule", "data", "pipe", "space", "recompute")
 VERIFY_TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 
 MORE_ROUNDING = 10
@@ -118,6 +119,7 @@ def plan(
 
 @app.command("verify")
 def verify_command(
+    context: typer.Context,
     net: Net = "unet",
     filters: Filters = None,
     classes: Classes = None,
@@ -137,21 +139,19 @@ def verify_command(
     timeline: Annotated[Optional[Path], picture_option("Predicted and measured time lines.")] = None,  # noqa: UP045
 ) -> None:
     """One step on one device and on the plan's: prints how far output, loss and gradients are apart."""
+    if plan_path is not None:
+        _refuse_what_the_plan_says(context, plan_path)
+        found = Plan.load(plan_path)
+        volume = "x".join(map(str, found.image_shape[-3:]))
     make, shape = _network(net, filters, classes, channels, stem_stride, volume, 4)
     if plan_path is None:
         found = _find_plans(
             make(), (batch, channels, *shape), devices, recompute, micro_batches=micro_batches, schedule=schedule,
             data=data, pipe=pipe, space=_slabs(space), precision="fp32",
         ).plan  # fmt: skip
-    else:
-        own = {
-            "--micro-batches": micro_batches, "--schedule": schedule, "--data": data, "--pipe": pipe, "--space": space,
-            "--recompute": recompute,
-        }  # fmt: skip
-        if given := [name for name, value in own.items() if value is not None]:
-            raise ConfigError(f"{plan_path} says that itself: leave out {', '.join(given)}.")
-        found = Plan.load(plan_path)
     console.print(found.table())
+    if found.precision != "fp32":
+        say(f"{found.precision} rounds too coarsely to compare: everything else of the plan is checked, in {dtype}.")
     reports = verify(make, found, dtype)
     apart = _largest([report.differences for report in reports])
     rounding = _largest([report.rounding for report in reports])
@@ -178,6 +178,14 @@ def verify_command(
     if beyond:
         stop(f"too far apart: {', '.join(beyond)}.", 1)
     say(f"All within {max(limits.values()):.0e}.")
+
+
+def _refuse_what_the_plan_says(context: typer.Context, plan_path: Path) -> None:
+    sources = {name: context.get_parameter_source(name) for name in SAID_BY_PLANS}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{plan_path} says that itself: leave out {options}.")
 
 
 def _largest(differences: list[dict[str, float]]) -> dict[str, tuple[float, str]]:
