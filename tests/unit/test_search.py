@@ -409,7 +409,7 @@ def test_what_does_not_fit_described_hardware_says_what_would() -> None:
     with pytest.raises(PlanError) as caught:
         find_plans(network, shape, 1, hardware=small)
     message = str(caught.value)
-    assert "does not fit 1 device(s)" in message
+    assert "does not fit 1 device of" in message
     count = int(message.split(" devices of")[0].split()[-1])
     assert find_plans(network, shape, count, hardware=small).plan.devices == count
     sides = tuple(map(int, message.split("volumes of ")[1].rstrip(".").split("×")))
@@ -652,6 +652,17 @@ def test_several_cases_at_once_are_timed_as_such(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("lamp3d.plan.measure.CASES_SECONDS", 2 * 2 * alone)
     assert share(8) == 1
     assert share(4, Slabs((2,), (2,))) == share(1)
+
+
+def test_no_two_of_many_devices_have_one_colour_and_no_legend_lies_over_the_cells() -> None:
+    figure = cells_picture(find_plans(UNet(1, 3, filters=1), (12, 1, 32, 32, 32), 12, hardware="v100-16g", pipe=12))
+    cells = figure.axes[0]
+    boxes = [patch for patch in cells.patches if isinstance(patch, Rectangle)]
+    assert len({box.get_facecolor() for box in boxes}) == 12
+    figure.draw_without_rendering()
+    legend = cells.get_legend()
+    assert legend is not None
+    assert legend.get_window_extent().y1 <= cells.get_window_extent().y0
 
 
 def test_the_picture_shows_every_cell_and_what_passes_between_devices() -> None:

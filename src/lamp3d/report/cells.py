@@ -54,7 +54,9 @@ def cells_picture(planning: Planning) -> Figure:
 def _draw_cells(axes: Axes, cut: Cut) -> None:
     costs = cut.costs
     cells = costs.profile.cells
-    colours = [to_hex(colormaps["tab10"](rank % 10)) for rank in range(cut.devices)]
+    few = cut.devices <= 10
+    palette = colormaps["tab10"](range(cut.devices)) if few else colormaps["turbo"](np.linspace(0, 1, cut.devices))
+    colours = [to_hex(colour) for colour in palette]
     rank_of = [rank for rank, (i, j) in zip(cut.ranks, cut.bounds, strict=True) for _ in range(i, j)]
     seconds = np.array([costs.seconds[i, i + 1] for i in range(len(cells))])
     right = np.cumsum(seconds)
@@ -74,19 +76,23 @@ def _draw_cells(axes: Axes, cut: Cut) -> None:
                 (left[index] + right[index]) * 500, bytes_[index] + 0.02 * top, cell.name.split(" + ")[0],
                 rotation=90, ha="center", va="bottom", fontsize=6.5, color=MUTED,
             )  # fmt: skip
-    _draw_edges(axes, cut, left * 1e3, right * 1e3, top)
+    lowest = _draw_edges(axes, cut, left * 1e3, right * 1e3, top)
     axes.set_xlabel("forward and backward (ms)")
     axes.set_ylabel("held for backward (MB)")
     axes.set_yticks([tick for tick in MaxNLocator(5).tick_values(0, top) if tick <= 1.05 * top])
-    axes.set(xlim=(0, total * 1e3), ylim=(-0.42 * top, 1.6 * top))
+    axes.set(xlim=(0, total * 1e3), ylim=(lowest, 1.6 * top))
     handles = [Patch(color=colour, label=f"device {rank}") for rank, colour in enumerate(colours)]
     if any(block is not None for block in costs.blocks):
         handles.append(Patch(facecolor="white", edgecolor=INK, hatch="....", label="computed again in backward"))
-    axes.legend(handles=handles, loc="lower right", ncols=min(6, len(handles)), frameon=False, fontsize=8)
+    # Below the axis: within it there are names above the cells, and bytes below them.
+    axes.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=min(7, len(handles)), frameon=False,
+        fontsize=8,
+    )  # fmt: skip
 
 
-def _draw_edges(axes: Axes, cut: Cut, left: np.ndarray, right: np.ndarray, top: float) -> None:
-    """What passes between devices, from the cell that makes it to those that use it."""
+def _draw_edges(axes: Axes, cut: Cut, left: np.ndarray, right: np.ndarray, top: float) -> float:
+    """What passes between devices, from the cell that makes it to those that use it; returns how far down it goes."""
     names = {node: cell.index for cell in cut.costs.graph.cells for node in cell.nodes}
     between = [
         (cut.costs.profile.value_bytes.get(edge.value, 0), edge)
@@ -94,6 +100,7 @@ def _draw_edges(axes: Axes, cut: Cut, left: np.ndarray, right: np.ndarray, top: 
         if any(cut.ranks[user] != cut.ranks[edge.maker] for user in edge.users)
     ]
     labels: list[tuple[float, float, str]] = []
+    lowest = 0.0
     for number, (size, edge) in enumerate(sorted(between, key=lambda pair: -pair[0])):
         begin = right[names[edge.value]] if edge.value in names else left[0]
         for user in edge.users:
@@ -107,6 +114,7 @@ def _draw_edges(axes: Axes, cut: Cut, left: np.ndarray, right: np.ndarray, top: 
             width = max(end - begin, 1e-9)
             depth = top * (0.1 + 0.5 * width / right[-1])
             axes.add_patch(Arc(((begin + end) / 2, 0), width, depth, theta1=180, theta2=360, color=INK, linewidth=0.9))
+            lowest = max(lowest, depth / 2)
             if number < EDGES:
                 labels.append((depth / 2 + 0.01 * top, (begin + end) / 2, format_bytes(size)))
     taken: list[tuple[float, float]] = []
@@ -114,4 +122,9 @@ def _draw_edges(axes: Axes, cut: Cut, left: np.ndarray, right: np.ndarray, top: 
         while any(abs(at - x) < APART * right[-1] and abs(low - y) < APART * top for x, y in taken):
             low += APART / 4 * top
         taken.append((at, low))
-        axes.text(at, -low, text, ha="center", va="top", fontsize=7, color=INK)
+        lowest = max(lowest, low)
+        axes.text(
+            at, -low, text, ha="center", va="top", fontsize=7, color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},  # other values' arcs pass behind it
+        )  # fmt: skip
+    return -lowest - 2 * APART * top

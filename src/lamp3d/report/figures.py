@@ -179,7 +179,7 @@ def draw_time_line(axes: Axes, title: str, line: TimeLine, longest: float) -> No
             if end - begin > 0.018 * longest:
                 axes.text(
                     (begin + end) * 500, rank, str(action.micro_batch), ha="center", va="center", fontsize=8,
-                    color=ink,
+                    color=ink, bbox={"facecolor": fill, "edgecolor": "none", "pad": 1.5},  # over the hatching
                 )  # fmt: skip
     axes.set(
         title=f"One step, {title}: {line.seconds:.3g} s, devices idle {line.bubble:.0%} of it",
