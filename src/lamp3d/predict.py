@@ -25,6 +25,7 @@ from lamp3d.errors import ConfigError, PlanError
 from lamp3d.graph import trace
 from lamp3d.nets import Network, UShape
 from lamp3d.parallel import Engine
+from lamp3d.plan import counted
 from lamp3d.scan import Scan
 from lamp3d.settings import Settings
 from lamp3d.sides import Shape3, Sides, check_sides, padded_sides, sides_or_none
@@ -131,9 +132,9 @@ class Predictor:
         prepared = prepare_scan(scan, self.preprocess)
         sides = padded_sides(prepared.image.shape[1:], self.divisor)
         if self.most_voxels is not None and math.prod(sides) > self.most_voxels:
-            shape = "×".join(map(str, sides))
+            shape, devices = "×".join(map(str, sides)), counted(self.engine.plan.slabs, "device")
             raise PlanError(
-                f"a whole volume of {shape} voxels does not fit: the memory of {self.engine.plan.slabs} device(s) is "
+                f"a whole volume of {shape} voxels does not fit: the memory of {devices} is "
                 f"enough for {self.most_voxels / 1e6:.3g} million. Predict with more --devices, or by a sliding "
                 "window, such as --window 128."
             )

@@ -94,7 +94,7 @@ def test_plans_that_know_one_link_are_read() -> None:
     [
         ({"per_machine": 0}, "at least one device"),
         ({"across": "string"}, "no link"),
-        ({"across": "10GB", "per_machine": 4}, "are on one of 4"),
+        ({"across": "10GB", "per_machine": 4}, "4 devices on one machine of 4"),
     ],
 )
 def test_what_joins_nothing_is_refused(settings: dict[str, str | int], words: str) -> None:

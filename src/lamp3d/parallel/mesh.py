@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from lamp3d.errors import PlanError
 from lamp3d.parallel.groups import group_of
-from lamp3d.plan import Plan
+from lamp3d.plan import Plan, counted
 from lamp3d.space.ranks import Space
 
 
@@ -51,8 +51,8 @@ class Place:
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         if plan.devices != world_size:
             raise PlanError(
-                f"the plan is for {plan.devices} device(s), but {world_size} worker(s) run; start as many workers "
-                f"as the plan has devices (devices={plan.devices}), or make a plan for {world_size}."
+                f"the plan is for {counted(plan.devices, 'device')}, not for {counted(world_size, 'worker')}: start as "
+                f"many workers as the plan has devices, or make a plan for {world_size}."
             )
         _refuse_other_plans(plan)
         pipe, slabs = plan.pipe, plan.slabs

@@ -1,6 +1,6 @@
 """Who does what: profile the cells, cut them optimally, predict the step, write it down as a plan."""
 
-from lamp3d.plan.amounts import format_bytes, parse_bytes
+from lamp3d.plan.amounts import counted, format_bytes, parse_bytes
 from lamp3d.plan.plan import DevicePlan, Plan, StagePlan, check_schedule
 from lamp3d.plan.planner import Planning, find_plans, make_plan
 from lamp3d.plan.schedule import SCHEDULES, Action
@@ -15,6 +15,7 @@ __all__ = [
     "StagePlan",
     "TimeLine",
     "check_schedule",
+    "counted",
     "find_plans",
     "format_bytes",
     "make_plan",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lamp3d.graph.inputs import input_text
-from lamp3d.plan.amounts import format_bytes
+from lamp3d.plan.amounts import counted, format_bytes
 from lamp3d.plan.hardware import load_hardware
 from lamp3d.plan.meter import Meter, ModelMeter
 from lamp3d.plan.options import Request
@@ -37,21 +37,29 @@ def does_not_fit(meter: Meter, request: Request, *, advise: bool) -> str:
     model.refusal, model.work = meter.refusal, meter.work  # the same cells, of which that is known
     ways = list(_ways(model, replace(request, limit=round(limit / SPARE)))) if advise else []
     settings = "".join(
-        f", {name}={getattr(request, name)!r}"
+        f", {name} {_shown(getattr(request, name))}"
         for name in ("schedule", "recompute", "data", "space", "pipe")
         if getattr(request, name) not in (None, ())
     )
     would = f"These would do: {'; '.join(ways)}." if ways else "Take a smaller volume or network."
     return (
-        f"the network does not fit {request.devices} device(s) of {format_bytes(limit)} with "
+        f"the network does not fit {counted(request.devices, 'device')} of {format_bytes(limit)} with "
         f"{input_text(meter.input_shape)} in {request.precision}{settings}. {would}"
     )
+
+
+def _shown(setting: object) -> str:
+    """As commands take it: slabs like 2x2; blocks of cells are too long for a message."""
+    if not isinstance(setting, tuple):
+        return str(setting)
+    slabs = all(isinstance(size, int) for size in setting)
+    return "x".join(map(str, setting)) if slabs else counted(len(setting), "block")
 
 
 def _ways(meter: Meter, request: Request) -> Iterator[str]:
     count = request.devices
     if (memory := Search(meter, request).least_memory()) is not None:
-        yield f"{format_bytes(memory * SPARE, up=True)} a device on {count} device{'s' if count > 1 else ''}"
+        yield f"{format_bytes(memory * SPARE, up=True)} a device on {counted(count, 'device')}"
     free = replace(request, pipe=None) if request.pipe is not None else request
     for more in MORE_DEVICES:
         if more > count and Search(meter, replace(free, devices=more)).fits():
@@ -60,7 +68,7 @@ def _ways(meter: Meter, request: Request) -> Iterator[str]:
     if request.recompute is not None and Search(meter, replace(request, recompute=None)).fits():
         yield "recompute left to the planner"
     if request.precision == "fp32" and Search(meter, replace(request, precision="bf16")).fits():
-        yield "precision='bf16'"
+        yield "precision bf16"
     batch = request.volume[0]
     for cases in range(batch - 1, 0, -1):
         smaller = replace(request, volume=(cases, *request.volume[1:]), micro_batches=None)

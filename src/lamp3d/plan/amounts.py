@@ -1,4 +1,4 @@
-"""Amounts of memory as people write and read them."""
+"""Amounts as people write and read them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def parse_bytes(text: str | int) -> int:
     if not match or (unit := match[2].upper()) not in _UNITS or float(match[1]) <= 0:
         raise ConfigError(f"{text!r} is not an amount of memory; write it like 16GB or 15.5GiB.")
     return round(float(match[1]) * _UNITS[unit])
+
+
+def counted(number: int, of: str) -> str:
+    """So many of something: "1 device", "2 micro-batches"."""
+    return f"{number} {of}" + ("" if number == 1 else "es" if of.endswith("ch") else "s")
 
 
 def format_bytes(count: float, *, up: bool = False) -> str:

@@ -15,7 +15,7 @@ from lamp3d.errors import ConfigError, PlanError
 from lamp3d.files import write_text
 from lamp3d.graph import Edge
 from lamp3d.graph.inputs import input_text, volume_of
-from lamp3d.plan.amounts import format_bytes
+from lamp3d.plan.amounts import counted, format_bytes
 from lamp3d.plan.links import Links
 from lamp3d.plan.routes import Routes
 from lamp3d.plan.schedule import SCHEDULES, Actions, StageTimes, splits_backward
@@ -269,8 +269,8 @@ class Plan(BaseModel):
             title=f"{self.network}, mini-batch {input_text(self.input_shape)}, {self.devices_text()} "
             f"{self.device_type}{self._machines_text()}, {self.precision}"
             f"{', channels-last' if self.channels_last else ''}",
-            caption=f"{self.schedule}, {self.micro_batches} micro-batches, recompute {self.recompute_text()}: "
-            f"{self.step_seconds:.2f} s a step, {self.bubble:.0%} bubble, peak memory "
+            caption=f"{self.schedule}, {counted(self.micro_batches, 'micro-batch')}, recompute "
+            f"{self.recompute_text()}: {self.step_seconds:.2f} s a step, {self.bubble:.0%} bubble, peak memory "
             f"{format_bytes(self.peak_bytes)}{limit} (predicted{self._spread()})"
             f"{self._space_text()}",
         )
@@ -279,11 +279,13 @@ class Plan(BaseModel):
         for column in ("fwd s", "bwd s", "params", "sent", "memory"):
             table.add_column(column, justify="right", no_wrap=True)
         for index, stage in enumerate(self.stages):
-            first, last = _short(stage.cells[0]), _short(stage.cells[-1])
+            cells = f"{stage.first_cell}-{stage.last_cell}  {_short(stage.cells[0])}\n… {_short(stage.cells[-1])}"
+            if len(stage.cells) == 1:
+                cells = f"{stage.first_cell}  {_short(stage.cells[0])}"
             table.add_row(
                 str(index),
                 str(stage.rank),
-                f"{stage.first_cell}-{stage.last_cell}  {first}\n… {last}",
+                cells,
                 f"{stage.forward_seconds:.3f}",
                 f"{stage.backward_seconds:.3f}",
                 format_bytes(stage.parameter_bytes),
@@ -320,7 +322,7 @@ class Plan(BaseModel):
         """What is computed again in backward, in words."""
         if isinstance(self.recompute, str):
             return self.recompute
-        return f"{sum(map(len, self.recompute))} cells in {len(self.recompute)} blocks"
+        return f"{counted(sum(map(len, self.recompute)), 'cell')} in {counted(len(self.recompute), 'block')}"
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""

@@ -17,7 +17,7 @@ from lamp3d.graph import trace
 from lamp3d.graph.buffers import refuse_parts, wants_whole_batch
 from lamp3d.graph.inputs import InputShape, batch_of, input_text, title_of, volume_of, with_batch
 from lamp3d.plan.advice import does_not_fit
-from lamp3d.plan.amounts import format_bytes, parse_bytes
+from lamp3d.plan.amounts import counted, format_bytes, parse_bytes
 from lamp3d.plan.hardware import Hardware, load_hardware, local_workers
 from lamp3d.plan.hardware import device_type as local_device_type
 from lamp3d.plan.links import USUAL_NETWORK, Links, load_link, local_link
@@ -62,7 +62,7 @@ class Planning:
         """The plan and the best of the others, and why each of them lost."""
         table = Table(
             box=SIMPLE_HEAD,
-            title=f"Considered: {len(self.answer.found)} ways to use the devices",
+            title=f"Considered: {counted(len(self.answer.found), 'way')} to use the devices",
             caption=f"No plan can take less than {self.bound_seconds:.3g} s a step; the chosen one is within "
             f"{self.gap:.0%} of that."
             + "".join(
@@ -211,7 +211,7 @@ def find_plans(
     if mesh:
         longest_axes(input_shape, mesh)  # or it says why they cannot be cut so
     if not list(meshes(request)):
-        raise PlanError(f"{devices} devices cannot be arranged so: data={data}, space={space}, pipe={pipe}.")
+        raise PlanError(f"{counted(devices, 'device')} cannot be arranged so: data {data}, space {space}, pipe {pipe}.")
     return search_precisions(meter, request, ways, slower)
 
 
@@ -294,8 +294,8 @@ def _links(
     if devices <= per_machine:
         if described is not None and across is not None:
             raise ConfigError(
-                f"across={across!r} joins machines, and {devices} devices are on one of {per_machine}: say how many a "
-                "machine has (per_machine), or leave it out."
+                f"{across} across machines joins nothing, with {counted(devices, 'device')} on one machine of "
+                f"{per_machine}. Say how many devices a machine has, or leave the link across machines out."
             )
         return Links(within=within)
     if across is None:
@@ -331,14 +331,14 @@ def _check(
     given = {name: number for name, number in wanted.items() if number is not None}
     product = math.prod(given.values())
     if any(number < 1 for number in given.values()) or devices % product or (len(given) == 3 and product != devices):
-        told = ", ".join(f"{name}={number}" for name, number in given.items())
-        raise PlanError(f"data × space × pipe must be devices; {told} of {devices} devices is not.")
+        told = ", ".join(f"{name} {number}" for name, number in given.items())
+        raise PlanError(f"data × space × pipe must be devices; {told} of {counted(devices, 'device')} is not.")
     if data is not None and batch % data:
         raise PlanError(
             f"a mini-batch of {batch} cannot be shared evenly among {data} replicas; take a multiple of {data}."
         )
     if micro_batches is not None and micro_batches < 1:
-        raise PlanError(f"a mini-batch is cut into at least one micro-batch; micro_batches={micro_batches} is not.")
+        raise PlanError(f"a mini-batch is cut into at least one micro-batch; {micro_batches} are not.")
 
 
 def _plan(found: Found, meter: Meter, request: Request, network: str) -> Plan:

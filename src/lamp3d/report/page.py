@@ -21,7 +21,7 @@ from lamp3d.errors import LampError
 from lamp3d.evaluate import CaseResult, Results
 from lamp3d.files import write_text
 from lamp3d.graph.inputs import input_text
-from lamp3d.plan import format_bytes
+from lamp3d.plan import counted, format_bytes
 from lamp3d.report.figures import learning_curves, plan_bars, plan_picture, scores_per_organ
 from lamp3d.report.overlay import overlay_picture
 from lamp3d.report.run import Run, read_run
@@ -53,6 +53,7 @@ def write_report(run: Path, *, dataset: Path | None = None) -> Path:
         "score": _score,
         "millimetres": _millimetres,
         "bytes": _bytes,
+        "counted": counted,
         "tint": _tint,
         "input": _input,
     }
@@ -94,7 +95,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     cards = []
     if results := run.results:
         cards.append(
-            (_score(results.mean_dice), "mean Dice", f"{_count(len(results.cases), 'case')}, {results.split} split")
+            (_score(results.mean_dice), "mean Dice", f"{counted(len(results.cases), 'case')}, {results.split} split")
         )
         summaries = [organ for organ in results.organs.values() if organ.dice.n]
         for key, what in (("hd95_mm", "HD95"), ("surface_dice", "surface Dice")):
@@ -110,7 +111,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
             cards.append((f"{_figures(statistics.median(seconds))} s", "a prediction", "median over cases"))
     best = max((epoch.mean_dice for epoch in run.history if epoch.mean_dice is not None), default=None)
     if best is not None:
-        cards.append((_score(best), "best validation Dice", f"in {_count(len(run.history), 'epoch')}"))
+        cards.append((_score(best), "best validation Dice", f"in {counted(len(run.history), 'epoch')}"))
     if run.plans:
         peak = max((peak for epoch in run.history for peak in epoch.peak_bytes), default=0)
         detail = f"at most {_bytes(peak)} on one" if peak else run.plans[0].device_type
@@ -203,10 +204,6 @@ def _embedded(buffer: io.BytesIO, media_type: str, text: str) -> Markup:
 def _figures(value: float) -> str:
     """Three figures, or all before the point: what a card has room for."""
     return f"{value:.{max(0, 3 - len(str(int(value))))}f}"
-
-
-def _count(number: int, of: str) -> str:
-    return f"{number} {of}{'s' * (number != 1)}"
 
 
 def _input(shape: tuple[int, ...] | dict[str, tuple[int, ...]]) -> str:
