@@ -1,12 +1,13 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lamp3d.errors import ConfigError, ScanError
+from lamp3d.errors import ConfigError, DatasetError, ScanError
 from lamp3d.evaluate import CaseResult, Results, evaluate_case, summarise
 from lamp3d.plan import DevicePlan, Plan, StagePlan
 from lamp3d.report import overlay_picture, plan_picture, write_report
@@ -139,7 +140,7 @@ def test_the_page_is_complete_and_self_contained(run: Path):
 
 
 def test_a_prediction_for_the_largest_volume_is_scaled_to_the_mean(run: Path):
-    assert re.findall(r"<td>([\d.]+)</td>\s*<td>800", write_report(run).read_text()) == ["0.65", "1.3"]
+    assert re.findall(r'<td>([\d.]+)</td>\s*<td class="wrap">800', write_report(run).read_text()) == ["0.65", "1.3"]
 
 
 def test_a_run_without_evaluation_shows_its_training(run: Path, tmp_path: Path):
@@ -179,7 +180,53 @@ def test_missing_scans_leave_a_note_in_place_of_the_picture(run: Path, tmp_path:
     (tmp_path / "results.json").write_text((run / "results.json").read_text())
     page = write_report(tmp_path).read_text()
     assert page.count("No picture:") == 3
-    assert write_report(tmp_path, dataset=tmp_path / "absent").read_text().count("dataset.json") == 3
+    with pytest.raises(DatasetError, match=r"dataset\.json: no such file"):
+        write_report(tmp_path, dataset=tmp_path / "absent")
+
+
+def test_a_dataset_that_has_moved_is_told_where_it_is(run: Path, dataset: Path, tmp_path: Path):
+    results = json.loads((run / "results.json").read_text())
+    results["settings"]["dataset"] = str(tmp_path / "before")
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    assert write_report(tmp_path / "run").read_text().count("If the dataset has moved: lamp3d report RUN DATASET") == 3
+    assert write_report(tmp_path / "run", dataset=dataset).read_text().count("data:image/png") == 3
+
+
+def test_another_datasets_pictures_are_not_drawn(run: Path, dataset: Path, tmp_path: Path):
+    """Where the organs have another order, their colours would be wrong."""
+    shutil.copytree(dataset, tmp_path / "turned")
+    content = json.loads((dataset / "dataset.json").read_text())
+    content["labels"] |= {"1": ORGANS[1], "2": ORGANS[0]}
+    (tmp_path / "turned" / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(DatasetError, match="were evaluated"):
+        write_report(run, dataset=tmp_path / "turned")
+
+
+def test_settings_are_said_in_words(run: Path, tmp_path: Path):
+    settings = {"mirror": False, "largest_part": [], "window": [64, 64, 32], "checkpoint_epochs": None}
+    results = Results.load(run / "results.json")
+    summarise(results.cases, ORGANS, split="validation", settings=settings).save(tmp_path / "results.json")
+    page = write_report(tmp_path).read_text()
+    for name, value in (
+        ("mean over mirror images", "no"), ("only the largest part of", "none"), ("epochs trained", "–"),
+        ("prediction window (voxels)", "64 × 64 × 32"),
+    ):  # fmt: skip
+        assert f"{name}</dt><dd>{value}</dd>" in page
+
+
+def test_a_step_is_forward_and_backward_and_the_sum_of_gradients(run: Path, tmp_path: Path):
+    """One number is no other: the time line ends before the gradients are summed."""
+    (tmp_path / "history.jsonl").write_text((run / "history.jsonl").read_text())
+    plan = make_plan(1)
+    seconds = plan.time_line().seconds
+    plan.model_copy(update={"step_seconds": seconds + 0.25, "reduce_seconds": 0.25}).save(
+        tmp_path / "plans" / "stage-0.json"
+    )
+    page = " ".join(write_report(tmp_path).read_text().split())
+    assert f"predicted {seconds + 0.25:.3g} s a step, of which 0.25 s to sum the gradients" in page
+    assert plan_picture(plan).axes[0].get_title("left").startswith(f"Forward and backward, predicted: {seconds:.3g} s")
+    assert "sum the gradients" not in write_report(run).read_text()
 
 
 def test_names_are_escaped(run: Path, tmp_path: Path):
@@ -226,6 +273,7 @@ def test_overlay_hangs_any_grid_like_a_radiologist():
         x0, x1, y0, y1 = axes.images[0].get_extent()
         rows, columns = np.asarray(axes.images[0].get_array()).shape
         assert ((x1 - x0) / columns, (y1 - y0) / rows) == (width, height)
+        assert (*axes.get_xlim(), *axes.get_ylim()) == (x0, x1, y0, y1)  # else the views' scales would differ
     assert sagittal.shape[0] == coronal.shape[0]
 
 
@@ -236,8 +284,12 @@ def test_overlay_without_labels_and_with_foreign_ones(tmp_path: Path):
     empty = Volume(np.zeros_like(truth.data), truth.affine)
     overlay_picture(image, truth, empty, ORGANS)
     overlay_picture(image, empty, truth, ORGANS)
-    with pytest.raises(ScanError, match="own grid"):
+    with pytest.raises(ScanError, match="the contours of shape"):
         overlay_picture(image, Volume(truth.data[1:], truth.affine), None, ORGANS)
+    elsewhere = truth.affine.copy()
+    elsewhere[0, 3] += 20
+    with pytest.raises(ScanError, match=r"the prediction lies up to 20\.0 mm away"):
+        overlay_picture(image, truth, Volume(truth.data, elsewhere), ORGANS)
 
 
 @pytest.mark.parametrize(("voxel_mm", "bar"), [(2.0, "10 mm"), (14.0, "50 mm"), (0.1, "1 mm")])

@@ -30,6 +30,7 @@ console = Console()
 PICTURES = (".png", ".pdf", ".svg")
 
 Devices = Annotated[int, typer.Option(min=1, help="Worker processes, one a device.")]
+DatasetFolder = Annotated[Path, typer.Argument(help="Folder in Decathlon or nnU-Net layout.")]
 
 
 def stop(message: str, status: int = 2) -> NoReturn:

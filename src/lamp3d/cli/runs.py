@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 from rich.table import Table
 
-from lamp3d.cli.common import Devices, app, command, console, draw, picture_option, say, sides
+from lamp3d.cli.common import DatasetFolder, Devices, app, command, console, draw, picture_option, say, sides
 from lamp3d.data import write_phantom_dataset
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
@@ -72,7 +72,7 @@ def _shortened(config: ExperimentConfig, seconds: float, limit_seconds: float) -
 
 @app.command("train")
 def train_command(
-    dataset: Annotated[Path, typer.Argument(help="Folder in Decathlon layout.")],
+    dataset: DatasetFolder,
     overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,  # noqa: UP045
     config: Annotated[Optional[Path], typer.Option(help="YAML file.")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="Run folder; default: runs/NAME of the config.")] = None,  # noqa: UP045
@@ -153,7 +153,7 @@ def _scans_by_name(paths: list[Path], channels: int) -> dict[str, tuple[Path, ..
 @app.command("evaluate")
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    dataset: Annotated[Path, typer.Argument(help="Folder in Decathlon layout.")],
+    dataset: DatasetFolder,
     split: Annotated[str, typer.Option(help="Which cases.")] = "validation",
     window: WindowOption = None,
     devices: Devices = 1,
@@ -181,9 +181,15 @@ def export_command(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    dataset: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="Where the evaluated dataset is now; default: where it was."),
+    ] = None,
+) -> None:
     """One self-contained page: curves, scores, plans and pictures."""
-    say(f"Report: {write_report(run)}")
+    say(f"Report: {write_report(run, dataset=dataset)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

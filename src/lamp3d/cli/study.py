@@ -6,14 +6,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from lamp3d.cli.common import Devices, app, console, say
+from lamp3d.cli.common import DatasetFolder, Devices, app, console, say
 from lamp3d.study import plan_study, run_study, score_test_split, time_predictions, write_study_report
 
 study = typer.Typer(help="Many runs that answer one question: plan, run, time, test, report.", no_args_is_help=True)
 app.add_typer(study, name="study")
 
 StudyFile = Annotated[Path, typer.Argument(help="YAML file, such as experiments/openkbp/study.yaml.")]
-DatasetFolder = Annotated[Path, typer.Argument(help="Folder in Decathlon or nnU-Net layout.")]
 StudyFolder = Annotated[Path, typer.Argument(help="Folder that `lamp3d study run` left.")]
 
 

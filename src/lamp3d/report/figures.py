@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from lamp3d.evaluate import Results
-from lamp3d.plan import Plan, TimeLine
+from lamp3d.plan import Plan, TimeLine, format_bytes
 from lamp3d.plan.schedule import Kind
 from lamp3d.report.style import ACCENT, ACCENT_LIGHT, FONT, INK, MUTED, WARM, organ_colours
 from lamp3d.train import EpochRecord
@@ -119,7 +119,9 @@ def plan_bars(plan: Plan) -> Figure:
         peak = np.array([device.peak_bytes for device in plan.per_device]) / GB
         weights = np.minimum(of_ranks([stage.parameter_bytes for stage in plan.stages]) / GB, peak)
         memory_axes.barh(rows, weights, 0.6, color=WARM, label="parameters")
-        memory_axes.barh(rows, peak - weights, 0.6, left=weights, color="#f3cdb3", label="rest")
+        rest = memory_axes.barh(rows, peak - weights, 0.6, left=weights, color="#f3cdb3", label="rest")
+        # In figures too: beside a limit of gigabytes the bars of a small network cannot be seen.
+        memory_axes.bar_label(rest, [format_bytes(device.peak_bytes) for device in plan.per_device], padding=3)
         if plan.memory_limit_bytes is not None:
             limit = plan.memory_limit_bytes / GB
             memory_axes.axvline(limit, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="limit")
@@ -127,7 +129,7 @@ def plan_bars(plan: Plan) -> Figure:
         memory_axes.tick_params(axis="y", length=0)
         for axes in (time_axes, memory_axes):
             axes.grid(axis="x")
-            axes.legend(loc="upper right", bbox_to_anchor=(1, 1.22), ncols=3, frameon=False, fontsize=8)
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=8, borderaxespad=0)
     return figure
 
 
@@ -182,7 +184,7 @@ def draw_time_line(axes: Axes, title: str, line: TimeLine, longest: float) -> No
                     color=ink, bbox={"facecolor": fill, "edgecolor": "none", "pad": 1.5},  # over the hatching
                 )  # fmt: skip
     axes.set(
-        title=f"One step, {title}: {line.seconds:.3g} s, devices idle {line.bubble:.0%} of it",
+        title=f"Forward and backward, {title}: {line.seconds:.3g} s, devices idle {line.bubble:.0%} of it",
         xlim=(0, longest * 1e3), ylim=(devices - 0.45, -0.55),
     )  # fmt: skip
     axes.set_yticks(range(devices), [f"device {rank}" for rank in range(devices)], color=INK)

@@ -19,8 +19,8 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from nibabel.orientations import apply_orientation, io_orientation
 
-from lamp3d.errors import ScanError
 from lamp3d.report.style import FONT, organ_colours
+from lamp3d.scan import check_grid
 from lamp3d.volume import Volume
 
 Slice = npt.NDArray[np.float64]
@@ -78,14 +78,11 @@ def overlay_picture(
         A figure; ``figure.savefig(path)`` writes it.
 
     Raises:
-        ScanError: if the volumes' shapes differ.
+        ScanError: if the volumes do not lie on one grid.
     """
-    for volume in (truth, prediction):
-        if volume is not None and volume.data.shape != image.data.shape:
-            raise ScanError(
-                f"the scan's shape is {image.data.shape}, its labels' {volume.data.shape}: "
-                "draw labels that lie on the scan's own grid"
-            )
+    for what, volume in (("the contours", truth), ("the prediction", prediction)):
+        if volume is not None:
+            check_grid(what, volume.grid, "the scan", image.grid)
     scene = _in_ras(image, truth, prediction)
     body = _body(scene.scan)
     black, white = window or _soft_tissue(scene.scan[body])
@@ -116,6 +113,7 @@ def overlay_picture(
                 extent=(0, width, 0, height),
             )  # fmt: skip
             shown |= _draw_organs(axes, scene, view, crop, colours)
+            axes.set(xlim=(0, width), ylim=(0, height))  # which the organs' outlines had widened
             _letters(axes, view)
             left += wide + gap
         _scale_bar(figure.axes[0])

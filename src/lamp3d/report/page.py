@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lamp3d.data.dataset import Dataset, read_dataset
-from lamp3d.errors import LampError
+from lamp3d.errors import DatasetError, LampError
 from lamp3d.evaluate import CaseResult, Results
 from lamp3d.files import write_text
 from lamp3d.graph.inputs import input_text
@@ -29,6 +29,16 @@ from lamp3d.report.style import organ_colours
 from lamp3d.scan import read_scan
 from lamp3d.volume import read_volume
 
+SETTING_NAMES = {
+    "checkpoint": "weights",
+    "checkpoint_epochs": "epochs trained",
+    "window": "prediction window (voxels)",
+    "mirror": "mean over mirror images",
+    "largest_part": "only the largest part of",
+    "tolerance_mm": "tolerance of surface Dice (mm)",
+}
+"""Of an evaluation, where they do not speak for themselves."""
+
 
 def write_report(run: Path, *, dataset: Path | None = None) -> Path:
     """Writes ``report.html`` into a run folder: scores, overlays, learning curves, plans and settings in one file.
@@ -37,14 +47,15 @@ def write_report(run: Path, *, dataset: Path | None = None) -> Path:
 
     Args:
         run: the run folder.
-        dataset: the folder of the evaluated dataset, for the overlays; by default ``settings.dataset`` of
-            ``results.json``.
+        dataset: where the evaluated dataset is now, for the overlays; by default where it was, ``settings.dataset``
+            of ``results.json``.
 
     Returns:
         The page's path.
 
     Raises:
         ConfigError: if the folder holds no run, or a file in it is damaged.
+        DatasetError: if ``dataset`` is none, or one with other organs.
     """
     content = read_run(run)
     template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
@@ -56,6 +67,7 @@ def write_report(run: Path, *, dataset: Path | None = None) -> Path:
         "counted": counted,
         "tint": _tint,
         "input": _input,
+        "words": _words,
     }
     page = environment.from_string(template).render(
         title=f"{content.folder.resolve().name}",
@@ -68,6 +80,7 @@ def write_report(run: Path, *, dataset: Path | None = None) -> Path:
         stages=_stages(content),
         plans=[(plan, _chart(plan_bars(plan)), _chart(plan_picture(plan))) for plan in content.plans],
         config=yaml.safe_dump(content.config, sort_keys=False, width=100),
+        setting_names=SETTING_NAMES,
         versions=content.versions,
     )
     path = run / "report.html"
@@ -150,14 +163,25 @@ def _overlays(run: Run, root: Path | None) -> list[_Overlay]:
     ranked = sorted((c for c in run.results.cases if c.mean_dice is not None), key=lambda c: -(c.mean_dice or 0.0))
     places = {0: "best", len(ranked) // 2: "median", len(ranked) - 1: "worst"} if len(ranked) > 2 else {}
     chosen = [(places.get(k, ""), case) for k, case in enumerate(ranked) if len(ranked) <= 2 or k in places]
-    if root is None and isinstance(named := run.results.settings.get("dataset"), str):
-        root = Path(named)
-    try:
-        dataset = None if root is None else read_dataset(root)
-        problem = "The dataset's folder is not known."
-    except LampError as error:
-        dataset, problem = None, str(error)
+    dataset, problem = None, "the dataset's folder is not known."
+    if root is not None:
+        dataset = _evaluated_dataset(root, run.results)
+    elif isinstance(named := run.results.settings.get("dataset"), str):
+        try:
+            dataset = _evaluated_dataset(Path(named), run.results)
+        except LampError as error:
+            problem = f"{str(error).removesuffix('.')}. If the dataset has moved: lamp3d report RUN DATASET."
     return [_overlay(run, run.results, dataset, problem, rank, case) for rank, case in chosen]
+
+
+def _evaluated_dataset(root: Path, results: Results) -> Dataset:
+    dataset = read_dataset(root)
+    if dataset.organs != tuple(results.organs):
+        raise DatasetError(
+            f"{root} has the organs {', '.join(dataset.organs)}, but {', '.join(results.organs)} were evaluated; give "
+            "the dataset that was."
+        )
+    return dataset
 
 
 def _overlay(
@@ -206,6 +230,16 @@ def _figures(value: float) -> str:
     return f"{value:.{max(0, 3 - len(str(int(value))))}f}"
 
 
+def _words(value: object) -> str:
+    """A setting's value as it is said, not as Python writes it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        separator = " × " if value and isinstance(value[0], int) else ", "
+        return separator.join(map(str, value)) or "none"
+    return "–" if value is None else str(value)
+
+
 def _input(shape: tuple[int, ...] | dict[str, tuple[int, ...]]) -> str:
     return input_text(shape).replace("×", " × ")
 
@@ -219,7 +253,8 @@ def _millimetres(value: float | None) -> str:
 
 
 def _bytes(value: float | None) -> str:
-    return "–" if value is None else format_bytes(value)
+    # Unbroken, since a column of several devices' wraps.
+    return "–" if value is None else format_bytes(value).replace(" ", "\u00a0")
 
 
 def _tint(value: float | None) -> str:
