@@ -44,6 +44,28 @@ def test_what_workers_cannot_import_is_refused() -> None:
     assert "save it to one and run that" in piped.stderr.splitlines()[-1]
 
 
+def run_program(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "program.py").write_text(program, "utf-8")
+    command = [sys.executable, str(folder / "program.py")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, check=False)
+
+
+def test_the_readmes_program_runs(tmp_path: Path) -> None:
+    block = (ROOT / "README.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+    assert block.count("(8, 1, 64, 64, 64)") == 1
+    given = "import torch\nimages, targets = torch.ones(2, 1, 32, 32, 32), torch.ones(2)\n"
+    given += "def loss_fn(logits, targets): return logits.square().mean()\n"
+    small = block.replace("(8, 1, 64, 64, 64)", "(2, 1, 32, 32, 32)").replace("filters=16", "filters=2")
+    done = run_program(given + small, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_worker_that_never_began_is_told_with_its_exit_status(tmp_path: Path) -> None:
+    done = run_program("import os\nfrom lamp3d import launch\nlaunch(os.getpid, 2)\n", tmp_path)
+    assert "__name__ == '__main__'" in done.stderr
+    assert "none; it ended with exit status 1, and what it wrote is above." in done.stderr.splitlines()[-1]
+
+
 def test_an_error_ends_all_workers_and_is_the_one_reported() -> None:
     begin = time.perf_counter()
     with pytest.raises(WorkerError) as caught:

@@ -38,7 +38,8 @@ def launch(
     holds this worker's result alone (but see :mod:`lamp3d.parallel.lead`).
 
     Args:
-        fn: a function at module level (workers import it).
+        fn: a function at module level (workers import it, and the program around it: what starts them stands under
+            ``if __name__ == "__main__":``).
         devices: number of workers; on CUDA at most the devices of this machine.
         args: passed to every worker; must be picklable.
         timeout: after which a collective operation without progress fails.
@@ -126,6 +127,8 @@ def _worker_error(rank: int, failure: ProcessFailure) -> LampError:
         kind = getattr(errors, name, None)
         if isinstance(kind, type) and issubclass(kind, LampError):
             return kind(message)  # the user's to put right: the message says all
+    except FileNotFoundError:  # it did not come as far as to leave one
+        text = f"none; it ended with exit status {failure.exitcode}, and what it wrote is above."
     except (OSError, ValueError, KeyError, TypeError):
         text = str(failure.message)
     return WorkerError(f"worker {rank} failed; all other workers have been ended. Its traceback:\n{text}")
