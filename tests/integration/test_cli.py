@@ -10,12 +10,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 
-from lamp3d.cli import main, runs
+from lamp3d.cli import app, main, runs
 from lamp3d.data.anatomy import ORGANS
 from lamp3d.errors import ConfigError
 from lamp3d.evaluate import Results
@@ -230,6 +232,16 @@ def test_the_programs_that_are_installed(program: list[str]) -> None:
     )
     assert all(name in done.stdout for name in ("demo", "plan", "train", "predict", "evaluate", "report", "bench"))
     assert done.stderr == ""
+
+
+def _unexplained(name: str, command: Any) -> list[str]:
+    inner = getattr(command, "commands", {})
+    unexplained = [f"{name} {parameter.name}" for parameter in command.params if not getattr(parameter, "help", None)]
+    return unexplained + [found for at, part in inner.items() for found in _unexplained(f"{name} {at}", part)]
+
+
+def test_every_argument_and_option_is_explained() -> None:
+    assert _unexplained("lamp3d", typer.main.get_command(app)) == []
 
 
 def test_verify_shows_that_a_plan_is_exact(lamp3d: CommandLine, tmp_path: Path) -> None:

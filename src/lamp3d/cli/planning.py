@@ -82,7 +82,7 @@ def plan(
     pipe: Pipe = None,
     space: Space = None,
     recompute: RecomputeOption = None,
-    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option()] = "auto",
+    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto: what is faster and fits.")] = "auto",
     fresh: Annotated[bool, typer.Option(help="Time the cells even if that was done before.")] = False,
     json_path: Annotated[Optional[Path], typer.Option("--json", help="Write the plan here.")] = None,  # noqa: UP045
     picture: Annotated[Optional[Path], picture_option("Cells and the time line of a step.")] = None,  # noqa: UP045
@@ -166,7 +166,7 @@ def verify_command(
     console.print(table)
     for rank, report in enumerate(reports):
         sent, peak = format_bytes(report.bytes_sent), format_bytes(report.peak_bytes)
-        say(f"device {rank}: {sent} sent in a step, peak memory of its process {peak}")
+        say(f"device {rank}: {sent} sent in a step beside parameters' gradients, peak memory of its process {peak}")
     if timeline is not None:
         lines = {"predicted": found.time_line(), "measured": reports[0].line}
         draw(time_line_picture(lines), timeline)

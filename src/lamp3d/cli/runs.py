@@ -73,7 +73,10 @@ def _shortened(config: ExperimentConfig, seconds: float, limit_seconds: float) -
 @app.command("train")
 def train_command(
     dataset: DatasetFolder,
-    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,  # noqa: UP045
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="KEY=VALUE", help="Settings instead of the configuration's, such as train.seed=1."),
+    ] = None,
     config: Annotated[Optional[Path], typer.Option(help="YAML file.")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="Run folder; default: runs/NAME of the config.")] = None,  # noqa: UP045
     devices: Devices = 1,
@@ -99,7 +102,7 @@ def train_command(
 @app.command("predict")
 def predict_command(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="[RUN] SCAN...", help="Run folder, then NIfTI files or DICOM folders.")
+        list[Path], typer.Argument(metavar="[RUN] SCAN", help="Run folder, then NIfTI files or DICOM folders.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the label maps.")],
     model: Annotated[
@@ -154,7 +157,7 @@ def _scans_by_name(paths: list[Path], channels: int) -> dict[str, tuple[Path, ..
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     dataset: DatasetFolder,
-    split: Annotated[str, typer.Option(help="Which cases.")] = "validation",
+    split: Annotated[str, typer.Option(help="Which cases: train, validation or test.")] = "validation",
     window: WindowOption = None,
     devices: Devices = 1,
     mirror: MirrorOption = None,

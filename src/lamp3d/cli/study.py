@@ -12,8 +12,8 @@ from lamp3d.study import plan_study, run_study, score_test_split, time_predictio
 study = typer.Typer(help="Many runs that answer one question: plan, run, time, test, report.", no_args_is_help=True)
 app.add_typer(study, name="study")
 
-StudyFile = Annotated[Path, typer.Argument(help="YAML file, such as experiments/openkbp/study.yaml.")]
-StudyFolder = Annotated[Path, typer.Argument(help="Folder that `lamp3d study run` left.")]
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="Such as experiments/openkbp/study.yaml.")]
+StudyFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="That `lamp3d study run` left.")]
 
 
 @study.command("plan")
