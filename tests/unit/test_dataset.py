@@ -89,6 +89,9 @@ def test_broken_json_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_absent_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no such file; give the folder of a dataset"):
         read_dataset(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(DatasetError, match="no such file; give the folder of a dataset"):
+        read_dataset(tmp_path / "notes.txt")
 
 
 @pytest.mark.openkbp

@@ -157,7 +157,7 @@ def read_dataset(root: Path, split: SplitConfig | None = None) -> Dataset:
         if isinstance(written, dict) and is_nnunet(written):
             written = as_decathlon(root, written)
         content = _DatasetJson.model_validate(written)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DatasetError(
             f"{path}: no such file; give the folder of a dataset in Decathlon or nnU-Net layout"
         ) from error
