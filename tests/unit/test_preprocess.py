@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from tiny_dataset import AFFINE, ORGANS, SHAPE, tiny_scan, write_tiny_dataset
 from torch.nn import functional
 
-from lamp3d.data import CaseStore, Dataset, PreprocessConfig, prepare_scan, read_dataset
+from lamp3d.data import Case, CaseStore, Dataset, PreprocessConfig, prepare_scan, read_dataset
 from lamp3d.errors import DatasetError, ScanError
 from lamp3d.volume import Volume, read_volume, write_nifti
 
@@ -219,6 +219,23 @@ def test_prepared_once_and_again_when_something_changes(store: CaseStore) -> Non
     os.utime(source, ns=(later, later))
     prepare(CONFIG)
     assert len(files()) == 7
+
+
+def test_a_dicom_folder_whose_files_change_is_prepared_again(tmp_path: Path) -> None:
+    """Its own time and size stay as they are when a file in it is written over."""
+    folder = tmp_path / "series"
+    folder.mkdir()
+    (folder / "slice.dcm").write_bytes(b"before")
+    case = Case("case", (folder,), None, ())
+    dataset = Dataset("dicom", tmp_path, (), (case,), {})
+
+    def prepared() -> Path:
+        return CaseStore(dataset, CONFIG, tmp_path)._path(case)
+
+    before = prepared()
+    assert prepared() == before
+    (folder / "slice.dcm").write_bytes(b"after")
+    assert prepared() != before
 
 
 def test_unprepared_case_is_refused(store: CaseStore) -> None:

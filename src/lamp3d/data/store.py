@@ -176,12 +176,18 @@ class CaseStore:
     def _path(self, case: Case) -> Path:
         if case.name not in self._paths:
             sources = [file for file in (*case.images, case.label) if file is not None]
-            state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
+            state = [of_file for source in sources for of_file in _state(source)]
             settings = [self.config.model_dump(mode="json"), self.dataset.organs, self.dataset.channels, case.annotated]
             depends = [_FORMAT, *settings, state]
             key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
             self._paths[case.name] = self.folder / f"{case.name}-{key}.safetensors"
         return self._paths[case.name]
+
+
+def _state(source: Path) -> list[tuple[str, int, int]]:
+    """What changes when a file is written, or any of a DICOM folder: the folder's own time does not tell of that."""
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 @lru_cache(maxsize=4096)
