@@ -98,6 +98,7 @@ def test_single_keys_are_changed(path: Path) -> None:
         ("train.seed=18446744073709551616", ["train.seed: should be less than 18446744073709551616"]),  # torch's limit
         ("memory=12 parrots", ["memory: ", "12 parrots"]),
         ("across=string", ["across: no link 'string'"]),
+        ("train.curriculum.0.schedule=fast", ["some.yaml: train.curriculum.0.schedule: there is no schedule 'fast'"]),
         ("augment.flip_axes=[0, 0]", ["augment.flip_axes: should name each axis once"]),
         ("train.optimizer=lion", ["train.optimizer", "'rmsprop', 'adamw' or 'sgd'", "'lion'"]),
         ("train.curriculum.0.patch=small", ["train.curriculum.0.patch", "'small'"]),

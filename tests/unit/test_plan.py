@@ -102,6 +102,9 @@ def test_a_plan_is_frozen_and_comes_back_from_json(u_net_plan: Plan, tmp_path: P
         ({"stages.1.rank": 0}, "devices is 2, .*: 1 × 1 × 1"),
         ({"stages.1.first_cell": 0}, "stages.1 has cells 0 to .* this one begins at 1"),
         ({"stages.0.cells": []}, "stages.0 has cells 0 to .* and names 0"),
+        ({"stages.0.forward_seconds": -1.0}, "stages.0.forward_seconds: .* greater than or equal to 0"),
+        ({"per_device.0.peak_bytes": -1}, "per_device.0.peak_bytes: .* greater than or equal to 0"),
+        ({"schedule": "fastest"}, "schedule: there is no schedule 'fastest'"),
     ],
 )
 def test_a_plan_that_was_edited_by_hand_is_told_what_does_not_hang_together(

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -20,6 +28,7 @@ from lamp3d.plan.links import Links
 from lamp3d.plan.routes import Routes
 from lamp3d.plan.schedule import SCHEDULES, Actions, StageTimes, splits_backward
 from lamp3d.plan.simulate import TimeLine, Transfers, simulate
+from lamp3d.settings import told_with_its_key
 
 Recompute = Literal["never", "always"] | tuple[tuple[str, ...], ...]
 """Which cells are computed again in backward: none, all, or those of some blocks; a block comes back as a whole."""
@@ -46,11 +55,11 @@ class StagePlan(BaseModel):
     first_cell: int
     last_cell: int
     cells: tuple[str, ...]
-    forward_seconds: float
-    backward_seconds: float
-    weight_seconds: float
-    parameter_bytes: int
-    sent_bytes: int
+    forward_seconds: NonNegativeFloat
+    backward_seconds: NonNegativeFloat
+    weight_seconds: NonNegativeFloat
+    parameter_bytes: NonNegativeInt
+    sent_bytes: NonNegativeInt
 
 
 class EdgePlan(BaseModel):
@@ -68,7 +77,7 @@ class EdgePlan(BaseModel):
     value: str
     maker: int
     users: tuple[int, ...]
-    size: int
+    size: NonNegativeInt
     gradient: bool
 
 
@@ -82,8 +91,8 @@ class DevicePlan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    saved_bytes: int
-    peak_bytes: int
+    saved_bytes: NonNegativeInt
+    peak_bytes: NonNegativeInt
 
 
 class Plan(BaseModel):
@@ -127,17 +136,17 @@ class Plan(BaseModel):
     recompute: Recompute
     precision: Precision
     channels_last: bool
-    memory_limit_bytes: int | None
+    memory_limit_bytes: NonNegativeInt | None
     stages: tuple[StagePlan, ...]
     per_device: tuple[DevicePlan, ...]
     edges: tuple[EdgePlan, ...] = ()
     links: Links | None = None
     gathered: tuple[str, ...] = ()
-    exchanged_bytes: int = 0
-    reduce_seconds: float = 0.0
-    step_seconds: float
+    exchanged_bytes: NonNegativeInt = 0
+    reduce_seconds: NonNegativeFloat = 0.0
+    step_seconds: NonNegativeFloat
     bubble: float
-    uncertainty: float = 0.0
+    uncertainty: NonNegativeFloat = 0.0
 
     @model_validator(mode="before")
     @classmethod
@@ -157,7 +166,8 @@ class Plan(BaseModel):
     @field_validator("schedule")
     @classmethod
     def _is_a_schedule(cls, name: str) -> str:
-        check_schedule(name)
+        with told_with_its_key():
+            check_schedule(name)
         return name
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from lamp3d.plan import check_schedule
-from lamp3d.settings import Settings
+from lamp3d.settings import Settings, told_with_its_key
 from lamp3d.sides import Shape3, Sides, sides_or_none
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -47,7 +47,8 @@ class CurriculumStage(Settings):
     @classmethod
     def _is_a_schedule(cls, name: str | None) -> str | None:
         if name is not None:
-            check_schedule(name)
+            with told_with_its_key():
+                check_schedule(name)
         return name
 
     @property
