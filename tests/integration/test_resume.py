@@ -96,7 +96,7 @@ def test_what_is_done_stays_done_and_is_said_to(lamp3d: CommandLine, run: Path, 
     done = lamp3d("train", dataset, *changes, "--out", run, "--devices", 2, "--resume")
     assert done.code == 0, done.err
     assert "Settings changed since the checkpoint: curriculum, loss.focal_weight; nothing is left to train" in done.out
-    assert "Stages that are done stay as they are; to go on, add another one." in done.out
+    assert "Stages that are done stay as they are; to train longer, add another one." in done.out
     assert f"Next: lamp3d predict {run} SCAN" in done.out  # for there is nothing to evaluate
     assert (run / "last.safetensors").read_bytes() == before
 

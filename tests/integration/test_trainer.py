@@ -266,6 +266,21 @@ def test_changed_settings_are_told_on_resume(tmp_path: Path, capsys: pytest.Capt
     assert "Settings changed since the checkpoint: clip_norm" in output
 
 
+def test_a_stage_that_is_done_is_not_lengthened_and_that_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, settings(), bad=interrupt_at(4 * STEPS)).fit()
+    told = "Stages that are done stay as they are; to train longer, add another one."
+    first, second = ({**stage.model_dump(), "epochs": stage.epochs + 1} for stage in settings().curriculum)
+    for changed, is_told in (([settings().curriculum[0], second], False), ([first, second], True)):
+        longer = trainer(tmp_path, settings(curriculum=changed))
+        longer._open_run(resume=True)
+        assert (told in capsys.readouterr().out) == is_told
+    longer.fit(resume=True)
+    assert [record.stage for record in read_history(tmp_path)] == [1, 1, 1, 2, 2, 2]
+
+
 def test_a_full_disk_ends_a_run_that_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: RunRecorder, record: object) -> None:
         raise OSError(28, "No space left on device")

@@ -59,6 +59,11 @@ class TrainingState(BaseModel):
             names += [f"{part}.{name}" for name in _changed(self.settings.get(part), now)]
         return names
 
+    def done_otherwise(self, config: TrainConfig) -> bool:
+        """Whether a stage that is done was not as these settings want it."""
+        done = self.settings.get("curriculum", [])[: self.stage]
+        return any(_changed(before, now) for before, now in zip(done, config.curriculum, strict=False))
+
     def past_the_end(self, epochs: Sequence[int]) -> bool:
         """Whether a curriculum of so many epochs by stage lacks the place where this goes on."""
         if self.stage >= len(epochs):

@@ -144,8 +144,9 @@ class Trainer:
         changed = self.state.changed(self.config, self.others)
         done = self.state.stage >= len(self.plans)
         if begun:
-            more = " Stages that are done stay as they are; to go on, add another one." if done else ""
-            self.recorder.say(f"Resuming {self.last}: {self.state.where(len(self.plans))}.{more}")
+            self.recorder.say(f"Resuming {self.last}: {self.state.where(len(self.plans))}.")
+        if begun and (done or self.state.done_otherwise(self.config)):
+            self.recorder.say("Stages that are done stay as they are; to train longer, add another one.")
         if changed:
             self.recorder.say(
                 f"Settings changed since the checkpoint: {', '.join(changed)}; "
