@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from lamp3d.errors import ConfigError, DatasetError, LampError
+from lamp3d.experiment import Run
 from lamp3d.study import (
     driver,
     plan_study,
@@ -126,7 +127,23 @@ def test_a_study_runs_goes_on_and_reports(
 
     (left_out,) = [result for result in read_results(out / "results") if result.row == "peer"]
     left_out.model_copy(update={"row": "gone"}).save(out / "results" / "gone-0.json")
+    evaluate, scored = driver.evaluate, []
+
+    def is_stopped_once(run: Run, *arguments: Any, **settings: Any) -> Any:
+        scored.append(run.folder.name)
+        if len(scored) == 2:
+            raise SignalException("stopped", signal.SIGINT)
+        return evaluate(run, *arguments, **settings)
+
+    monkeypatch.setattr(driver, "evaluate", is_stopped_once)
+    with pytest.raises(SignalException):
+        score_test_split(out, data, 1)
+    left_out.model_copy(update={"seed": 9}).save(out / "results" / "peer-9.json")
+    with pytest.raises(ConfigError, match="looked at once"):  # for scores are known, and this run was not there then
+        score_test_split(out, data, 1)
+    (out / "results" / "peer-9.json").unlink()
     score_test_split(out, data, 1)
+    assert scored == ["peer-0", "unet-0", "unet-0"]
     assert [result.row for result in read_results(out / "test")] == ["peer", "unet"]
     (out / "results" / "gone-0.json").unlink()
     assert [case.name for case in read_results(out / "test")[0].cases] == ["case_4"]

@@ -121,27 +121,32 @@ def run_study(path: Path, dataset: Path, out: Path, devices: int, say: Say = pri
 
 
 def score_test_split(out: Path, dataset: Path, devices: int) -> None:
-    """Score all runs on the test split, once.
+    """Score all runs on the test split, once; what was interrupted goes on, with the same runs.
 
     Raises:
-        ConfigError: it was done before, or some runs are not finished.
+        ConfigError: it was done before, or begun with other runs; or some runs are not finished.
     """
     tested = out / TEST
-    if tested.exists():
-        raise ConfigError(f"{tested} is there: test cases are looked at once, when everything is decided.")
+    begun = tested / ".unfinished"  # with the runs that are to be scored: none comes in when others have been seen
     study, results = saved_study(out), read_results(out / "results")
+    windows = {row.name: row.window for row in study.rows}
+    results = [result for result in results if result.row in windows]  # others have been left out of the study
+    names = "\n".join(result.name for result in results)
+    if any(tested.glob("*.json")) and not (begun.exists() and begun.read_text("utf-8") == names):
+        raise ConfigError(f"{tested} is there: test cases are looked at once, when everything is decided.")
     if missing := unfinished(study, results):
         raise ConfigError(f"not finished: {', '.join(missing)}. Test cases are looked at once: run the study first.")
-    windows = {row.name: row.window for row in study.rows}
-    found = []
-    for result in (result for result in results if result.row in windows):  # others have been left out of the study
+    write_text(begun, names)
+    for result in results:
+        target = tested / f"{result.name}.json"
+        if target.exists():
+            continue
         run = Run.open(out / "runs" / result.name)
         scored = evaluate(
             run, dataset, TEST, window=windows[result.row], devices=devices, tolerance_mm=study.tolerance_mm
         )
-        found.append(result.model_copy(update={"split": TEST, "cases": scored.cases}))
-    for result in found:
-        result.save(tested / f"{result.name}.json")
+        result.model_copy(update={"split": TEST, "cases": scored.cases}).save(target)
+    begun.unlink()
 
 
 def time_predictions(out: Path, say: Say = print) -> None:
