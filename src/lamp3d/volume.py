@@ -27,6 +27,10 @@ _UNREADABLE = (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFErr
 
 _GZIP = b"\x1f\x8b"
 
+_METRE, _MICRON = 1, 3
+_MM = {_METRE: 1e3, _MICRON: 1e-3}
+"""Millimetres in the other units that a NIfTI header may have for its affine; nibabel leaves them as they are."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -102,7 +106,7 @@ def read_grid(path: Path) -> Grid | None:
             grid = Grid(*series_grid(path))
         else:
             image = nib.load(path)  # the voxels stay on the disk
-            grid = Grid(image.shape[:3], np.asarray(image.affine, dtype=np.float64))
+            grid = Grid(image.shape[:3], _affine_mm(image))
     except (*_UNREADABLE, ScanError, RuntimeError):
         return None
     return grid if len(grid.shape) == 3 and 0 not in grid.shape and _is_usable(grid.affine) else None
@@ -178,7 +182,13 @@ def _read_nifti(path: Path) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.flo
             data = data.astype(np.float32)
     elif not data.dtype.isnative and data.dtype.names is None:
         data = data.astype(data.dtype.newbyteorder("="))
-    return data, np.asarray(image.affine, dtype=np.float64)
+    return data, _affine_mm(image)
+
+
+def _affine_mm(image: nib.Nifti1Image) -> npt.NDArray[np.float64]:
+    space = int(image.header["xyzt_units"]) & 7  # what is above is the unit of time
+    mm = _MM.get(space, 1.0)
+    return np.asarray(np.diag([mm, mm, mm, 1.0]) @ image.affine, dtype=np.float64)
 
 
 def _checked(path: Path, data: npt.NDArray[np.generic], affine: npt.NDArray[np.float64]) -> Volume:

@@ -27,6 +27,17 @@ def test_nifti_comes_back_as_it_went(tmp_path: Path, name: str, dtype: type) -> 
     assert volume.spacing_mm == (2.0, 2.5, 3.0)
 
 
+@pytest.mark.parametrize(("unit", "mm"), [(0, 1.0), (1, 1000.0), (2 + 8, 1.0), (3, 0.001), (7, 1.0)])
+def test_affines_in_other_units_are_brought_to_mm(tmp_path: Path, unit: int, mm: float) -> None:
+    path, image = tmp_path / "scan.nii.gz", nib.Nifti1Image(tiny_scan(0)[0].data, AFFINE)
+    image.header["xyzt_units"] = unit
+    nib.save(image, path)
+    for found in (read_volume(path).grid, read_grid(path)):
+        assert found is not None
+        np.testing.assert_allclose(found.affine[:3], AFFINE[:3] * mm)
+        np.testing.assert_allclose(found.affine[3], AFFINE[3])
+
+
 def test_bool_and_int64_are_stored_in_types_that_nifti_has(tmp_path: Path) -> None:
     data = np.arange(8).reshape(2, 2, 2)
     write_nifti(Volume(data, AFFINE), tmp_path / "int64.nii.gz")
