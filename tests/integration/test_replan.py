@@ -36,7 +36,8 @@ def test_a_safer_plan_is_named_and_used_on_demand(
         raise MemoryError("of no use")
 
     monkeypatch.setattr(training, "launch", launch)
-    with pytest.raises(DeviceMemoryError, match=r"ran out of memory.* next safer plan for stage 1 takes .*auto-replan"):
+    command = f"lamp3d train {dataset} --out {out} --devices=1 --resume --auto-replan"
+    with pytest.raises(DeviceMemoryError, match=rf"memory.* next safer plan for stage 1 takes .*: {command}$"):
         train(dataset, settings, 1, out)
     before = Plan.load(out / "plans" / "stage-0.json")
     assert not read_history(out)

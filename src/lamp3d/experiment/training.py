@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -169,9 +170,10 @@ def _train(
             index, resume = Checkpoint(last).progress["stage"], True
             plan = _safer_plan(run, index, store, cases, devices, error)
             if not auto_replan:
+                own = shlex.join([str(run.dataset), "--out", str(run.folder), f"--devices={devices}"])
                 raise DeviceMemoryError(
-                    f"{error} The next safer plan for stage {index + 1} takes {_cost(plan)}; go on with it by "
-                    "--resume --auto-replan."
+                    f"{error} The next safer plan for stage {index + 1} takes {_cost(plan)}; go on with it by: "
+                    f"lamp3d train {own} --resume --auto-replan"
                 ) from error
             plan.save(run.plan_path(index))
             console.print(f"[bold]Stage {index + 1}[/] ran out of memory; it goes on with a safer plan, {_cost(plan)}:")
