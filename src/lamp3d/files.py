@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -41,6 +42,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def remove_leftovers(*paths: Path) -> None:
+    """Remove what processes that were killed have left of writing these files; for those who alone write them."""
+    for path in paths:
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

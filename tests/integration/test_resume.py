@@ -93,8 +93,11 @@ def test_what_is_done_stays_done_and_is_said_to(lamp3d: CommandLine, run: Path, 
     about["splits"]["validation"] = []
     (run / "run.json").write_text(json.dumps(about))
     changes = ("train.curriculum.0.epochs=5", "loss.focal_weight=0.4")
+    leftover = run / ".history.jsonl.0123abcd"  # of a process that was killed
+    leftover.touch()
     done = lamp3d("train", dataset, *changes, "--out", run, "--devices", 2, "--resume")
     assert done.code == 0, done.err
+    assert not leftover.exists()
     assert "Settings changed since the checkpoint: curriculum, loss.focal_weight; nothing is left to train" in done.out
     assert "Stages that are done stay as they are; to train longer, add another one." in done.out
     assert f"Next: lamp3d predict {run} SCAN" in done.out  # for there is nothing to evaluate

@@ -12,7 +12,7 @@ from lamp3d.data import CaseStore, Dataset, read_dataset
 from lamp3d.data.dataset import TRAIN
 from lamp3d.errors import ConfigError, DatasetError
 from lamp3d.experiment.config import ExperimentConfig, load_config
-from lamp3d.files import cache_root, write_text
+from lamp3d.files import cache_root, remove_leftovers, write_text
 from lamp3d.nets import Network
 from lamp3d.plan import Plan, TimeLine
 from lamp3d.scan import UNNAMED
@@ -46,8 +46,9 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path, config: ExperimentConfig, dataset: Dataset, devices: int) -> Run:
-        """Write the files that say what the run is."""
+        """Write the files that say what the run is; for a process that alone trains in the folder."""
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(*(folder / name for name in ("run.json", *WRITTEN)))
         root = dataset.root.resolve()
         run = cls(folder, config, root, dataset.organs, dataset.channels, dataset.splits)
         run.save_about(str(root), devices)  # first: other files without it are somebody else's

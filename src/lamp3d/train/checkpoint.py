@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lamp3d.errors import ConfigError, TrainingError
-from lamp3d.files import write_atomically
+from lamp3d.files import remove_leftovers, write_atomically
 
 FORMAT = "lamp3d-checkpoint-1"
 DIFFERENCES_SHOWN = 3
@@ -46,8 +46,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], progress: Mapping
     """
     gathered = _gather(tensors)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        for leftover in path.parent.glob(f".{path.name}.*"):  # of a process killed in the middle of this
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(path)
         metadata = {"format": FORMAT, "progress": json.dumps(progress, allow_nan=False)}
         try:
             write_atomically(path, lambda temporary: save_file(gathered, temporary, metadata))
