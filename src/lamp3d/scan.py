@@ -61,8 +61,8 @@ def check_grid(what: str, grid: Grid, of: str, reference: Grid) -> None:
         )
     if (far_mm := grid.apart_mm(reference)) > SAME_PLACE * min(reference.spacing_mm):
         raise ScanError(
-            f"{what} lies up to {far_mm:.1f} mm away from {of} by their affines; one of the two headers is wrong: "
-            "repair it"
+            f"{what} lies up to {far_mm:.1f} mm away from {of} by their affines: repair the header "
+            "that is wrong, or if both are right, resample it onto that grid"
         )
 
 

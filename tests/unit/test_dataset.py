@@ -64,6 +64,7 @@ def test_splits_annotated_and_test_scans(tmp_path: Path) -> None:
         ({"test": [{"label": "labelsTr/case_0.nii.gz"}]}, r"json: test\.0\.image is missing; see"),
         ({"training": [{"image": "imagesTr/case_0.nii.gz", "annotated": ["Splin"]}]}, r"\['Splin'\] are not among"),
         ({"training": [{"image": "imagesTr/case_0.nii.gz"}] * 2}, "listed twice: case_0"),
+        ({"training": [{"image": "imagesTr/case_0.nii.gz", "name": "../scan"}]}, r"case '\.\./scan': files are called"),
         ({"splits": {"train": ["case_9"]}}, "unknown cases: case_9"),
         ({"splits": {"train": ["case_0"], "validation": ["case_0"]}}, "more than one split place: case_0"),
         ({"splits": {"train": ["case_0"], "val": ["case_1"]}}, "split 'val'; did you mean 'validation'"),

@@ -256,6 +256,8 @@ def _case(path: Path, entry: _Entry, organs: tuple[str, ...], channels: tuple[st
         if file is not None and not file.exists():
             raise DatasetError(f"{path}: lists {file}, which is absent; add the file or take the case off the list")
     name = entry.name or scan_name(*images)
+    if "/" in name:  # it could lead out of the folders of prepared scans and predictions
+        raise DatasetError(f"{path}: case {name!r}: files are called by it, so that it has no /; rename it")
     annotated = organs if entry.annotated is None else entry.annotated
     if unknown := [organ for organ in annotated if organ not in organs]:
         raise DatasetError(
