@@ -391,6 +391,10 @@ def _compiled() -> nn.Module:
     ("make", "message"),
     [
         (_compiled, "has been through torch.compile"),
+        (
+            lambda: nn.Sequential(nn.LazyConv3d(2, 3), nn.Conv3d(2, 2, 1)),
+            "Sequential has lazy layers, .*: call it once",
+        ),
         (_once_weighted, r"cannot be copied: .*parametrizations\.weight_norm does not"),
         (lambda: nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2, momentum=None)), "give it one, such as 0.1"),
     ],

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from lamp3d.errors import ConfigError
@@ -43,6 +44,11 @@ def trace(network: nn.Module, input_shape: InputShape) -> CellGraph:
         raise ConfigError(
             f"{title_of(network)} has been through torch.compile, which leaves nothing to be traced; give the network "
             "as it was before."
+        )
+    if any(map(is_lazy, (*network.parameters(), *network.buffers()))):
+        raise ConfigError(
+            f"{title_of(network)} has lazy layers, whose weights have no shape yet: call it once on a small input "
+            "where it is made."
         )
     root, reads_shape, changes_with_mode = _traced(network, input_shapes)
     nodes = _sink_attributes(root)
