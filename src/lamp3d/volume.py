@@ -116,20 +116,22 @@ def write_nifti(volume: Volume, path: Path, *, overwrite: bool = False) -> None:
     """Write a volume as NIfTI, all or nothing: readers never see half a file.
 
     Args:
-        volume: what to write; bool is stored as uint8 and int64 as int32.
+        volume: what to write; bool is stored as uint8, int64 and uint64 as int32.
         path: ends in ``.nii`` or ``.nii.gz``; the folder is made.
         overwrite: replace a file that is there.
 
     Raises:
-        ScanError: the file exists and ``overwrite`` is off, or the name is not a NIfTI name.
+        ScanError: the file exists and ``overwrite`` is off, the name is not a NIfTI name, or integers are too large.
     """
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ScanError(f"{path}: a NIfTI file's name ends in .nii or .nii.gz; rename it")
     if path.exists() and not overwrite:
         raise ScanError(f"{path} exists already and is not replaced; choose another name, or allow overwriting")
-    stored = {"bool": np.uint8, "int64": np.int32}.get(volume.data.dtype.name)
+    stored = {"bool": np.uint8, "int64": np.int32, "uint64": np.int32}.get(volume.data.dtype.name)
     data = volume.data if stored is None else volume.data.astype(stored)
+    if stored is not None and not np.array_equal(data, volume.data):
+        raise ScanError(f"{path}: the volume has values beyond 32 bits, which are not stored; scale it")
     image = nib.Nifti1Image(data, volume.affine)
     image.header.set_xyzt_units("mm")
     content: bytes = image.to_bytes()

@@ -129,12 +129,14 @@ def _break_spacing(folder: Path) -> None:
         (_break_table, "ct.csv: .*flat indices and values"),
         (_empty_table, "Larynx.csv is empty; a structure that was not contoured has no file"),
         (_empty_scan, "ct.csv is empty; download it again"),
+        (lambda folder: (folder / "ct.csv").write_text(",data\n\n"), "ct.csv is empty; download it again"),
+        (lambda folder: (folder / "ct.csv").write_text(",data\n5,nan\n"), "ct.csv: has values that are not finite"),
         (_break_spacing, "voxel_dimensions.csv: .* is not a voxel's size"),
         (lambda folder: (folder / "voxel_dimensions.csv").unlink(), "voxel_dimensions.csv is missing"),
         (lambda folder: (folder / "ct.csv").unlink(), "pt_10: no ct.csv"),
     ],
 )
-def test_a_damaged_openkbp(published: Path, tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_a_damaged_openkbp(published: Path, tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(published / "train-pats" / "pt_10")
     with pytest.raises(DatasetError, match=message):
         write_decathlon(OpenKbpSource(published), tmp_path / "out")
@@ -216,7 +218,10 @@ def test_anatomynets_arrays_become_a_dataset(han: Path, tmp_path: Path) -> None:
     [
         ("structures/BrainStem_crp_v2.npy", np.zeros((6, 8, 9)), "6x8x9 voxels, but the scan has 6x8x10"),
         ("img_crp_v2.npy", np.zeros((8, 10)), "2 axes"),
-        ("img_crp_v2.npy", np.array([["a"]]), "not numbers"),
+        ("structures/BrainStem_crp_v2.npy", np.full((6, 8, 10), np.nan), "values that are not whole"),
+        ("img_crp_v2.npy", np.array([["a"]]), "not real numbers"),
+        ("img_crp_v2.npy", np.zeros((6, 8, 10), complex), "not real numbers"),
+        ("img_crp_v2.npy", np.full((6, 8, 10), 1e300), "not finite"),
         ("img_crp_v2.npy", np.full((6, 8, 10), np.nan), "not finite"),
         ("img_crp_v2.npy", np.array([{"a": 1}], dtype=object), "without Python objects"),
     ],

@@ -43,6 +43,8 @@ def test_bool_and_int64_are_stored_in_types_that_nifti_has(tmp_path: Path) -> No
     write_nifti(Volume(data, AFFINE), tmp_path / "int64.nii.gz")
     write_nifti(Volume(data > 3, AFFINE), tmp_path / "bool.nii.gz")
     np.testing.assert_array_equal(read_volume(tmp_path / "int64.nii.gz").data, data)
+    with pytest.raises(ScanError, match="values beyond 32 bits"):
+        write_nifti(Volume(data + 2**31, AFFINE), tmp_path / "large.nii.gz")
     np.testing.assert_array_equal(read_volume(tmp_path / "bool.nii.gz").data, data > 3)
 
 

@@ -87,9 +87,10 @@ class AnatomyNetSource(Source):
         if array.ndim != 3:
             raise DatasetError(f"{path}: {array.ndim} axes; it should be a volume (z, y, x).")
         if np.issubdtype(array.dtype, np.floating):
+            with np.errstate(over="ignore"):  # what overflows is infinite, and refused as such
+                array = array.astype(np.float32)  # NIfTI has no float16, and float64 says no more of a scan
             if not np.isfinite(array).all():
                 raise DatasetError(f"{path}: has values that are not finite; repair them, or take the case away.")
-            array = array.astype(np.float32)  # NIfTI has no float16, and float64 says no more of a scan
         return Volume(_as_nifti(array), np.diag([-self.spacing_mm[0], -self.spacing_mm[1], self.spacing_mm[2], 1.0]))
 
     def masks(self, case: str, shape: tuple[int, ...]) -> Mapping[str, Mask]:
@@ -97,7 +98,10 @@ class AnatomyNetSource(Source):
         for organ in self.organs:
             path = self._folders[case] / STRUCTURES / f"{organ}{ENDING}"
             if path.exists():
-                mask = _as_nifti(_read(path).astype(bool))
+                array = _read(path)
+                mask = _as_nifti(array.astype(bool))
+                if not np.array_equal(array, np.rint(array)):  # NaN is not either
+                    raise DatasetError(f"{path}: has values that are not whole; a mask is 0 or 1.")
                 if mask.shape != shape:
                     raise DatasetError(
                         f"{path}: {'x'.join(map(str, mask.shape[::-1]))} voxels, but the scan has "
@@ -114,8 +118,8 @@ def _read(path: Path) -> npt.NDArray[np.generic]:
         raise DatasetError(
             f"{path}: {error}; it should be an array that numpy saved, without Python objects."
         ) from error
-    if not (np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_):
-        raise DatasetError(f"{path}: holds {array.dtype}, not numbers.")
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
+        raise DatasetError(f"{path}: holds {getattr(array, 'dtype', 'several arrays')}, not real numbers.")
     return array
 
 

@@ -75,6 +75,8 @@ class OpenKbpSource(Source):
     def image(self, case: str) -> Volume:
         path = self._folders[case] / "ct.csv"
         indices, values = _table(path, columns=2).T
+        if not np.isfinite(values).all():
+            raise DatasetError(f"{path}: has values that are not finite; download it again.")
         image = np.zeros(np.prod(GRID), dtype=np.int16)
         limits = np.iinfo(np.int16)
         image[_checked(path, indices)] = np.clip(np.rint(values), limits.min, limits.max)
@@ -93,7 +95,7 @@ class OpenKbpSource(Source):
     def _affine(self, case: str) -> npt.NDArray[np.float64]:
         path = self._folders[case] / "voxel_dimensions.csv"
         try:
-            spacing = np.loadtxt(path, dtype=np.float64).ravel()
+            spacing = np.array(path.read_text(encoding="utf-8").split(), dtype=np.float64)
         except FileNotFoundError:
             raise DatasetError(f"{path} is missing: without it no one knows how large voxels are.") from None
         except ValueError as error:
@@ -107,11 +109,11 @@ class OpenKbpSource(Source):
 def _table(path: Path, *, columns: int) -> npt.NDArray[np.float64]:
     """(N, columns) of a table with one line of headings."""
     try:
-        content = path.read_text(encoding="utf-8").splitlines()[1:]
+        content = [line for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
         if not content:
             remedy = "a structure that was not contoured has no file" if columns == 1 else "download it again"
             raise DatasetError(f"{path} is empty; {remedy}.")
-        return np.loadtxt(content, delimiter=",", usecols=range(columns), ndmin=2)
+        return np.loadtxt(content, delimiter=",", usecols=range(columns), ndmin=2, comments=None)
     except (ValueError, UnicodeDecodeError) as error:
         raise DatasetError(
             f"{path}: {error}; it should be a table of flat indices{' and values' * (columns > 1)}."
