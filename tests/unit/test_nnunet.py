@@ -109,6 +109,10 @@ def _fold_of_others(root: Path) -> None:
     (root / "splits_final.json").write_text('[{"train": ["CT_000"], "val": ["CT_007"]}]', encoding="utf-8")
 
 
+def _second_channel(root: Path) -> None:
+    (root / "imagesTr" / "CT_002_0001.nii.gz").touch()
+
+
 def _nothing(root: Path) -> None:
     pass
 
@@ -133,6 +137,7 @@ def _nothing(root: Path) -> None:
         ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, _nothing, "ignore label"),
         ({"numTraining": 9}, _nothing, "numTraining is 9, but imagesTr has 4"),
         ({}, _no_label, "no label map of CT_002; add CT_002.nii.gz"),
+        ({}, _second_channel, r"CT_002_0001.nii.gz: channel_names has 1 channel\(s\), and not this one"),
         ({}, _no_images, "no files CASE_0000.nii.gz"),
         ({}, _broken_folds, "not a list of folds"),
         ({}, _fold_of_others, "splits_final.json: the first fold has CT_007, of which the dataset has no scan"),

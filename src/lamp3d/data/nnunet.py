@@ -33,8 +33,8 @@ def as_decathlon(root: Path, content: dict[str, Any]) -> dict[str, Any]:
         content: of its ``dataset.json``.
 
     Raises:
-        DatasetError: there are labels of regions or to be ignored, or other files than NIfTI; files are missing; or
-            there are not as many cases as ``numTraining`` says.
+        DatasetError: there are labels of regions or to be ignored, or other files than NIfTI; files are missing, or
+            are of channels without a name; or there are not as many cases as ``numTraining`` says.
     """
     path = root / "dataset.json"
     channels, ending = content["channel_names"], content.get("file_ending")
@@ -86,7 +86,9 @@ def _entries(root: Path, of: str, channels: int, ending: str) -> list[dict[str, 
         name = first.name.removesuffix(f"{FIRST_CHANNEL}{ending}")
         if name.startswith("."):
             continue  # what macOS leaves
-        images = [f"images{of}/{image.name}" for image in scan_files(first, channels)]
+        *images, beyond = (f"images{of}/{image.name}" for image in scan_files(first, channels + 1))
+        if images and (root / beyond).exists():
+            raise DatasetError(f"{root / beyond}: channel_names has {channels} channel(s), and not this one; add it.")
         entry: dict[str, Any] = {"name": name, "image": images}
         if (root / f"labels{of}" / f"{name}{ending}").exists():
             entry["label"] = f"labels{of}/{name}{ending}"
