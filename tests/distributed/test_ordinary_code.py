@@ -74,6 +74,37 @@ class TwoHeads(nn.Module):
         return self.one(body), self.two(body)
 
 
+class Deep(TwoHeads):
+    """Its second head, and a factor, are switched from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep, self.factor, self.mode = True, torch.ones(1).double(), nn.Sequential(Mode())
+
+    def forward(self, image: Tensor) -> Any:
+        body = self.mode(self.body(image).relu() * self.factor)
+        return (self.one(body), self.two(body)) if self.deep else self.one(body)
+
+
+class Mode(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return image * 2 if self.training else image
+
+
+class TwiceInAnotherOrder(nn.Module):
+    """Tied weights, which are used in another order than the layers are named."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.two, self.one, self.last = (nn.Conv3d(1, 1, 3, padding=1) for _ in range(3))
+        self.one.weight = self.two.weight
+        self.double()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.last(self.two(self.one(image).tanh()) * torch.linspace(0, 1, 6).to(image))
+
+
 def in_two_dimensions() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1)).double()
@@ -190,18 +221,55 @@ def find_out() -> dict[str, Any]:
     normed = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2), nn.Conv3d(2, 1, 1)).double().eval()
     found["trained after all"] = refusal(normed, image, a, REPLICAS, normed.train)
     found["a slice changed"] = refusal(InPlaceAfter(sliced), one, a[:1], SLABS)
+    shallow = Deep()
+    shallow.deep = False
+    found["a head unknown"] = refusal(shallow, image, a, REPLICAS, lambda: setattr(shallow, "deep", True))
     return found
+
+
+REFUSED = ("weights", "no tensor", "trained after all", "a slice changed", "a head unknown")
 
 
 def test_numbers_are_the_plain_networks() -> None:
     for found in launch(find_out, 2):
-        refused = {key: found.pop(key) for key in ("weights", "no tensor", "trained after all", "a slice changed")}
+        refused = {key: found.pop(key) for key in REFUSED}
         assert all(error < 1e-10 for error in found.values()), found
         assert len(found) == 18
         assert "must be the batch of 2; one of them is (3,)" in refused["weights"]
         assert "one of them is NoneType" in refused["no tensor"]
         assert "is a BatchNorm in training mode" in refused["trained after all"]
         assert "it would change a slice in place" in refused["a slice changed"]
+        assert "uses two.weight, which it did not when the engine was made" in refused["a head unknown"]
+
+
+def test_what_is_set_between_steps_is_noticed() -> None:
+    net, image = Deep(), torch.randn(1, 1, 4, 4, 4, dtype=torch.double)
+    engine = Engine(net, plan_at(net, tuple(image.shape), [0], 1))
+    cut = Engine(net, plan_at(net, tuple(image.shape), [0, 1], 1, ranks=[0, 0]))
+
+    def hook() -> None:
+        net.mode.register_forward_hook(lambda module, args, output: output * 3)
+
+    for change in (
+        lambda: net.factor.mul_(2),
+        lambda: setattr(net, "factor", torch.full((1,), 5.0).double()),
+        net.mode.eval,
+        hook,
+        lambda: setattr(net, "deep", False),
+    ):
+        assert engine.forward(image)[0].shape == image.shape
+        change()
+        with torch.no_grad():
+            torch.testing.assert_close(engine.forward(image), net(image), rtol=1e-12, atol=0)
+    with pytest.raises(PlanError, match="or is set up otherwise than it was then"):
+        cut.forward(image)
+
+
+def test_tied_parameters_are_named_once_and_as_the_network_does() -> None:
+    net = TwiceInAnotherOrder()
+    engine = Engine(net, plan_at(net, (2, 1, 6, 6, 6), [0, 1], 1, ranks=[0, 0]))
+    assert set(engine.parameters) == set(dict(net.named_parameters()))
+    assert not engine.buffers  # what the code makes is none
 
 
 class AsDeepAsTheVolume(nn.Module):

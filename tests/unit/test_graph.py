@@ -4,6 +4,7 @@ import copy
 import itertools
 import random
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -113,11 +114,12 @@ def test_what_is_no_tensor_does_not_cross_a_cut() -> None:
             y = self.a(x)
             return nn.functional.interpolate(self.b(y), size=size)
 
-    graph = trace(Sizes(), SMALL)
+    network = Sizes()
+    graph = trace(network, SMALL)
     specs = infer_specs(graph, [(SMALL, torch.float32)], "fp32", False, torch.device("cpu"))
     assert all(edge.value in specs for edge in graph.edges)
     torch.testing.assert_close(
-        run_stages(graph, list(range(len(graph.cells))), torch.ones(SMALL)), graph.root(torch.ones(SMALL))
+        run_stages(graph, list(range(len(graph.cells))), torch.ones(SMALL)), network(torch.ones(SMALL))
     )
 
 
@@ -336,6 +338,58 @@ def _assigned(net: nn.Module, image: Tensor) -> Tensor:
     return net.conv(image) * net.number
 
 
+def _counted(net: Any, image: Tensor) -> Tensor:
+    net.calls = getattr(net, "calls", 0) + 1
+    return net.conv(image) * net.calls
+
+
+def _kept(net: Any, image: Tensor) -> Tensor:
+    before, net.last = getattr(net, "last", 0), net.conv(image)
+    return net.last + before
+
+
+def _averaged(net: Any, image: Tensor) -> Tensor:
+    if not hasattr(net, "total"):
+        net.total = torch.zeros(1)
+    net.total += 1
+    return net.conv(image) * net.total
+
+
+def _made_at_first(net: Any, image: Tensor) -> Tensor:
+    net.scale = getattr(net, "scale", nn.Parameter(torch.ones(1)))
+    return net.conv(image) * net.scale
+
+
+def _replaced(net: nn.Module, image: Tensor) -> Tensor:
+    net.number.data = net.number.data + 1
+    return net.conv(image) * net.number
+
+
+def _written_to_itself(net: nn.Module, image: Tensor) -> Tensor:
+    made = net.conv(image)
+    made[:, 0] = 0
+    return made
+
+
+def _looked_into(net: Any, image: Tensor) -> Tensor:
+    net.conv.register_forward_hook(lambda module, args, output: setattr(net, "seen", output))
+    return net.conv(image) + net.seen
+
+
+def _scaled_gradient(net: nn.Module, image: Tensor) -> Tensor:
+    made = net.conv(image)
+    made.register_hook(lambda gradient: gradient * 2)
+    return made
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    @torch.jit.script
+    def _swish(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
 class _Named(NamedTuple):
     fine: Tensor
     coarse: list[Tensor]
@@ -366,6 +420,16 @@ def _checkpointed(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
         (lambda net, image: net.conv(image) * np.random.rand(), "draws random numbers"),  # noqa: NPY002
         (lambda net, image: _Made(net.conv(image)), "puts tensors into a _Made, .* return a tuple"),
         (_assigned, r"assigns to the buffer number, .* self\.number\.copy_"),
+        (_counted, r"keeps something from one call to the next"),
+        (_kept, r"keeps something from one call to the next"),
+        (_averaged, r"keeps something from one call to the next"),
+        (_made_at_first, r"makes scale at its first call; call it once before"),
+        (_replaced, r"assigns to the data of a tensor"),
+        (_written_to_itself, r"writes into a part of a tensor"),
+        (_looked_into, r"uses what a hook of one of its layers has kept"),
+        (_scaled_gradient, r"calls register_hook on a tensor"),
+        (lambda net, image: _swish(net.conv(image)), r"take away @torch\.jit\.script"),
+        (lambda net, image: torch.vmap(torch.sin)(net.conv(image)), r"calls torch\.vmap"),
         (lambda net, image: net.conv(image) * sum(p.sum() for p in net.parameters()), "does not call by name"),
     ],
 )
@@ -387,9 +451,23 @@ def _compiled() -> nn.Module:
         return nn.Sequential(nn.Conv3d(1, 2, 3), torch.compile(nn.Conv3d(2, 2, 3)))
 
 
+def _scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return nn.Sequential(torch.jit.script(nn.Conv3d(1, 2, 3)))
+
+
+def _hooked() -> nn.Module:
+    net = nn.Sequential(nn.Sequential(nn.Conv3d(1, 2, 3)))
+    net[0].register_full_backward_hook(lambda module, inner, outer: None)
+    return net
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (_scripted, "has been through torch.jit"),
+        (_hooked, "0 has a backward hook"),
         (_compiled, "has been through torch.compile"),
         (
             lambda: nn.Sequential(nn.LazyConv3d(2, 3), nn.Conv3d(2, 2, 1)),
@@ -404,13 +482,26 @@ def test_networks_that_cannot_be_traced_are_named(make: Callable[[], nn.Module],
         trace(make(), (1, 1, 8, 8, 8))
 
 
-def test_a_named_tuple_comes_out_as_one() -> None:
-    net = _Forward(lambda net, image: _Named(net.conv(image), [net.conv(image).relu()]))
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda fine, coarse: _Named(fine, [coarse]),
+        lambda fine, coarse: OrderedDict(fine=fine, coarse=(coarse, fine)),
+        lambda fine, coarse: [{"fine": fine}, None, "coarse", 2],
+    ],
+)
+def test_an_output_comes_out_as_what_it_is(made: Callable[[Tensor, Tensor], Any]) -> None:
+    net = _Forward(lambda net, image: made(net.conv(image), net.conv(image).relu()))
     image = torch.randn(2, 1, 4, 4, 4)
     graph = trace(net, tuple(image.shape))
-    found = run_stages(graph, list(range(len(graph.cells))), image)
-    assert type(found) is _Named
-    torch.testing.assert_close(found, net(image))
+    found, expected = run_stages(graph, list(range(len(graph.cells))), image), net(image)
+    assert type(found) is type(expected)
+    assert pytree.tree_structure(found) == pytree.tree_structure(expected)
+    for ours, theirs in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+        if isinstance(ours, Tensor):
+            torch.testing.assert_close(ours, theirs)
+        else:
+            assert ours == theirs
 
 
 def test_attributes_that_are_tensors() -> None:

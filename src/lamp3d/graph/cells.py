@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from lamp3d.errors import PlanError
 
@@ -81,6 +82,7 @@ class CellGraph:
     Args:
         root: the traced network; its sub-modules and parameters are the network's own.
         cells: a partition of the graph's nodes (placeholders and the output excepted) in execution order.
+        structure: of the network's output, whose leaves the graph gives.
         reads_shape: whether the graph may hold for the shape alone that it was traced with.
         changes_with_mode: whether training and evaluation are different graphs (and not just modules in other modes).
         whole_batch: why the network has to see a mini-batch as a whole, in the mode that it was in; None: it need not.
@@ -90,6 +92,7 @@ class CellGraph:
         self,
         root: fx.GraphModule,
         cells: Sequence[Cell],
+        structure: pytree.TreeSpec,
         *,
         reads_shape: bool = False,
         changes_with_mode: bool = False,
@@ -106,7 +109,8 @@ class CellGraph:
         output = next(node for node in root.graph.nodes if node.op == "output")
         self.inputs: tuple[str, ...] = tuple(node.name for node in placeholders)
         self.input_names: tuple[str, ...] = tuple(node.target for node in placeholders)
-        self._output_structure: Any = output.args[0]
+        self._leaves: Any = output.args[0]
+        self._structure = structure
         self.outputs: tuple[str, ...] = tuple(dict.fromkeys(node.name for node in output.all_input_nodes))
         self.edges: tuple[Edge, ...] = self._cell_edges()
 
@@ -127,7 +131,8 @@ class CellGraph:
 
     def collect(self, values: Mapping[str, Tensor]) -> Any:
         """The network's output (a tensor, or the tuple, list or dict that it returns) from its values by name."""
-        return _filled(self._output_structure, values)
+        leaves = [values[leaf.name] if isinstance(leaf, fx.Node) else leaf for leaf in self._leaves]
+        return pytree.tree_unflatten(leaves, self._structure)
 
     def stage_edges(self, starts: Sequence[int]) -> tuple[Edge, ...]:
         """The edges that cross a cut: ``maker`` and ``users`` are stages.
@@ -177,20 +182,6 @@ class CellGraph:
         assert bounds[0] == 0, f"the first stage must begin at cell 0, not {bounds[0]}"
         assert all(a < b for a, b in itertools.pairwise(bounds)), f"stages must not be empty: {bounds}"
         return [stage for stage in range(len(starts)) for _ in range(bounds[stage], bounds[stage + 1])]
-
-
-def _filled(structure: Any, values: Mapping[str, Tensor]) -> Any:
-    """The structure with values for its nodes; ordinary lists and dicts instead of fx's immutable ones."""
-    if isinstance(structure, fx.Node):
-        return values[structure.name]
-    if isinstance(structure, tuple):
-        items = [_filled(item, values) for item in structure]
-        return type(structure)(*items) if hasattr(structure, "_fields") else tuple(items)
-    if isinstance(structure, list):
-        return [_filled(item, values) for item in structure]
-    if isinstance(structure, dict):
-        return {key: _filled(item, values) for key, item in structure.items()}
-    return structure
 
 
 def refuse_tied_parameters(stages: Sequence[Stage], ranks: Sequence[int]) -> None:

@@ -26,7 +26,7 @@ from lamp3d.graph.cases import OverCases
 from lamp3d.graph.cells import Cell, CellGraph
 from lamp3d.graph.inputs import InputShape, Shape, input_text, shapes_by_name, title_of
 from lamp3d.graph.shapes import dry_run, module_device, module_dtype
-from lamp3d.graph.tracer import ShapedTracer, attribute
+from lamp3d.graph.tracer import CONSTANT, KEEPS_STATE, ShapedTracer, attribute
 
 
 def trace(network: nn.Module, input_shape: InputShape) -> CellGraph:
@@ -40,17 +40,19 @@ def trace(network: nn.Module, input_shape: InputShape) -> CellGraph:
         ConfigError: the network cannot be traced, does not accept such an input, or changes it in place.
     """
     input_shapes = shapes_by_name(input_shape, network)
-    if any(hasattr(module, "_orig_mod") for module in network.modules()):
-        raise ConfigError(
-            f"{title_of(network)} has been through torch.compile, which leaves nothing to be traced; give the network "
-            "as it was before."
-        )
+    for module in network.modules():
+        if hasattr(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule):
+            way = "torch.compile" if hasattr(module, "_orig_mod") else "torch.jit"
+            raise ConfigError(
+                f"{title_of(network)} has been through {way}, which leaves nothing to be traced; give the network as "
+                "it was before."
+            )
     if any(map(is_lazy, (*network.parameters(), *network.buffers()))):
         raise ConfigError(
             f"{title_of(network)} has lazy layers, whose weights have no shape yet: call it once on a small input "
             "where it is made."
         )
-    root, reads_shape, changes_with_mode = _traced(network, input_shapes)
+    root, structure, reads_shape, changes_with_mode = _traced(network, input_shapes)
     nodes = _sink_attributes(root)
     recorder = _Recorder(root)
     recorder.dry_run(network, input_shapes)
@@ -66,28 +68,38 @@ def trace(network: nn.Module, input_shape: InputShape) -> CellGraph:
             cells.append(Cell(len(cells), name, tuple(node.name for node in nodes[begin:end])))
             begin = end
     return CellGraph(
-        root, cells, reads_shape=reads_shape, changes_with_mode=changes_with_mode, whole_batch=recorder.whole_batch
+        root,
+        cells,
+        structure,
+        reads_shape=reads_shape,
+        changes_with_mode=changes_with_mode,
+        whole_batch=recorder.whole_batch,
     )
 
 
-def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.GraphModule, bool, bool]:
-    """The traced network, whether it has looked at the input's shape, and whether the other mode is another graph."""
+def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.GraphModule, pytree.TreeSpec, bool, bool]:
+    """The traced network, the structure of its output, whether it has looked at the input's shape, and whether the
+    other mode is another graph."""
 
-    def traced(*, other_mode: bool) -> tuple[fx.GraphModule, bool]:
+    def traced(twin: nn.Module) -> tuple[fx.Graph, ShapedTracer]:
+        tracer = ShapedTracer(input_shapes, module_dtype(network), module_device(network))
+        return tracer.trace(twin), tracer
+
+    try:
         twin = _twin(network)
         for module, original in zip(twin.modules(), network.modules(), strict=True):
-            module.training = original.training != other_mode
-        tracer = ShapedTracer(input_shapes, module_dtype(twin), module_device(twin))
-        graph = tracer.trace(twin)
-        return fx.GraphModule(_targets(network, graph, tracer.constants), graph), tracer.reads_shape
-
-    try:
-        other, other_reads = traced(other_mode=True)
-        other_code = other.code
+            module.training = not original.training
+        other, other_tracer = traced(twin)
+        other_text, other_constants, other_reads = str(other), other_tracer.constants, other_tracer.reads_shape
     except Exception:  # in the mode that it is in, it may do: a network that is trained on larger volumes
-        other_code, other_reads = "", True
+        other_text, other_constants, other_reads = "", {}, True
     try:
-        graph, reads_shape = traced(other_mode=False)
+        twin = _twin(network)
+        graph, tracer = traced(twin)
+        text, constants = str(graph), {name: constant.clone() for name, constant in tracer.constants.items()}
+        again, second = traced(twin)
+        if str(again) != text or not _same(second.constants, constants):
+            raise ConfigError(KEEPS_STATE)
     except (fx.proxy.TraceError, DataDependentOutputException) as error:
         by_count = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is None for m in network.modules())
         raise ConfigError(
@@ -102,8 +114,20 @@ def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.Grap
         raise ConfigError(f"{title_of(network)} cannot be traced: {error}") from error
     except Exception as error:
         raise _does_not_accept(network, input_shapes, error) from error
-    graph.training = network.training
-    return graph, reads_shape or other_reads, other_code != graph.code
+    root = fx.GraphModule(_targets(network, graph, tracer.constants), graph)
+    root.training = network.training
+    assert tracer.structure is not None
+    changes_with_mode = other_text != text or not _same(other_constants, constants)
+    return root, tracer.structure, tracer.reads_shape or other_reads, changes_with_mode
+
+
+def _same(ones: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    """Whether tensors are alike by name; those without content are where shapes are."""
+    pairs = zip(ones.values(), others.values(), strict=False)
+    return ones.keys() == others.keys() and all(
+        (one.shape, one.dtype) == (other.shape, other.dtype) and (one.is_meta or torch.equal(one, other))
+        for one, other in pairs
+    )
 
 
 def _twin(network: nn.Module) -> nn.Module:
@@ -207,7 +231,7 @@ class _Recorder(fx.Interpreter):
                     raise ConfigError(
                         f"{node.name!r} changes the network's input in place; work on a copy there (x = x.clone())."
                     )
-                if self.attributes.get(maker, "").startswith("constant"):
+                if self.attributes.get(maker, "").startswith(CONSTANT):
                     raise ConfigError(
                         f"{node.name!r} changes a tensor in place that the network's forward has made, and which the "
                         "graph of it would change again and again; write x = x + y there."

@@ -10,26 +10,27 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
-from functools import partial, wraps
 from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from lamp3d.errors import ConfigError
+from lamp3d.graph.apart import functions_apart
 from lamp3d.graph.inputs import arguments
 from lamp3d.graph.shapes import quiet
 
 VALUE, VARIES = "lamp3d_value", "lamp3d_varies"
 """Where a node's ``meta`` keeps what it evaluates to (fake tensors, or containers of them), and whether the input has a
 part in it."""
+
+CONSTANT = "lamp3d_constant"
+"""How the names of tensors begin that the network's code has made."""
 
 _FREE_OF_EXTENTS = {"dim", "ndim", "ndimension", "dtype", "device", "is_cuda", "is_floating_point", "requires_grad",
                     "layout", "is_sparse", "is_quantized", "is_meta", "is_complex"}  # fmt: skip
@@ -46,12 +47,14 @@ class ShapedTracer(fx.Tracer):
     Attributes:
         reads_shape: whether the network's code has looked at an extent, so that the graph may hold for this shape only.
         constants: tensors that the network's code has made and used, by the names that they have in the graph.
+        structure: of the output; the graph gives its leaves.
     """
 
     def __init__(self, input_shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.reads_shape = False
         self.constants: dict[str, Tensor] = {}
+        self.structure: pytree.TreeSpec | None = None
         self._input_shapes, self._dtype, self._device = dict(input_shapes), dtype, device
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._evaluating = False
@@ -63,20 +66,23 @@ class ShapedTracer(fx.Tracer):
         Raises:
             ConfigError: the module's code does what a graph of it would not.
         """
-        self._modes, numbers = _modes(), _random_states()
-        with quiet(), torch.set_grad_enabled(torch.is_grad_enabled()), _functions_apart():
+        self._modes, numbers, names = _modes(), _random_states(), _names(root)
+        with quiet(), torch.set_grad_enabled(torch.is_grad_enabled()), functions_apart(_is_stand_in):
             graph = super().trace(root, concrete_args)
+        self._refuse_backward_hooks(root)
         if numbers != _random_states():
             raise ConfigError(
                 "its forward draws random numbers that do not depend on a tensor, so that a graph of it would draw "
                 "them once for all; use torch.nn.Dropout, or draw with torch.rand_like or x.new_empty(…).bernoulli_()."
             )
         buffers: list[tuple[str, Any]] = list(root.named_buffers())
-        if assigned := [name for name, buffer in buffers if type(buffer) is _ShapedProxy]:
+        if assigned := [name for name, buffer in buffers if _is_stand_in(buffer)]:
             raise ConfigError(
                 f"its forward assigns to the buffer {assigned[0]}, which a graph of it would not; change the buffer "
                 f"there is, with self.{assigned[0]}.copy_(…)."
             )
+        if added := sorted(_names(root) - names):
+            raise ConfigError(f"its forward makes {added[0]} at its first call; call it once before you give it away.")
         for node in graph.nodes:
             node.meta.pop(VALUE, None)
             node.meta.pop(VARIES, None)
@@ -88,7 +94,12 @@ class ShapedTracer(fx.Tracer):
         """What to call to trace: the network with the inputs, the other parameters of its forward at their defaults."""
         inputs = {name: self.create_proxy("placeholder", name, (), {}) for name in self._input_shapes}
         args, kwargs = arguments(self.root, inputs)
-        return lambda root: root(*args, **kwargs), [self.root]  # not `forward`: it may have hooks
+
+        def leaves_of(root: nn.Module) -> list[Any]:
+            leaves, self.structure = pytree.tree_flatten(root(*args, **kwargs))  # not `forward`: it may have hooks
+            return leaves
+
+        return leaves_of, [self.root]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """torch's own layers within the network, and einops's, which look at the type of what they are given."""
@@ -101,8 +112,13 @@ class ShapedTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """An argument of a node; a stand-in passes for a tensor everywhere else."""
-        if type(a) is _ShapedProxy:
-            return a.node
+        if _is_stand_in(a):
+            return _node_of(a)
+        if isinstance(a, FakeTensor):
+            raise ConfigError(
+                "its forward uses what a hook of one of its layers has kept, which a graph of it would not; take it "
+                "from what the layer returns."
+            )
         if type(a) is Tensor and not any(a is buffer for buffer in self.root.buffers()):
             if a.grad_fn is not None:
                 raise ConfigError(
@@ -111,12 +127,10 @@ class ShapedTracer(fx.Tracer):
                 )
             # fx would make the constant an attribute of the network, which is not ours to change.
             name = next(
-                (name for name, known in self.constants.items() if known is a), f"constant{len(self.constants)}"
+                (name for name, known in self.constants.items() if known is a), f"{CONSTANT}{len(self.constants)}"
             )
             self.constants[name] = a
             return self.create_node("get_attr", name, (), {})
-        if isinstance(a, tuple) and hasattr(a, "_fields"):  # fx would make its making a node, whose value is no tensor
-            return type(a)(*(self.create_arg(item) for item in a))
         if is_dataclass(a) and not isinstance(a, type):
             raise ConfigError(
                 f"its forward puts tensors into a {type(a).__name__}, which a graph of it does not know; return a "
@@ -132,10 +146,7 @@ class ShapedTracer(fx.Tracer):
                 "parameters with requires_grad_(False), and cut gradients with detach()."
             )
         if target == "__setitem__" or getattr(target, "__name__", None) == "setitem":
-            raise ConfigError(
-                "its forward writes into a part of a tensor that it has made, which a graph of it would not; build it "
-                "with torch.cat or torch.nn.functional.pad."
-            )
+            raise ConfigError(WRITES_PARTS)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         if kind == "output":
             return proxy
@@ -161,11 +172,21 @@ class ShapedTracer(fx.Tracer):
             return attr_val if name is None else self.create_proxy("get_attr", name, (), {})
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def _refuse_backward_hooks(self, root: nn.Module) -> None:
+        """Torch's own layers call theirs when the graph is run; of other modules, it knows the operations only."""
+        for name, module in root.named_modules():
+            hooked = module._backward_hooks or module._backward_pre_hooks
+            if hooked and not self.is_leaf_module(module, name):
+                raise ConfigError(
+                    f"{name or 'it'} has a backward hook, which a graph of it would not call; hook torch's own layers "
+                    "(torch.nn.Conv3d), or parameters."
+                )
+
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = pytree.tree_map(
-            lambda leaf: leaf.node.meta[VALUE] if type(leaf) is _ShapedProxy else leaf,
+            lambda leaf: _node_of(leaf).meta[VALUE] if _is_stand_in(leaf) else leaf,
             (args, kwargs),
-            is_leaf=lambda leaf: type(leaf) is _ShapedProxy,
+            is_leaf=_is_stand_in,
         )
         self._evaluating = True
         try:
@@ -194,6 +215,34 @@ class ShapedTracer(fx.Tracer):
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
 
 
+KEEPS_STATE = (
+    "its forward keeps something from one call to the next, which a graph of it would not. Call it once before, if "
+    "that is done at the first call alone; else keep it in a buffer, and change that in place (self.count.add_(1))."
+)
+WRITES_PARTS = (
+    "its forward writes into a part of a tensor that it has made, which a graph of it would not; build it with "
+    "torch.cat or torch.nn.functional.pad."
+)
+_OF_GRADIENTS = {"register_hook", "retain_grad", "backward"}
+
+
+def _is_stand_in(value: Any) -> bool:
+    return type(value) is _ShapedProxy
+
+
+def _node_of(stand_in: _ShapedProxy) -> fx.Node:
+    """The node whose value it stands for, in the graph that is being traced."""
+    if VALUE not in stand_in.node.meta:
+        raise ConfigError(KEEPS_STATE)
+    return stand_in.node
+
+
+def _names(root: nn.Module) -> set[str]:
+    """Of all that a network consists of."""
+    parts = root.named_modules(), root.named_parameters(), root.named_buffers()
+    return {name for named in parts for name, _ in named}
+
+
 def _random_states() -> tuple[Any, ...]:
     """Of all generators that a forward may draw from."""
     return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state(legacy=False))  # noqa: NPY002
@@ -204,65 +253,6 @@ def _modes() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
-@contextmanager
-def _functions_apart() -> Iterator[None]:
-    """Within it, a stand-in that is given to what takes tensors apart from torch's operators is taken care of.
-
-    Functions with a backward of their own, checkpoints, and what makes tensors of numbers: torch would end the process.
-    """
-    frame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
-    places: list[tuple[Any, str, Callable[..., Any]]] = [
-        (torch.autograd.Function, "apply", partial(_refusing, OWN_BACKWARD)),
-        (torch, "as_tensor", _converting),
-        (torch, "asarray", partial(_refusing, NEW_TENSOR)),
-        (torch, "tensor", partial(_refusing, NEW_TENSOR)),
-    ]
-    if hasattr(frame, "save_inputs"):
-        places.append((frame, "save_inputs", partial(_refusing, OWN_BACKWARD)))
-    with ExitStack() as stack:
-        for owner, name, instead_of in places:
-            plain = owner.__dict__[name]
-            stack.callback(setattr, owner, name, plain)
-            if isinstance(plain, classmethod):  # not bound to its class: subclasses use it
-                setattr(owner, name, classmethod(instead_of(plain.__func__)))
-            else:
-                setattr(owner, name, instead_of(plain))
-        yield
-
-
-OWN_BACKWARD = (
-    "its forward calls a function with a backward of its own. If that is activation checkpointing, turn it off "
-    "(use_checkpoint=False): lamp3d recomputes by itself where memory is short."
-)
-NEW_TENSOR = (
-    "its forward makes a new tensor of the numbers in one that it has computed, which a graph of it would not; use "
-    "x.detach() or x.clone()."
-)
-
-
-def _refusing(why: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)
-    def refusing(*args: Any, **kwargs: Any) -> Any:
-        if any(type(leaf) is _ShapedProxy for leaf in pytree.tree_leaves((args, kwargs))):
-            raise ConfigError(why)
-        return function(*args, **kwargs)
-
-    return refusing
-
-
-def _converting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What leaves a tensor a tensor, perhaps of another type or elsewhere."""
-
-    @wraps(function)
-    def converting(data: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(data) is not _ShapedProxy:
-            return _refusing(NEW_TENSOR, function)(data, *args, **kwargs)
-        there = {key: value for key, value in kwargs.items() if value is not None}
-        return data.to(*args, **there) if args or there else data
-
-    return converting
-
-
 class _ShapedProxy(fx.Proxy):
     """A stand-in for a tensor (or a container of tensors) whose shape is known."""
 
@@ -270,8 +260,24 @@ class _ShapedProxy(fx.Proxy):
     def __class__(self) -> type:
         return torch.Tensor if isinstance(self.node.meta.get(VALUE), Tensor) else _ShapedProxy
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(Tensor, name):
+            raise ConfigError(
+                f"its forward assigns to the {name} of a tensor, which a graph of it would not; change a tensor's "
+                "content with copy_(…), and whether it is trained outside."
+            )
+        super().__setattr__(name, value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise ConfigError(WRITES_PARTS)
+
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self.node.meta[VALUE], name)
+        if name in _OF_GRADIENTS:
+            raise ConfigError(
+                f"its forward calls {name} on a tensor, and a graph of it knows of no gradients; register hooks on "
+                "parameters or torch's own layers, outside."
+            )
+        value = getattr(_node_of(self).meta[VALUE], name)
         assert isinstance(self.tracer, ShapedTracer)
         if isinstance(value, Tensor):  # such as x.T; fx would make a node of it at its use only
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
@@ -284,7 +290,7 @@ class _ShapedProxy(fx.Proxy):
         return (self[index] for index in range(len(self)))  # type: ignore[index]
 
     def __len__(self) -> int:
-        value = self.node.meta[VALUE]
+        value = _node_of(self).meta[VALUE]
         if isinstance(value, Tensor):
             assert isinstance(self.tracer, ShapedTracer)
             self.tracer.reads_shape |= self.node.meta[VARIES]

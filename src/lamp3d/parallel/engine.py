@@ -90,8 +90,12 @@ class Engine:
         runners = {index: StageRunner(self.device, plan.precision, plan.splits_backward, self.space) for index in own}
         transfer = Transfer(self.device, self._place, pairs)
         self._rank = Rank(self._place.pipe_rank, plan.ranks, edges, runners, transfer, self.device, self.space)
-        self.parameters = {n: p for cells in own.values() for n, p in cells.whole.parameters_by_name().items()}
-        self.buffers = {n: b for cells in own.values() for n, b in cells.whole.buffers_by_name().items()}
+        named = {parameter: name for name, parameter in network.named_parameters()}  # tied ones under their first name
+        self.parameters = {named[p]: p for cells in own.values() for p in cells.whole.parameters()}
+        buffers = dict(network.named_buffers(remove_duplicate=False))  # beside them, cells have tensors that code makes
+        self.buffers = {
+            n: b for cells in own.values() for n, b in cells.whole.buffers_by_name().items() if n in buffers
+        }
         self._stage_parameters = {i: list(cells.whole.parameters_by_name().values()) for i, cells in own.items()}
         self._announcer = Announcer(self._place.pipeline)
         self._handout = Handout(self.graph, plan, self._place, self.device, self._announcer)
@@ -160,7 +164,9 @@ class Engine:
         self._refuse_other_parameters()
         micro_batches = self._handout.micro_batches(inputs, shared=True)
         with self._refusals():
-            programs = [self._programs.of(spec) for spec in micro_batches.specs]
+            programs = self._programs.of(micro_batches.specs)
+            if self._place.gradient_group is not None:
+                self._refuse_unsummed_parameters(programs)
             actions, routes = self._schedule(programs)
             loss = MiniBatchLoss(
                 loss_fn,
@@ -214,8 +220,9 @@ class Engine:
         micro_batches = self._handout.micro_batches(inputs)
         conveyor = Conveyor(self._rank)
         with self._refusals():
-            for spec, piece in zip(micro_batches.specs, micro_batches.inputs, strict=True):
-                conveyor.put(self._programs.of(spec), piece)
+            programs = self._programs.of(micro_batches.specs)
+        for program, piece in zip(programs, micro_batches.inputs, strict=True):
+            conveyor.put(program, piece)
         outputs = []
         while conveyor.unfinished:
             done, output = conveyor.advance()
@@ -265,7 +272,8 @@ class Engine:
         for volume in coming:
             micro_batches = self._handout.micro_batches(None if volume is None else [volume])
             with self._refusals():
-                conveyor.put(self._programs.of(micro_batches.specs[0]), micro_batches.inputs[0])
+                (program,) = self._programs.of(micro_batches.specs)
+            conveyor.put(program, micro_batches.inputs[0])
             return True
         return False
 
@@ -296,6 +304,17 @@ class Engine:
             raise PlanError(
                 f"the parameter {name} is another one than when the engine was made; make a new engine after what "
                 "replaces parameters, such as load_state_dict(…, assign=True), or load without assign."
+            )
+
+    def _refuse_unsummed_parameters(self, programs: Sequence[Program]) -> None:
+        """What a graph uses that the first one did not, such as heads of training alone, is in no sum of gradients."""
+        used = (cells.whole.parameters_by_name() for program in programs for cells in program.stages.values())
+        known = set(self.parameters.values())
+        unknown = (name for named in used for name, p in named.items() if p.requires_grad and p not in known)
+        if name := next(unknown, None):
+            raise PlanError(
+                f"{self.plan.network} uses {name}, which it did not when the engine was made; with data or space, make "
+                "the engine (and its plan) in the mode, and with the settings, in which the network will be trained."
             )
 
     def _flush(self) -> None:

@@ -14,6 +14,7 @@ from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph, SpecsOnDemand, ValueSpec, infer_specs, refuse_tied_parameters, trace
 from lamp3d.graph.buffers import refuse_parts
 from lamp3d.graph.inputs import Shape, batch_of, input_text, with_batch
+from lamp3d.graph.settings import settings_of
 from lamp3d.parallel.announce import MicroBatchSpec
 from lamp3d.parallel.mesh import Place
 from lamp3d.parallel.stage import StageCells
@@ -68,8 +69,10 @@ class Programs:
         refuse_tied_parameters(self.graph.cut(plan.starts), plan.ranks)
         self.refuse_parts()
         self.stages = self._stages(self.graph)
+        self._reads_shape, self._changes_with_mode = self.graph.reads_shape, self.graph.changes_with_mode
+        self._settings = settings_of(network)
         self._graphs: dict[tuple[object, ...], tuple[CellGraph, dict[int, StageCells]]] = {}
-        if not self.graph.reads_shape:
+        if not self._reads_shape:
             self._graphs[None, self._mode] = self.graph, self.stages
         self._programs: dict[tuple[object, ...], Program] = {}
 
@@ -78,22 +81,30 @@ class Programs:
         if self._plan.micro_batches > 1 or self._plan.data > 1:
             refuse_parts(graph or self.graph, self._network)
 
-    def of(self, spec: MicroBatchSpec) -> Program:
-        """The network for such a micro-batch (worked out at a shape's first use).
+    def of(self, specs: Sequence[MicroBatchSpec]) -> list[Program]:
+        """The network for such micro-batches (worked out at a shape's first use).
 
-        Which values have a gradient depends on which parameters are frozen; these may change between steps.
+        Which values have a gradient depends on which parameters are frozen; these may change between steps, as may what
+        the network's code looks at, such as whether it supervises deep.
 
         Raises:
-            PlanError: the network is another one for this shape, or in the mode that it is in.
+            PlanError: the network is another one for this shape, in the mode that it is in, or as it is set up.
         """
+        if (settings := settings_of(self._network)) != self._settings:
+            self._settings = settings
+            self._graphs.clear()
+            self._programs.clear()
         trainable = tuple(parameter.requires_grad for parameter in self.graph.root.parameters())
+        return [self._of(spec, trainable) for spec in specs]
+
+    def _of(self, spec: MicroBatchSpec, trainable: tuple[bool, ...]) -> Program:
+        graph, stages = self._graph_for(tuple(shape for shape, _ in spec))
         key = (spec, trainable, self._mode)
         if key not in self._programs:
-            plan = self._plan
-            graph, stages = self._graph_for(tuple(shape for shape, _ in spec))
-            shared = None if self._place.space is None else (partial(shard_input, space=self._place.space), described)
+            plan, space = self._plan, self._place.space
+            shared = () if space is None else (partial(shard_input, space=space), described)
             specs = SpecsOnDemand(
-                partial(infer_specs, graph, spec, plan.precision, plan.channels_last, self._device, *(shared or ()))
+                partial(infer_specs, graph, spec, plan.precision, plan.channels_last, self._device, *shared)
             )
             if plan.pipe * plan.slabs > 1:
                 specs.work_out()  # what is refused is refused now, by all
@@ -102,27 +113,33 @@ class Programs:
 
     def _graph_for(self, shapes: tuple[Shape, ...]) -> tuple[CellGraph, dict[int, StageCells]]:
         """The network's graph, traced anew for shapes and modes that it looks at; divided alike, where it is shared."""
-        key = (shapes if self.graph.reads_shape else None, self._mode)
-        if key not in self._graphs:
-            by_name = dict(zip(self.graph.input_names, shapes, strict=True))
+        if (key := self._key(shapes)) not in self._graphs:
+            plan, by_name = self._plan, dict(zip(self.graph.input_names, shapes, strict=True))
             graph = trace(self._network, by_name)
             self.refuse_parts(graph)
-            plan = self._plan
             if not plan.is_for_any_cells and not graph.is_divided_like(self.graph):
                 now, then = (" in training" if of.training else " in evaluation" for of in (graph, self.graph))
                 now, then = (now, then) if now != then else ("", "")
                 raise PlanError(
                     f"{plan.network} does something else with an input of {input_text(by_name)}{now} than with "
-                    f"{input_text(plan.input_shape)}{then}, for which the plan was made; make a plan for this, or "
-                    "one with the whole network on each device (pipe=1, recompute never or always), where any will do."
+                    f"{input_text(plan.input_shape)}{then}, for which the plan was made, or is set up otherwise than "
+                    "it was then; make a plan for this, or one with the whole network on each device (pipe=1, "
+                    "recompute never or always), where any will do."
                 )
+            self._reads_shape |= graph.reads_shape  # which may come with other settings
+            self._changes_with_mode |= graph.changes_with_mode
+            key = self._key(shapes)
             self._graphs[key] = graph, self._stages(graph)
         return self._graphs[key]
 
+    def _key(self, shapes: tuple[Shape, ...]) -> tuple[object, ...]:
+        """What a graph depends on."""
+        return (shapes if self._reads_shape else None, self._mode)
+
     @property
-    def _mode(self) -> bool | None:
-        """Whether the network is in training; None where that changes nothing but its modules."""
-        return self._network.training if self.graph.changes_with_mode else None
+    def _mode(self) -> tuple[bool, ...] | None:
+        """Which modules of the network are in training; None where that changes nothing but the modules themselves."""
+        return tuple(module.training for module in self._network.modules()) if self._changes_with_mode else None
 
     def _stages(self, graph: CellGraph) -> dict[int, StageCells]:
         """This rank's stages, on its device, each also in runs that are, or are not, computed again in backward."""

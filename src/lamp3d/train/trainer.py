@@ -178,8 +178,8 @@ class Trainer:
         kept = {name: t for name, t in {**engine.parameters, **engine.buffers}.items() if name in names}
         if engine.rank == 0:  # what no stage uses belongs to the network all the same
             root = engine.graph.root
-            used = {name for name, _ in (*root.named_parameters(), *root.named_buffers())}
-            kept |= {name: tensor for name, tensor in names.items() if name not in used}
+            used = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}  # tied ones have several names
+            kept |= {name: tensor for name, tensor in names.items() if id(tensor) not in used}
         checkpoint = Checkpoint(self.last)
         copy_tensors(kept, checkpoint.read("model", kept))
         optimizer = make_optimizer(engine.parameters, self.config)
