@@ -20,12 +20,12 @@ import lamp3d
 from benchmarks.planner.predictions import Case, _step, network
 from lamp3d.graph import trace
 from lamp3d.plan import Plan, find_plans, make_plan
+from lamp3d.plan.choice import search_plans
 from lamp3d.plan.hardware import load_hardware
 from lamp3d.plan.links import Links, load_link
 from lamp3d.plan.meter import ModelMeter
 from lamp3d.plan.options import Request
 from lamp3d.plan.partition import minimise_largest, pairs
-from lamp3d.plan.planner import search_plans
 from lamp3d.plan.profile import model_cells
 from lamp3d.plan.work import account
 

@@ -15,11 +15,11 @@ from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph
 from lamp3d.graph.inputs import input_text
 from lamp3d.plan import format_bytes
+from lamp3d.plan.choice import search_precisions
 from lamp3d.plan.hardware import load_hardware
 from lamp3d.plan.links import Links, load_link
 from lamp3d.plan.meter import ModelMeter
 from lamp3d.plan.options import Request
-from lamp3d.plan.planner import search_precisions
 
 NETWORKS = tuple((kind, filters) for kind in ("UNet", "SEUNet") for filters in (32, 64, 128))
 VOLUMES = ((64, 64, 64), (128, 128, 128), (192, 192, 192), (256, 256, 256), (352, 256, 288), (512, 512, 704))
