@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lamp3d.errors import LampError
-from lamp3d.space.layout import Cut, Layout
+from lamp3d.space.layout import AxisCut, Layout
 from lamp3d.space.ranks import Space
 from lamp3d.space.sharded import gathered_volume
 from lamp3d.space.slabs import own_targets  # noqa: F401 (declares the operations)
@@ -224,7 +224,7 @@ def compare(example: Example) -> tuple[float, str]:
         least=example.least, channels_last=example.channels_last,
     )  # fmt: skip
     extents = (x.shape[2], x.shape[3], x.shape[4])
-    cuts = tuple(Cut(d, a, b) for a, (d, b) in enumerate(zip(example.dims, example.bounds, strict=True)))
+    cuts = tuple(AxisCut(d, a, b) for a, (d, b) in enumerate(zip(example.dims, example.bounds, strict=True)))
     volume = gathered_volume(x, space).relaid(Layout(extents, cuts))
     volume.local = volume.local.clone().requires_grad_()
     leaf, parameters = volume.local, []

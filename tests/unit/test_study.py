@@ -20,7 +20,7 @@ from lamp3d.evaluate import CaseResult, OrganScore
 from lamp3d.intervals import difference, estimate
 from lamp3d.study import RunResult, driver, load_study, write_study_report
 from lamp3d.study.report import accuracy, controls, figure
-from lamp3d.study.result import RowTimings, Timing, scores_of
+from lamp3d.study.result import PredictionTimes, RowTimings, scores_of
 from tests.unit.tiny_dataset import write_tiny_dataset
 
 BASE = {"network": {"filters": 4}, "train": {"curriculum": [{"patch": 32, "epochs": 1}]}}
@@ -184,7 +184,7 @@ def test_the_report_lists_what_is_not_finished(tmp_path: Path) -> None:
     out.mkdir()
     (out / "study.yaml").write_text(yaml.safe_dump({"study": study.model_dump(mode="json"), "configs": {}}), "utf-8")
     timings = tuple(
-        Timing(window=window, devices=devices, seconds=(1.0, 2.0), peak_bytes=10**9)
+        PredictionTimes(window=window, devices=devices, seconds=(1.0, 2.0), peak_bytes=10**9)
         for window in ("whole", "32x32x32")
         for devices in (1, 2)
     )

@@ -24,7 +24,7 @@ from lamp3d.graph.inputs import input_text
 from lamp3d.plan import counted, format_bytes
 from lamp3d.report.figures import learning_curves, plan_bars, plan_picture, scores_per_organ
 from lamp3d.report.overlay import overlay_picture
-from lamp3d.report.run import Run, read_run
+from lamp3d.report.run import RunFiles, read_run
 from lamp3d.report.style import organ_colours
 from lamp3d.scan import read_scan
 from lamp3d.volume import read_volume
@@ -96,14 +96,14 @@ class _Overlay:
     problem: str
 
 
-def _organs(run: Run) -> list[str]:
+def _organs(run: RunFiles) -> list[str]:
     """Every organ of the run, in the order of the labels."""
     if run.results is not None:
         return list(run.results.organs)
     return list(dict.fromkeys(organ for epoch in run.history for organ in epoch.dice or ()))
 
 
-def _cards(run: Run) -> list[tuple[str, str, str]]:
+def _cards(run: RunFiles) -> list[tuple[str, str, str]]:
     """The numbers at the page's top: (value, what it is, detail)."""
     cards = []
     if results := run.results:
@@ -132,7 +132,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     return cards
 
 
-def _stages(run: Run) -> list[dict[str, Any]]:
+def _stages(run: RunFiles) -> list[dict[str, Any]]:
     """One row a curriculum stage: what was trained and what it cost."""
     rows = []
     for stage in sorted({epoch.stage for epoch in run.history}):
@@ -156,7 +156,7 @@ def _stages(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _overlays(run: Run, root: Path | None) -> list[_Overlay]:
+def _overlays(run: RunFiles, root: Path | None) -> list[_Overlay]:
     """Pictures of the best, the median and the worst case by mean Dice."""
     if run.results is None:
         return []
@@ -185,7 +185,7 @@ def _evaluated_dataset(root: Path, results: Results) -> Dataset:
 
 
 def _overlay(
-    run: Run, results: Results, dataset: Dataset | None, problem: str, rank: str, result: CaseResult
+    run: RunFiles, results: Results, dataset: Dataset | None, problem: str, rank: str, result: CaseResult
 ) -> _Overlay:
     picture = None
     if dataset is not None:

@@ -16,7 +16,7 @@ from lamp3d.train import EpochRecord, read_history
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFiles:
     """The contents of a run folder.
 
     Attributes:
@@ -36,14 +36,14 @@ class Run:
     versions: dict[str, Any]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunFiles:
     """Reads a run folder.
 
     Raises:
         ConfigError: if it is no folder, holds nothing to report, or a file in it is damaged.
     """
     results_path = folder / "results.json"
-    run = Run(
+    run = RunFiles(
         folder=folder,
         history=_history(folder),
         plans=tuple(Plan.load(path) for path in sorted((folder / "plans").glob("stage-*.json"), key=_stage_number)),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lamp3d.graph.arithmetic import DeferredWeights, deferring
 from lamp3d.graph.convolution import Call, Convolution, laid_out_as
 from lamp3d.space.collect import empty
-from lamp3d.space.layout import Cut, Layout, Window
+from lamp3d.space.layout import AxisCut, Layout, Window
 from lamp3d.space.ranks import Place, Space
 from lamp3d.space.sharded import ShardedVolume
 
@@ -53,7 +53,7 @@ def convolve_slab(volume: ShardedVolume, call: Call, windows: Sequence[Window]) 
     return ShardedVolume(made, Layout((depth, height, width), of_made), volume.space)
 
 
-def _stays_in_place(cut: Cut, window: Window) -> bool:
+def _stays_in_place(cut: AxisCut, window: Window) -> bool:
     """Whether what a slab makes alone, with zeros around it, lies in its place and lacks only a part at the borders."""
     halo, step = window.padding, window.stride
     if halo == 0 or window.reach != 2 * halo or cut.thinnest < halo:
@@ -167,7 +167,7 @@ class _Border(NamedTuple):
         return Convolution.of(planes, taps, None, settings, whole.computed)
 
 
-def _borders(space: Space, crossed: Sequence[tuple[Cut, Window]]) -> list[_Border]:
+def _borders(space: Space, crossed: Sequence[tuple[AxisCut, Window]]) -> list[_Border]:
     """Those that this rank's slab has."""
     borders = []
     for steps in itertools.product((-1, 0, 1), repeat=len(crossed)):

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamp3d.space.layout import Cut, Range, pieces
+from lamp3d.space.layout import AxisCut, Range, pieces
 from lamp3d.space.ranks import Space
 
 
-def collect(local: Tensor, space: Space, cut: Cut, wanted: list[Range]) -> Tensor:
+def collect(local: Tensor, space: Space, cut: AxisCut, wanted: list[Range]) -> Tensor:
     """The planes that a rank wants along one axis, from whoever has them.
 
     Args:
@@ -43,7 +43,7 @@ def all_sum(tensor: Tensor, space: Space) -> Tensor:
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor, space: Space, cut: Cut, wanted: list[Range]) -> Tensor:
+    def forward(ctx: Any, local: Tensor, space: Space, cut: AxisCut, wanted: list[Range]) -> Tensor:
         ctx.space, ctx.cut, ctx.wanted, ctx.shape = space, cut, wanted, local.shape
         me, dim = space.coordinate[cut.axis], cut.dim
         found = pieces(cut.slabs, wanted)

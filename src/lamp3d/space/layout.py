@@ -10,7 +10,7 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Cut:
+class AxisCut:
     """One axis of a volume, cut into slabs.
 
     Attributes:
@@ -38,7 +38,7 @@ class Cut:
         """Planes of the thinnest slab."""
         return min(end - begin for begin, end in self.slabs)
 
-    def with_bounds(self, bounds: tuple[int, ...]) -> Cut:
+    def with_bounds(self, bounds: tuple[int, ...]) -> AxisCut:
         """The same axis, cut elsewhere."""
         return replace(self, bounds=bounds)
 
@@ -53,7 +53,7 @@ class Layout:
     """
 
     extents: tuple[int, int, int]
-    cuts: tuple[Cut, ...]
+    cuts: tuple[AxisCut, ...]
 
     def part(self, coordinate: tuple[int, ...]) -> tuple[Range, Range, Range]:
         """The planes along every axis that the rank at this place of the mesh holds."""

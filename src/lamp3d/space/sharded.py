@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from lamp3d.errors import PlanError
 from lamp3d.space.collect import collect
-from lamp3d.space.layout import Cut, Layout, even_bounds
+from lamp3d.space.layout import AxisCut, Layout, even_bounds
 from lamp3d.space.ranks import Space
 
 Rule = Callable[..., Any]
@@ -103,19 +103,19 @@ class ShardedVolume(Tensor):
         """The same volume, all of it on every rank."""
         return self.relaid(Layout(self.placement.extents, ()))
 
-    def _recut(self, cut: Cut, other: Cut) -> ShardedVolume:
+    def _recut(self, cut: AxisCut, other: AxisCut) -> ShardedVolume:
         local = collect(self.local, self.space, cut, other.slabs)
         return self._with(local, cut, other)
 
-    def _gathered(self, cut: Cut) -> ShardedVolume:
+    def _gathered(self, cut: AxisCut) -> ShardedVolume:
         everyone = [(0, cut.extent)] * self.space.sizes[cut.axis]
         return self._with(collect(self.local, self.space, cut, everyone), cut, None)
 
-    def _split(self, cut: Cut) -> ShardedVolume:
+    def _split(self, cut: AxisCut) -> ShardedVolume:
         begin, end = cut.slabs[self.space.coordinate[cut.axis]]
         return self._with(self.local.narrow(cut.dim, begin, end - begin), None, cut)
 
-    def _with(self, local: Tensor, gone: Cut | None, new: Cut | None) -> ShardedVolume:
+    def _with(self, local: Tensor, gone: AxisCut | None, new: AxisCut | None) -> ShardedVolume:
         cuts = [cut for cut in self.placement.cuts if cut != gone] + ([] if new is None else [new])
         return ShardedVolume(
             local, Layout(self.placement.extents, tuple(sorted(cuts, key=lambda c: c.axis))), self.space
@@ -153,7 +153,7 @@ def even_cut(extents: tuple[int, int, int], space: Space) -> Layout:
 def even_layout(extents: tuple[int, int, int], space: Space) -> Layout | None:
     """Slabs as equal as can be; None where some would be empty."""
     cuts = [
-        Cut(dim, axis, even_bounds(extents[dim - 2], size))
+        AxisCut(dim, axis, even_bounds(extents[dim - 2], size))
         for axis, (dim, size) in enumerate(zip(space.dims, space.sizes, strict=True))
     ]
     return Layout(extents, tuple(cuts)) if all(cut.thinnest >= 1 for cut in cuts) else None

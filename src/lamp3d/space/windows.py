@@ -13,7 +13,7 @@ from lamp3d.graph.arithmetic import compute
 from lamp3d.graph.convolution import Call, bind
 from lamp3d.space.border import convolve_slab
 from lamp3d.space.collect import collect
-from lamp3d.space.layout import Cut, Layout, Spread, Window
+from lamp3d.space.layout import AxisCut, Layout, Spread, Window
 from lamp3d.space.saved import Own, kept_apart
 from lamp3d.space.sharded import ShardedVolume, even_layout, refuse, rule
 
@@ -129,7 +129,7 @@ def spread_again(volume: ShardedVolume, larger: Sequence[int]) -> ShardedVolume:
     return volume.relaid(now)
 
 
-def settled(local: Tensor, extents: Sequence[int], cuts: Sequence[Cut], like: ShardedVolume) -> ShardedVolume:
+def settled(local: Tensor, extents: Sequence[int], cuts: Sequence[AxisCut], like: ShardedVolume) -> ShardedVolume:
     """What an operation has made, as a volume; gathered if its slabs are too thin to be worth it."""
     depth, height, width = extents
     made = ShardedVolume(local, Layout((depth, height, width), tuple(cuts)), like.space)

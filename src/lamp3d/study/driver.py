@@ -23,7 +23,7 @@ from lamp3d.nets import Network
 from lamp3d.plan.hardware import device_name, device_type
 from lamp3d.predict import check_window
 from lamp3d.study.config import Row, StudyConfig, Window, load_study, read_saved, run_name, saved_study
-from lamp3d.study.result import RowTimings, RunResult, Timing, read_results, unfinished
+from lamp3d.study.result import PredictionTimes, RowTimings, RunResult, read_results, unfinished
 from lamp3d.train import read_history
 
 VALIDATION, TEST = "validation", "test"
@@ -266,7 +266,7 @@ def _timings(study: StudyConfig, row: Row, run: Run) -> RowTimings:
             target = run.folder / "predictions" / "timed"
             found = predict(run, scans, target, window=window, devices=devices, overwrite=True)
             timings.append(
-                Timing(
+                PredictionTimes(
                     window=window if window == "whole" else "x".join(map(str, window)),
                     devices=devices,
                     seconds=tuple(prediction.seconds for prediction in found[devices:] or found),

@@ -19,7 +19,7 @@ from lamp3d.study.config import StudyConfig, run_name
 Kind = TypeVar("Kind", bound="_OfRow")
 
 
-class Timing(BaseModel):
+class PredictionTimes(BaseModel):
     """Predictions of the same scans in one way.
 
     Attributes:
@@ -102,7 +102,7 @@ class RowTimings(_OfRow):
     """
 
     device: str
-    timings: tuple[Timing, ...]
+    timings: tuple[PredictionTimes, ...]
 
 
 def read_results(folder: Path) -> list[RunResult]:
