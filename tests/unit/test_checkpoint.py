@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lamp3d.errors import ConfigError, DiskFullError, TrainingError
+from lamp3d.plan import make_plan
 from lamp3d.train import checkpoint as checkpoint_module
 from lamp3d.train.checkpoint import Checkpoint, load_weights, network_tensors, save_checkpoint
 from lamp3d.train.curriculum import CurriculumStage, TrainConfig
@@ -181,6 +183,33 @@ def test_weight_decay_spares_norms_and_biases() -> None:
     assert {p.ndim for p in groups[0]["params"]} == {5}
     assert [groups[0]["weight_decay"], groups[1]["weight_decay"]] == [0.1, 0.0]
     make_optimizer({}, config)  # a rank whose cells have no parameters
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "rmsprop"},
+        {"optimizer": "adamw"},
+        {"optimizer": "adamw", "ema_decay": 0.9},
+        {"optimizer": "sgd", "momentum": 0.0},
+        {"optimizer": "sgd", "ema_decay": 0.9},
+    ],
+)
+def test_plans_know_what_is_kept_of_every_weight(settings: dict[str, Any]) -> None:
+    config = TrainConfig(curriculum=(CurriculumStage(patch=8, epochs=1),), **settings)
+    parameters = dict(nn.Conv3d(2, 3, 3).named_parameters())
+    optimizer = make_optimizer(parameters, config)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = [t for name, t in optimizer_tensors(optimizer, parameters).items() if not name.endswith("/step")]
+    if config.ema_decay is not None:
+        kept += WeightAverage(parameters, config.ema_decay).values.values()
+    count = sum(parameter.numel() for parameter in parameters.values())
+    assert sum(tensor.numel() for tensor in kept) == config.optimizer_copies * count
+    shape = (1, 2, 32, 32, 32)
+    few, more = (make_plan(nn.Conv3d(2, 3, 3), shape, hardware="h100-80g", optimizer_copies=n) for n in (0, 3))
+    assert more.peak_bytes - few.peak_bytes == 3 * 4 * count
 
 
 def test_weight_average_follows_and_steps_aside() -> None:

@@ -268,10 +268,10 @@ def test_recomputation_is_chosen_only_where_it_is_needed() -> None:
         ({"space": 3}, "space 3 of 2 devices"),
         ({"space": (2, 2, 2), "devices": 8}, r"space=\(2, 2, 2\)"),
         ({"space": 99, "devices": 99}, "planes cannot be cut into 99 slabs"),
-        ({"devices": 2, "pipe": 3}, "pipe=3"),
+        ({"devices": 2, "pipe": 3}, "pipe 3 of 2 devices"),
         ({"data": 3, "devices": 3}, "cannot be shared evenly among 3 replicas"),
-        ({"micro_batches": -1}, "micro_batches=-1"),
-        ({"micro_batches": 0}, "micro_batches=0"),
+        ({"micro_batches": -1}, "at least one micro-batch; -1 are not"),
+        ({"micro_batches": 0}, "at least one micro-batch; 0 are not"),
     ],
 )
 def test_impossible_plans_are_refused(settings: dict[str, int], says: str) -> None:
@@ -417,7 +417,7 @@ def test_a_network_that_does_not_take_a_slabs_size_is_planned_without_slabs(capf
     assert (plan.space, plan.pipe) == ((), 2)
     with pytest.raises(PlanError, match=r"1×1×96×64×64, and Deep does not take that .* attribute `divisor`, now 32"):
         make_plan(Deep(), shape, 2, repeats=1, space=2)
-    with pytest.raises(PlanError, match=r"does not fit 2 device\(s\) of 1 MB"):
+    with pytest.raises(PlanError, match="does not fit 2 devices of 1 MB"):
         make_plan(Deep(), shape, 2, repeats=1, memory="1MB")
     assert capfd.readouterr().err == ""
     knows = Deep()
@@ -448,6 +448,7 @@ def test_a_network_that_slabs_refuse_is_planned_without_them() -> None:
         ({"repeats": 0}, "at least one pass; repeats=0"),
         ({"hardware": 3090}, "no device '3090'; there are a100-40g"),
         ({"devices": "2"}, "devices is a whole number, not '2'"),
+        ({"optimizer_copies": -1}, "optimizer_copies=-1 is less"),
         ({"space": (2, "2")}, r"space is a whole number or two, not \(2, '2'\)"),
     ],
 )

@@ -185,6 +185,7 @@ def stage_plan(
         precision=run.config.train.precision,
         memory=memory,
         across=run.config.across,
+        optimizer_copies=run.config.train.optimizer_copies,
         loss=with_drawn_targets(HybridLoss(loss, run.organs, network.heads)),
     )
     plan = make()

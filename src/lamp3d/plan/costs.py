@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 
 from lamp3d.graph import CellGraph
 from lamp3d.plan.kept import Keeping
+from lamp3d.plan.options import ADAMW_COPIES
 from lamp3d.plan.partition import Matrix
 from lamp3d.plan.plan import Recompute, blocks_of
 from lamp3d.plan.profile import Profile
-
-OPTIMIZER_COPIES = 2
-"""Optimizer state in units of the parameters (AdamW's two moments; RMSProp has one)."""
 
 Held = dict[str, int]
 """Bytes by name. A value has the same name wherever it is held, so that a rank that holds it twice pays once."""
@@ -32,6 +30,7 @@ class StageCosts:
         micro_batches: M.
         recompute: "never", "always", or the blocks of cells that are computed again in backward.
         loss_at_once: whether the loss sees all micro-batches' outputs together, or each by itself.
+        optimizer_copies: the optimizer's state, in units of the parameters.
     """
 
     graph: CellGraph
@@ -39,6 +38,7 @@ class StageCosts:
     micro_batches: int
     recompute: Recompute
     loss_at_once: bool = True
+    optimizer_copies: int = ADAMW_COPIES
 
     @cached_property
     def _maker(self) -> dict[str, int]:
@@ -93,7 +93,7 @@ class StageCosts:
     def static(self) -> Matrix:
         """Of every run: what is needed whatever is in flight."""
         parameters = _runs(np.cumsum([0.0, *(cell.parameter_bytes for cell in self.profile.cells)]))
-        needed = parameters * (2 + OPTIMIZER_COPIES)
+        needed = parameters * (2 + self.optimizer_copies)
         needed[:-1, -1] += self.loss_bytes()
         return needed
 
@@ -177,7 +177,7 @@ class StageCosts:
     def static_bytes(self, begin: int, end: int) -> int:
         """What is needed whatever is in flight: parameters, gradients, optimizer state, and at the end the loss."""
         loss = self.loss_bytes() if end == len(self.profile.cells) else 0
-        return self.parameter_bytes(begin, end) * (2 + OPTIMIZER_COPIES) + loss
+        return self.parameter_bytes(begin, end) * (2 + self.optimizer_copies) + loss
 
     def loss_bytes(self) -> int:
         """What the loss leaves beside the outputs: their gradient, and if it sees all at once, what joined them."""

@@ -10,6 +10,9 @@ from lamp3d.plan.plan import Recompute
 from lamp3d.plan.schedule import PLACEMENTS, SCHEDULES
 from lamp3d.plan.slabs import Slabs, longest_axes
 
+ADAMW_COPIES = 2
+"""The two moments that AdamW keeps of every parameter, of which plans think unasked."""
+
 MOST_FOLDED = 4
 """Devices of the longest pipelines with two runs a rank that are considered unasked: to cut longer ones takes long."""
 
@@ -54,6 +57,7 @@ class Request:
         least_planes: a level whose slabs have fewer planes is gathered; None: what is best.
         any_loss: whether the plan must do for losses that are no mean over cases.
         by_case: whether the loss is known to be such a mean, and so computed a micro-batch at a time.
+        optimizer_copies: the optimizer's state, in units of the parameters.
     """
 
     volume: tuple[int, ...]
@@ -70,6 +74,7 @@ class Request:
     least_planes: int | None = 1
     any_loss: bool = False
     by_case: bool = False
+    optimizer_copies: int = ADAMW_COPIES
 
     @property
     def batch(self) -> int:

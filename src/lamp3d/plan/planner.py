@@ -20,7 +20,7 @@ from lamp3d.plan.hardware import device_type as local_device_type
 from lamp3d.plan.links import USUAL_NETWORK, Links, load_link, local_link
 from lamp3d.plan.measure import MeasuringMeter
 from lamp3d.plan.meter import Meter, ModelMeter
-from lamp3d.plan.options import Request, meshes
+from lamp3d.plan.options import ADAMW_COPIES, Request, meshes
 from lamp3d.plan.plan import PRECISIONS, Plan, Precision, Recompute, check_schedule
 from lamp3d.plan.plan import recompute_setting as in_blocks
 from lamp3d.plan.slabs import longest_axes
@@ -54,6 +54,7 @@ def find_plans(
     least_planes: int | None = None,
     loss: TimedLoss | None = None,
     any_loss: bool = False,
+    optimizer_copies: int = ADAMW_COPIES,
     hardware: str | Hardware | None = None,
     link: str | int | None = None,
     across: str | int | None = None,
@@ -89,6 +90,8 @@ def find_plans(
             declared to be a mean over cases, GPipe need not keep a mini-batch's outputs joined for it. None, or with
             ``hardware``: its seconds do not count.
         any_loss: only plans that are right for a loss that is no mean over cases.
+        optimizer_copies: what the optimizer keeps of every parameter, and an average of the weights beside it, in units
+            of the parameter: two for AdamW, one for RMSProp or momentum.
         hardware: the devices are not here: the name of a description, such as ``"a100-80g"``, or one's path. Seconds
             are then worked out from arithmetic and bytes, and nothing is allocated.
         link: between the devices (of a machine): a name, such as ``"nvlink3"``, or what it carries in a second,
@@ -107,7 +110,7 @@ def find_plans(
     batch = batch_of(input_shape)
     counts = {
         "devices": devices, "repeats": repeats, "micro_batches": micro_batches, "data": data, "pipe": pipe,
-        "space": space, "least_planes": least_planes, "per_machine": per_machine,
+        "space": space, "least_planes": least_planes, "per_machine": per_machine, "optimizer_copies": optimizer_copies,
     }  # fmt: skip
     _check_numbers(input_shape, counts)
     sizes = space if space is None or isinstance(space, Sequence) else [int(space)]
@@ -155,6 +158,7 @@ def find_plans(
         least_planes=least_planes,
         any_loss=any_loss,
         by_case=getattr(loss, "mean_over_cases", False),
+        optimizer_copies=optimizer_copies,
     )
     if mesh:
         longest_axes(input_shape, mesh)  # or it says why they cannot be cut so
@@ -197,6 +201,8 @@ def _check_numbers(input_shape: InputShape, counts: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} is a whole number{' or two' if name == 'space' else ''}, not {count!r}.")
     if counts["per_machine"] is not None and counts["per_machine"] < 1:
         raise ConfigError(f"a machine has at least one device; per_machine={counts['per_machine']} is not.")
+    if counts["optimizer_copies"] < 0:
+        raise ConfigError(f"an optimizer keeps nothing or more; optimizer_copies={counts['optimizer_copies']} is less.")
     if counts["repeats"] < 1:
         raise ConfigError(f"cells are timed in at least one pass; repeats={counts['repeats']} is not.")
 

@@ -158,7 +158,9 @@ class Search:
             profile = self._profile(*how, self.meter.timed_cases(*how, cases), link).times(
                 math.ceil(cases / self.meter.micro_batch)
             )
-            self._costs[key] = StageCosts(self.meter.graph, profile, option.micro_batches, recompute, at_once)
+            self._costs[key] = StageCosts(
+                self.meter.graph, profile, option.micro_batches, recompute, at_once, self.request.optimizer_copies
+            )
         return self._costs[key]
 
     def bound(self, option: Option) -> float:

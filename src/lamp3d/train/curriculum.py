@@ -87,6 +87,12 @@ class TrainConfig(Settings):
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     seed: int = Field(default=0, ge=0, lt=2**64)
 
+    @property
+    def optimizer_copies(self) -> int:
+        """What is kept of every weight beside itself and its gradient: the optimizer's state, and the average."""
+        state = {"adamw": 2, "rmsprop": 1, "sgd": int(self.momentum > 0)}[self.optimizer]
+        return state + (self.ema_decay is not None)
+
     def learning_rate(self, stage: int, position: float) -> float:
         """Learning rate of a step.
 
