@@ -1,4 +1,4 @@
-"""What every configuration has in common: its keys are known, its numbers finite, and truth is no number."""
+"""What every configuration has in common: YAML, known keys, finite numbers, and truth that is no number."""
 
 from __future__ import annotations
 
@@ -6,9 +6,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from lamp3d.errors import ConfigError
+
+
+def parse_yaml(text: str | bytes, where: object) -> Any:
+    """What some YAML says.
+
+    Args:
+        text: as it was read.
+        where: what messages call it.
+
+    Raises:
+        ConfigError: it is no YAML; in one line, with its place.
+    """
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{where} is not valid YAML: {place}{problem}.") from error
 
 
 @contextmanager

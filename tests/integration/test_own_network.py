@@ -64,6 +64,10 @@ class Levels(nn.Module):
 
 def no_network(in_channels, out_channels):
     return "a network"
+
+
+def broken(in_channels, out_channels):
+    return {}["width"]
 """
 
 
@@ -132,12 +136,15 @@ def test_a_network_of_one_size_needs_windows_and_is_trained_with_them(
         ("own_nets_here", {}, "write it as package.module:function"),
         ("own_nets_here:no_network", {}, r"gives str, not a torch\.nn\.Module"),
         ("own_nets_here:__name__", {}, "is no function that makes a network, but str"),
+        ("own_nets_here:broken", {}, r"fails with KeyError: 'width' \(.*own_nets_here\.py, line \d+\)"),
+        ("own_nets_wrong:make", {}, r"fails with SyntaxError: invalid syntax \(.*own_nets_wrong\.py, line 1\)"),
     ],
 )
 def test_what_makes_no_network_is_said(
     name: str, arguments: dict[str, int], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own_nets_here.py").write_text(CODE, "utf-8")
+    (tmp_path / "own_nets_wrong.py").write_text("def make(:", "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=message):
         NetworkConfig(kind="own", name=name, arguments=arguments).build(2)

@@ -19,7 +19,7 @@ from lamp3d.nets import Network, SEUNet, UNet, from_function, from_monai, hollow
 from lamp3d.plan import parse_bytes
 from lamp3d.plan.links import USUAL_NETWORK, load_link
 from lamp3d.predict import PredictConfig
-from lamp3d.settings import Settings, told_with_its_key
+from lamp3d.settings import Settings, parse_yaml, told_with_its_key
 from lamp3d.train import LossConfig, TrainConfig
 
 
@@ -163,14 +163,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
         ConfigError: the file is absent or not YAML, or a key or a value is not known; the message names it.
     """
     try:
-        return parse_config(path.read_text(encoding="utf-8"), str(path), overrides)
+        text = path.read_bytes()
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"no configuration at {path}; see experiments/ for some to start from.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    return parse_config(text, str(path), overrides)
 
 
-def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def parse_config(text: str | bytes, where: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """A configuration from YAML, with single keys changed.
 
     Args:
@@ -181,10 +180,7 @@ def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> Experi
     Raises:
         ConfigError: as from `load_config`.
     """
-    try:
-        content = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from error
+    content = parse_yaml(text, where) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{where} holds {type(content).__name__}, not a mapping of settings.")
     for override in overrides:

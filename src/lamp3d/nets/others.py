@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -142,7 +143,12 @@ def made_by(path: str, arguments: Mapping[str, Any] = MappingProxyType({})) -> n
                 f"them, with network: {{kind: own, name: {path}}}."
             )
         raise ConfigError(message) from error
-    network = make(**arguments)
+    try:
+        network = make(**arguments)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise _failed(path, error) from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{path} gives {type(network).__name__}, not a torch.nn.Module.")
     return network
@@ -156,6 +162,18 @@ def _imported(path: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"no network {path!r} ({error}); write it as package.module:function.") from error
+    except Exception as error:
+        raise _failed(path, error) from error
     if not callable(found):
         raise ConfigError(f"{path} is no function that makes a network, but {type(found).__name__}.")
     return found  # type: ignore[no-any-return]
+
+
+def _failed(path: str, error: Exception) -> ConfigError:
+    """What the user's own code raised, and where."""
+    if isinstance(error, SyntaxError):
+        file, line, why = error.filename, error.lineno, error.msg
+    else:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        file, line, why = last.filename, last.lineno, str(error)
+    return ConfigError(f"{path} fails with {type(error).__name__}: {why} ({file}, line {line}).")

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from lamp3d.errors import ConfigError
 from lamp3d.explain import explained
+from lamp3d.settings import parse_yaml
 
 Description = TypeVar("Description", bound=BaseModel)
 
@@ -22,8 +22,8 @@ def read_description(path: Path) -> Mapping[str, Any]:
         ConfigError: the file cannot be read, or holds something else.
     """
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_bytes(), path)
+    except OSError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is no description: it should hold names and values.")

@@ -13,7 +13,7 @@ from lamp3d.errors import ConfigError
 from lamp3d.experiment import ExperimentConfig
 from lamp3d.experiment.config import parse_config
 from lamp3d.explain import explained
-from lamp3d.settings import Settings
+from lamp3d.settings import Settings, parse_yaml
 
 Window = tuple[PositiveInt, PositiveInt, PositiveInt]
 
@@ -131,18 +131,16 @@ def load_study(path: Path) -> tuple[StudyConfig, dict[str, ExperimentConfig]]:
         ConfigError: a file is absent or not YAML, or a key or a value is not known; the message names the row.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = parse_yaml(path.read_bytes(), path) or {}
         study = StudyConfig.model_validate(content)
     except FileNotFoundError:
         raise ConfigError(f"no study at {path}; experiments/openkbp/study.yaml is one to start from.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
     except ValidationError as error:
         raise ConfigError(f"{path}: {explained(error, StudyConfig, content)}") from error
     base = path.parent / study.base
     if not base.exists():
         raise ConfigError(f"{path}: no configuration at {base}; `base` is relative to the study's file.")
-    text = base.read_text(encoding="utf-8")
+    text = base.read_bytes()
     configs = {}
     for row in study.rows:
         changes = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in row.settings.items()]
