@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,29 +78,57 @@ def trace(network: nn.Module, input_shape: InputShape) -> CellGraph:
     )
 
 
+@dataclass(frozen=True)
+class _Traced:
+    """What a call of the network's code has left.
+
+    Attributes:
+        graph: its operations; the output holds the leaves of what the network gives.
+        structure: of these.
+        constants: tensors that its code has made, by name, as they were at its end.
+        reads_shape: whether it has looked at the input's shape.
+    """
+
+    graph: fx.Graph
+    structure: pytree.TreeSpec
+    constants: dict[str, Tensor]
+    reads_shape: bool
+
+    def is_like(self, other: _Traced) -> bool:
+        """Whether both compute the same."""
+        return (str(self.graph), self.structure) == (str(other.graph), other.structure) and _same(
+            self.constants, other.constants
+        )
+
+
 def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.GraphModule, pytree.TreeSpec, bool, bool]:
     """The traced network, the structure of its output, whether it has looked at the input's shape, and whether the
     other mode is another graph."""
+    twin = _twin(network)
 
-    def traced(twin: nn.Module) -> tuple[fx.Graph, ShapedTracer]:
+    def traced() -> _Traced:
         tracer = ShapedTracer(input_shapes, module_dtype(network), module_device(network))
-        return tracer.trace(twin), tracer
+        graph = tracer.trace(twin)
+        assert tracer.structure is not None
+        constants = {name: constant.clone() for name, constant in tracer.constants.items()}
+        return _Traced(graph, tracer.structure, constants, tracer.reads_shape)
+
+    def switch_mode() -> None:
+        for module in twin.modules():
+            module.training = not module.training
 
     try:
-        twin = _twin(network)
-        for module, original in zip(twin.modules(), network.modules(), strict=True):
-            module.training = not original.training
-        other, other_tracer = traced(twin)
-        other_text, other_constants, other_reads = str(other), other_tracer.constants, other_tracer.reads_shape
-    except Exception:  # in the mode that it is in, it may do: a network that is trained on larger volumes
-        other_text, other_constants, other_reads = "", {}, True
-    try:
-        twin = _twin(network)
-        graph, tracer = traced(twin)
-        text, constants = str(graph), {name: constant.clone() for name, constant in tracer.constants.items()}
-        again, second = traced(twin)
-        if str(again) != text or not _same(second.constants, constants):
-            raise ConfigError(KEEPS_STATE)
+        found = traced()
+        switch_mode()
+        try:
+            other = traced()
+        except Exception:  # in the mode that it is in, it may do: a network that is trained on larger volumes
+            other = None
+        changes_with_mode = other is None or not other.is_like(found)
+        if changes_with_mode:  # or from call to call, whatever the mode
+            switch_mode()
+            if not traced().is_like(found):
+                raise ConfigError(KEEPS_STATE)
     except (fx.proxy.TraceError, DataDependentOutputException) as error:
         by_count = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is None for m in network.modules())
         raise ConfigError(
@@ -114,11 +143,10 @@ def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.Grap
         raise ConfigError(f"{title_of(network)} cannot be traced: {error}") from error
     except Exception as error:
         raise _does_not_accept(network, input_shapes, error) from error
-    root = fx.GraphModule(_targets(network, graph, tracer.constants), graph)
+    root = fx.GraphModule(_targets(network, found.graph, found.constants), found.graph)
     root.training = network.training
-    assert tracer.structure is not None
-    changes_with_mode = other_text != text or not _same(other_constants, constants)
-    return root, tracer.structure, tracer.reads_shape or other_reads, changes_with_mode
+    reads_shape = found.reads_shape or other is None or other.reads_shape
+    return root, found.structure, reads_shape, changes_with_mode
 
 
 def _same(ones: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
