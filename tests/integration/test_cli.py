@@ -34,7 +34,7 @@ from tests.integration.conftest import CHANGED, CommandLine, environment
 def test_a_command_that_is_stopped_says_so_and_leaves_no_half_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    def stopped(run: Path) -> None:
+    def stopped(run: Path, dataset: Path | None) -> None:
         write_atomically(run / "report.html", lambda half: os.kill(os.getpid(), number))
 
     monkeypatch.setattr(runs, "write_report", stopped)
