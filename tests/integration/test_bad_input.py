@@ -99,6 +99,14 @@ def test_a_dataset_without_training_cases(refusal: Refusal, broken: Path) -> Non
     assert "no cases to make mini-batches from" in refusal(broken)
 
 
+def test_a_dataset_without_contours(refusal: Refusal, broken: Path) -> None:
+    path = broken / "dataset.json"
+    content = json.loads(path.read_text())
+    entries = [entry | {"annotated": []} for entry in content["training"]]
+    path.write_text(json.dumps(content | {"training": entries}))
+    assert "no training case shows any organ" in refusal(broken)
+
+
 def test_a_split_without_cases(lamp3d: CommandLine, trained: Path, broken: Path) -> None:
     path = broken / "dataset.json"
     content = json.loads(path.read_text())

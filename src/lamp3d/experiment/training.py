@@ -106,6 +106,11 @@ def train(
     if not begun:
         _point_out(unusual_contours(store, (*train_cases, *validation_cases)), console)
         if unseen := unseen_organs(store, train_cases):
+            if len(unseen) == len(dataset.organs):
+                raise DatasetError(
+                    f"{dataset.root}: no training case shows any organ, so that there is nothing to learn; are the "
+                    "label maps empty, or does `annotated` leave everything out?"
+                )
             console.print(
                 f"No training case shows {', '.join(unseen)}: are its contours there? The network cannot learn it.",
                 highlight=False, soft_wrap=True,
