@@ -6,8 +6,12 @@ import copy
 import threading
 import time
 from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -263,6 +267,66 @@ def test_what_is_set_between_steps_is_noticed() -> None:
             torch.testing.assert_close(engine.forward(image), net(image), rtol=1e-12, atol=0)
     with pytest.raises(PlanError, match="or is set up otherwise than it was then"):
         cut.forward(image)
+
+
+class SetUp(nn.Module):
+    """Set up by all but numbers and words of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.act = nn.Conv3d(1, 4, 1), nn.Conv3d(4, 1, 1), nn.LeakyReLU(0.1)
+        self.config, self.mixes, self.scale = SimpleNamespace(alpha=1.0, own=self), {"a"}, np.ones(1)
+        self.gate, self.squash, self.kind = partial(F.elu, alpha=1.0), torch.tanh, Kind.PLAIN
+        self.double()
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = self.gate(self.act(self.first(image))) * self.config.alpha * float(self.scale[0])
+        if self.kind is Kind.SINE:
+            image = image.sin()
+        return self.last(self.squash(image) + ("b" in self.mixes))
+
+
+class Kind(Enum):
+    PLAIN, SINE = 1, 2
+
+
+def test_what_is_replaced_or_set_in_objects_between_steps_is_noticed() -> None:
+    net, image = SetUp(), torch.randn(1, 1, 4, 4, 4, dtype=torch.double)
+    engine = Engine(net, plan_at(net, tuple(image.shape), [0], 1))
+    for change in (
+        lambda: setattr(net, "act", nn.LeakyReLU(0.7)),
+        lambda: setattr(net.config, "alpha", 2.0),
+        lambda: net.mixes.add("b"),
+        lambda: net.scale.fill(3),
+        lambda: setattr(net, "gate", partial(F.elu, alpha=0.5)),
+        lambda: setattr(net, "squash", torch.sigmoid),
+        lambda: setattr(net, "kind", Kind.SINE),
+    ):
+        change()
+        with torch.no_grad():
+            torch.testing.assert_close(engine.forward(image), net(image), rtol=1e-12, atol=0)
+
+
+def test_a_head_that_is_thawed_is_trained_even_if_it_came_later() -> None:
+    net, image = Deep(), torch.randn(1, 1, 4, 4, 4, dtype=torch.double)
+    net.deep = False
+    engine = Engine(net, plan_at(net, tuple(image.shape), [0], 1))
+    net.deep = True
+    net.body.requires_grad_(False)
+    for thawed in (False, True):
+        net.two.requires_grad_(thawed)
+        engine.step(image, image, lambda output, target: squares(output[0], target) + squares(output[1], target))
+        assert (net.two.weight.grad is not None) == thawed
+
+
+def test_a_tensor_kept_from_inference_mode_is_read() -> None:
+    net, image = Deep(), torch.randn(1, 1, 4, 4, 4, dtype=torch.double)
+    with torch.inference_mode():
+        net.factor = torch.full((1,), 2.0).double()
+    engine = Engine(net, plan_at(net, tuple(image.shape), [0], 1))
+    with torch.no_grad():
+        torch.testing.assert_close(engine.forward(image), net(image), rtol=1e-12, atol=0)
 
 
 def test_tied_parameters_are_named_once_and_as_the_network_does() -> None:

@@ -94,7 +94,7 @@ class Programs:
             self._settings = settings
             self._graphs.clear()
             self._programs.clear()
-        trainable = tuple(parameter.requires_grad for parameter in self.graph.root.parameters())
+        trainable = tuple(parameter.requires_grad for parameter in self._network.parameters())
         return [self._of(spec, trainable) for spec in specs]
 
     def _of(self, spec: MicroBatchSpec, trainable: tuple[bool, ...]) -> Program:
