@@ -329,6 +329,28 @@ def test_a_tensor_kept_from_inference_mode_is_read() -> None:
         torch.testing.assert_close(engine.forward(image), net(image), rtol=1e-12, atol=0)
 
 
+class Scaled(nn.Module):
+    """Takes grey values as they lie in files, or fractions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv3d(1, 1, 1)
+        self.double()
+
+    def forward(self, image: Tensor) -> Tensor:
+        fractions = image if image.is_floating_point() else image / 255
+        return self.layer(fractions.to(self.layer.weight.dtype))
+
+
+def test_code_that_looks_at_the_type_of_its_input_is_traced_for_each() -> None:
+    net, image = Scaled(), torch.arange(64, dtype=torch.uint8).reshape(1, 1, 4, 4, 4)
+    engine = Engine(net, plan_at(net, tuple(image.shape), [0], 1))
+    for given in (image.double(), image, image / 255):
+        with torch.no_grad():
+            torch.testing.assert_close(engine.forward(given), net(given), rtol=1e-12, atol=0)
+
+
 def test_tied_parameters_are_named_once_and_as_the_network_does() -> None:
     net = TwiceInAnotherOrder()
     engine = Engine(net, plan_at(net, (2, 1, 6, 6, 6), [0, 1], 1, ranks=[0, 0]))

@@ -30,17 +30,19 @@ from lamp3d.graph.shapes import dry_run, module_device, module_dtype
 from lamp3d.graph.tracer import CONSTANT, KEEPS_STATE, ShapedTracer, attribute
 
 
-def trace(network: nn.Module, input_shape: InputShape) -> CellGraph:
+def trace(network: nn.Module, input_shape: InputShape, dtypes: Sequence[torch.dtype] = ()) -> CellGraph:
     """Trace ``network`` into cells, in the mode (training or evaluation) that it is in.
 
     Args:
         network: any module that takes tensors and does not branch on values; it is not changed.
         input_shape: (B, C, D, H, W) of an input that the network accepts; or of several, by name.
+        dtypes: of each input, which the network's code may look at; by default that of the parameters.
 
     Raises:
         ConfigError: the network cannot be traced, does not accept such an input, or changes it in place.
     """
     input_shapes = shapes_by_name(input_shape, network)
+    dtypes = dtypes or [module_dtype(network)] * len(input_shapes)
     for module in network.modules():
         if hasattr(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule):
             way = "torch.compile" if hasattr(module, "_orig_mod") else "torch.jit"
@@ -53,10 +55,10 @@ def trace(network: nn.Module, input_shape: InputShape) -> CellGraph:
             f"{title_of(network)} has lazy layers, whose weights have no shape yet: call it once on a small input "
             "where it is made."
         )
-    root, structure, reads_shape, changes_with_mode = _traced(network, input_shapes)
+    root, structure, reads_shape, changes_with_mode = _traced(network, input_shapes, dtypes)
     nodes = _sink_attributes(root)
     recorder = _Recorder(root)
-    recorder.dry_run(network, input_shapes)
+    recorder.dry_run(network, input_shapes, dtypes)
     cells: list[Cell] = []
     named: Counter[str] = Counter()
     begin = 0
@@ -101,13 +103,15 @@ class _Traced:
         )
 
 
-def _traced(network: nn.Module, input_shapes: dict[str, Shape]) -> tuple[fx.GraphModule, pytree.TreeSpec, bool, bool]:
+def _traced(
+    network: nn.Module, input_shapes: dict[str, Shape], dtypes: Sequence[torch.dtype]
+) -> tuple[fx.GraphModule, pytree.TreeSpec, bool, bool]:
     """The traced network, the structure of its output, whether it has looked at the input's shape, and whether the
     other mode is another graph."""
     twin = _twin(network)
 
     def traced() -> _Traced:
-        tracer = ShapedTracer(input_shapes, module_dtype(network), module_device(network))
+        tracer = ShapedTracer(input_shapes, dtypes, module_device(network))
         graph = tracer.trace(twin)
         assert tracer.structure is not None
         constants = {name: constant.clone() for name, constant in tracer.constants.items()}
@@ -221,10 +225,9 @@ class _Recorder(fx.Interpreter):
         self.over_cases = OverCases()
         self.keep: list[Any] = []  # every result: a freed storage's address may be used again
 
-    def dry_run(self, network: nn.Module, input_shapes: dict[str, Shape]) -> None:
-        dtype = module_dtype(network)
+    def dry_run(self, network: nn.Module, input_shapes: dict[str, Shape], dtypes: Sequence[torch.dtype]) -> None:
         try:
-            dry_run(self, [(shape, dtype) for shape in input_shapes.values()])
+            dry_run(self, list(zip(input_shapes.values(), dtypes, strict=True)))
         except ConfigError:
             raise
         except Exception as error:

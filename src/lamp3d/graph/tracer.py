@@ -41,7 +41,7 @@ class ShapedTracer(fx.Tracer):
 
     Args:
         input_shapes: of each input, by the name of ``forward``'s parameter; the first is passed by its place.
-        dtype: of the inputs.
+        dtypes: of each input.
         device: on which parameters and inputs lie.
 
     Attributes:
@@ -50,12 +50,13 @@ class ShapedTracer(fx.Tracer):
         structure: of the output; the graph gives its leaves.
     """
 
-    def __init__(self, input_shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, device: torch.device):
+    def __init__(self, input_shapes: Mapping[str, Sequence[int]], dtypes: Sequence[torch.dtype], device: torch.device):
         super().__init__()
         self.reads_shape = False
         self.constants: dict[str, Tensor] = {}
         self.structure: pytree.TreeSpec | None = None
-        self._input_shapes, self._dtype, self._device = dict(input_shapes), dtype, device
+        self._input_shapes, self._device = dict(input_shapes), device
+        self._dtypes = dict(zip(input_shapes, dtypes, strict=True))
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._evaluating = False
         self._modes = _modes()
@@ -192,7 +193,9 @@ class ShapedTracer(fx.Tracer):
         try:
             with self._fakes, torch.no_grad():
                 if kind == "placeholder":
-                    return torch.empty(tuple(self._input_shapes[target]), dtype=self._dtype, device=self._device)
+                    return torch.empty(
+                        tuple(self._input_shapes[target]), dtype=self._dtypes[target], device=self._device
+                    )
                 if kind == "get_attr":
                     return self._stand_in(attribute(self.root, target))
                 if kind == "call_module":

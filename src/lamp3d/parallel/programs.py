@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph, SpecsOnDemand, ValueSpec, infer_specs, refuse_tied_parameters, trace
 from lamp3d.graph.buffers import refuse_parts
-from lamp3d.graph.inputs import Shape, batch_of, input_text, with_batch
+from lamp3d.graph.inputs import batch_of, input_text, with_batch
 from lamp3d.graph.settings import settings_of
+from lamp3d.graph.shapes import module_dtype
 from lamp3d.parallel.announce import MicroBatchSpec
 from lamp3d.parallel.mesh import Place
 from lamp3d.parallel.stage import StageCells
@@ -73,7 +74,8 @@ class Programs:
         self._settings = settings_of(network)
         self._graphs: dict[tuple[object, ...], tuple[CellGraph, dict[int, StageCells]]] = {}
         if not self._reads_shape:
-            self._graphs[None, self._mode] = self.graph, self.stages
+            dtypes = (module_dtype(network),) * len(self.graph.input_names)
+            self._graphs[None, dtypes, self._mode] = self.graph, self.stages
         self._programs: dict[tuple[object, ...], Program] = {}
 
     def refuse_parts(self, graph: CellGraph | None = None) -> None:
@@ -98,7 +100,7 @@ class Programs:
         return [self._of(spec, trainable) for spec in specs]
 
     def _of(self, spec: MicroBatchSpec, trainable: tuple[bool, ...]) -> Program:
-        graph, stages = self._graph_for(tuple(shape for shape, _ in spec))
+        graph, stages = self._graph_for(spec)
         key = (spec, trainable, self._mode)
         if key not in self._programs:
             plan, space = self._plan, self._place.space
@@ -111,11 +113,12 @@ class Programs:
             self._programs[key] = Program(graph, specs, stages)
         return self._programs[key]
 
-    def _graph_for(self, shapes: tuple[Shape, ...]) -> tuple[CellGraph, dict[int, StageCells]]:
-        """The network's graph, traced anew for shapes and modes that it looks at; divided alike, where it is shared."""
-        if (key := self._key(shapes)) not in self._graphs:
-            plan, by_name = self._plan, dict(zip(self.graph.input_names, shapes, strict=True))
-            graph = trace(self._network, by_name)
+    def _graph_for(self, spec: MicroBatchSpec) -> tuple[CellGraph, dict[int, StageCells]]:
+        """The network's graph, traced anew for what it looks at: shapes, types, modes; divided alike, if shared."""
+        if (key := self._key(spec)) not in self._graphs:
+            plan = self._plan
+            by_name = {name: shape for name, (shape, _) in zip(self.graph.input_names, spec, strict=True)}
+            graph = trace(self._network, by_name, [dtype for _, dtype in spec])
             self.refuse_parts(graph)
             if not plan.is_for_any_cells and not graph.is_divided_like(self.graph):
                 now, then = (" in training" if of.training else " in evaluation" for of in (graph, self.graph))
@@ -128,13 +131,14 @@ class Programs:
                 )
             self._reads_shape |= graph.reads_shape  # which may come with other settings
             self._changes_with_mode |= graph.changes_with_mode
-            key = self._key(shapes)
+            key = self._key(spec)
             self._graphs[key] = graph, self._stages(graph)
         return self._graphs[key]
 
-    def _key(self, shapes: tuple[Shape, ...]) -> tuple[object, ...]:
+    def _key(self, spec: MicroBatchSpec) -> tuple[object, ...]:
         """What a graph depends on."""
-        return (shapes if self._reads_shape else None, self._mode)
+        shapes, dtypes = zip(*spec, strict=True)
+        return (shapes if self._reads_shape else None, dtypes, self._mode)
 
     @property
     def _mode(self) -> tuple[bool, ...] | None:
