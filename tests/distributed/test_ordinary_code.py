@@ -346,7 +346,7 @@ class Scaled(nn.Module):
 def test_code_that_looks_at_the_type_of_its_input_is_traced_for_each() -> None:
     net, image = Scaled(), torch.arange(64, dtype=torch.uint8).reshape(1, 1, 4, 4, 4)
     engine = Engine(net, plan_at(net, tuple(image.shape), [0], 1))
-    for given in (image.double(), image, image / 255):
+    for given in (image.double(), image, image / 255, image.long(), image > 9):
         with torch.no_grad():
             torch.testing.assert_close(engine.forward(given), net(given), rtol=1e-12, atol=0)
 
