@@ -351,6 +351,14 @@ def test_code_that_looks_at_the_type_of_its_input_is_traced_for_each() -> None:
             torch.testing.assert_close(engine.forward(given), net(given), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inputs_may_be_in_half_precision_under_autocast(dtype: torch.dtype) -> None:
+    net, image = nn.Sequential(nn.Conv3d(1, 2, 1), nn.ReLU(), nn.Conv3d(2, 1, 1)), torch.randn(1, 1, 4, 4, 4).to(dtype)
+    engine = Engine(net, plan_at(net, tuple(image.shape), [0], 1, precision="bf16"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(engine.forward(image), net(image))
+
+
 def test_tied_parameters_are_named_once_and_as_the_network_does() -> None:
     net = TwiceInAnotherOrder()
     engine = Engine(net, plan_at(net, (2, 1, 6, 6, 6), [0, 1], 1, ranks=[0, 0]))

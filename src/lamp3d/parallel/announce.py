@@ -15,8 +15,10 @@ from lamp3d.graph.shapes import InputSpec
 MicroBatchSpec = tuple[InputSpec, ...]
 """Shape and dtype of every input of one micro-batch."""
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int8, torch.int16,
-           torch.int32, torch.int64, torch.bool)  # fmt: skip
+_DTYPES = (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int8, torch.int16, torch.int32,
+    torch.int64, torch.bool,
+)  # fmt: skip
 _TAG = 2**30  # beyond the tags of values
 _PENDING = 64
 

@@ -74,8 +74,8 @@ class Programs:
         self._settings = settings_of(network)
         self._graphs: dict[tuple[object, ...], tuple[CellGraph, dict[int, StageCells]]] = {}
         if not self._reads_shape:
-            dtypes = (module_dtype(network),) * len(self.graph.input_names)
-            self._graphs[None, dtypes, self._mode] = self.graph, self.stages
+            usual = (module_dtype(network),) * len(self.graph.input_names)
+            self._graphs[None, usual, self._mode] = self.graph, self.stages
         self._programs: dict[tuple[object, ...], Program] = {}
 
     def refuse_parts(self, graph: CellGraph | None = None) -> None:
@@ -118,7 +118,7 @@ class Programs:
         if (key := self._key(spec)) not in self._graphs:
             plan = self._plan
             by_name = {name: shape for name, (shape, _) in zip(self.graph.input_names, spec, strict=True)}
-            graph = trace(self._network, by_name, [dtype for _, dtype in spec])
+            graph = trace(self._network, by_name, self._dtypes(spec))
             self.refuse_parts(graph)
             if not plan.is_for_any_cells and not graph.is_divided_like(self.graph):
                 now, then = (" in training" if of.training else " in evaluation" for of in (graph, self.graph))
@@ -137,8 +137,12 @@ class Programs:
 
     def _key(self, spec: MicroBatchSpec) -> tuple[object, ...]:
         """What a graph depends on."""
-        shapes, dtypes = zip(*spec, strict=True)
-        return (shapes if self._reads_shape else None, dtypes, self._mode)
+        return (tuple(shape for shape, _ in spec) if self._reads_shape else None, self._dtypes(spec), self._mode)
+
+    def _dtypes(self, spec: MicroBatchSpec) -> tuple[torch.dtype, ...]:
+        """Types of the inputs; floating point counts as the weights', of which autocast takes any."""
+        usual = module_dtype(self._network)
+        return tuple(usual if dtype.is_floating_point else dtype for _, dtype in spec)
 
     @property
     def _mode(self) -> tuple[bool, ...] | None:
