@@ -225,8 +225,7 @@ def _network(
             "name one of MONAI's."
         )
     classes = classes or USUAL_CLASSES
-    network = settings.build(classes, channels)
-    check_sides("a volume", shape, network.divisor)
+    check_sides("a volume", shape, settings.outline(classes, channels).divisor)
     return partial(settings.build, classes, channels), shape
 
 

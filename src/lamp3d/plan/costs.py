@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,24 +109,30 @@ class StageCosts:
     @cached_property
     def exchanged(self) -> Matrix:
         """Of every run: bytes of the values that pass between it and all others, forward only."""
-        n = len(self.graph.cells)
-        begins, ends = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
-        bytes_ = np.zeros((n + 1, n + 1))
+        steps = self._no_steps()
         for value, maker in self._maker.items():
-            inside = [(begins <= cell) & (cell < ends) for cell in (max(maker, 0), *self._users[value])]
-            bytes_ += self.profile.value_bytes[value] * (np.any(inside, axis=0) & ~np.all(inside, axis=0))
-        return np.triu(bytes_, 1)
+            cells = sorted({max(maker, 0), *self._users[value]})
+            self._count_runs(steps, -1, cells, self.profile.value_bytes[value])
+            steps[: cells[0] + 1, cells[-1] + 1] -= self.profile.value_bytes[value]  # all of them are in the run
+        return np.triu(np.cumsum(steps, axis=1), 1)
 
     @cached_property
     def received_bytes(self) -> Matrix:
         """Of every run: bytes of the values that it receives."""
-        n = len(self.graph.cells)
-        begins, ends = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
-        bytes_ = np.zeros((n + 1, n + 1))
+        steps = self._no_steps()
         for value, maker in self._maker.items():
-            used = np.any([(begins <= cell) & (cell < ends) for cell in self._users[value]], axis=0)
-            bytes_ += self.profile.value_bytes[value] * (used & (begins > maker))
-        return np.triu(bytes_, 1)
+            self._count_runs(steps, maker, self._users[value], self.profile.value_bytes[value])
+        return np.triu(np.cumsum(steps, axis=1), 1)
+
+    def _no_steps(self) -> Matrix:
+        """By begin and end of a run: what it has more than the run that ends a cell earlier."""
+        return np.zeros((len(self.graph.cells) + 1, len(self.graph.cells) + 1))
+
+    @staticmethod
+    def _count_runs(steps: Matrix, after: int, cells: Sequence[int], size: int) -> None:
+        """Count bytes for every run that begins after a cell and has one of some later cells (in order)."""
+        for before, cell in itertools.pairwise((after, *cells)):
+            steps[before + 1 : cell + 1, cell + 1] += size
 
     def peak(self, in_flight: int) -> Matrix:
         """Of every run: peak memory with so many micro-batches in flight, if its rank has no other runs."""

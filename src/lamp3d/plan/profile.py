@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lamp3d.plan.hardware import Hardware
 from lamp3d.plan.work import CellWork, Operation, Work
@@ -58,8 +59,7 @@ class LossCost:
         return LossCost(part * self.seconds, round(part * self.extra_bytes))
 
 
-@dataclass(frozen=True)
-class CellProfile:
+class CellProfile(NamedTuple):
     """The cost of one cell for one micro-batch.
 
     Attributes:
@@ -118,8 +118,7 @@ class Profile:
         if factor == 1:
             return self
         cells = [
-            replace(
-                cell,
+            cell._replace(
                 forward_seconds=cell.forward_seconds * factor,
                 backward_seconds=cell.backward_seconds * factor,
                 weight_seconds=cell.weight_seconds * factor,
@@ -136,7 +135,7 @@ class Profile:
     def with_loss(self, cost: LossCost) -> Profile:
         """With a loss: its seconds are the last cell's, before whose backward it is computed."""
         *cells, last = self.cells
-        last = replace(last, backward_seconds=last.backward_seconds + cost.seconds)
+        last = last._replace(backward_seconds=last.backward_seconds + cost.seconds)
         return replace(self, cells=(*cells, last), loss_bytes=cost.extra_bytes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from lamp3d.errors import PlanError
 from lamp3d.graph import CellGraph
@@ -35,6 +36,11 @@ class Slabs:
     def count(self) -> int:
         """How many ranks share the volume."""
         return math.prod(self.mesh)
+
+    @cached_property
+    def least_planes(self) -> tuple[tuple[int, int], ...]:
+        """Of each dimension that is cut, how many planes a value needs to be cut there."""
+        return tuple((dim, size * max(1, self.least)) for size, dim in zip(self.mesh, self.dims, strict=True))
 
 
 def longest_axes(input_shape: InputShape, mesh: Sequence[int], least: int = 1) -> Slabs:
@@ -99,7 +105,7 @@ def shared(
     ]
     if entire is not None:
         cells = [
-            replace(cell, forward_seconds=of.forward, backward_seconds=of.backward, weight_seconds=of.weight)
+            cell._replace(forward_seconds=of.forward, backward_seconds=of.backward, weight_seconds=of.weight)
             if is_gathered(work, slabs)
             else cell
             for cell, work, of in zip(cells, whole.cells, entire.cells, strict=True)
@@ -138,8 +144,7 @@ def _with_gathers(
             continue
         if _is_thin(value.shape, slabs):
             cell, seconds = cells[maker], link.of(value.nbytes)
-            cells[maker] = replace(
-                cell,
+            cells[maker] = cell._replace(
                 forward_seconds=cell.forward_seconds + seconds,
                 backward_seconds=cell.backward_seconds + seconds,
                 exchanged_bytes=cell.exchanged_bytes + round(2 * value.nbytes * (slabs.count - 1) / slabs.count),
@@ -166,9 +171,7 @@ def is_gathered(whole: CellWork, slabs: Slabs) -> bool:
 
 def _is_thin(shape: Sequence[int], slabs: Slabs) -> bool:
     """Whether every rank has all of such a value: what is no volume, or has too few planes to be cut."""
-    return len(shape) != 5 or any(
-        shape[dim] < size * max(1, slabs.least) for size, dim in zip(slabs.mesh, slabs.dims, strict=True)
-    )
+    return len(shape) != 5 or any(shape[dim] < planes for dim, planes in slabs.least_planes)
 
 
 def _share(cell: CellProfile, near: CellWork, whole: CellWork, slabs: Slabs, link: Link) -> CellProfile:
@@ -200,8 +203,7 @@ def _share(cell: CellProfile, near: CellWork, whole: CellWork, slabs: Slabs, lin
             waits = turns * link.of(4 * numbers)
             forward, backward = forward + waits, backward + waits
             sent += 2 * 4 * numbers
-    return replace(
-        cell,
+    return cell._replace(
         forward_seconds=forward,
         backward_seconds=backward,
         weight_seconds=cell.weight_seconds * part,
