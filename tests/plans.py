@@ -5,10 +5,12 @@ import os
 import random
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from lamp3d.graph import trace
+from lamp3d.graph.settings import settings_of
 from lamp3d.plan import Plan, StagePlan
 from lamp3d.plan.plan import DevicePlan
 
@@ -16,9 +18,18 @@ DEVICE = os.environ.get("LAMP3D_TEST_DEVICE", "cpu")
 """Where plans run. Workers inherit it from the test that launches them: "cuda" in tests/cuda."""
 
 
+_NAMES: WeakKeyDictionary[nn.Module, list[tuple[object, list[str]]]] = WeakKeyDictionary()
+
+
 def cell_names(network: nn.Module, input_shape: Sequence[int]) -> list[str]:
-    """The names of the network's cells in order."""
-    return [cell.name for cell in trace(network, input_shape).cells]
+    """The names of the network's cells in order; kept, for to trace takes most of a small network's test."""
+    asked = str(input_shape), settings_of(network), [module.training for module in network.modules()]
+    for known, names in _NAMES.setdefault(network, []):
+        if known == asked:
+            return names
+    names = [cell.name for cell in trace(network, input_shape).cells]
+    _NAMES[network].append((asked, names))
+    return names
 
 
 def plan_at(

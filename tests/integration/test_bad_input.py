@@ -107,6 +107,15 @@ def test_a_dataset_without_contours(refusal: Refusal, broken: Path) -> None:
     assert "no training case shows any organ" in refusal(broken)
 
 
+def test_label_maps_without_contours(refusal: Refusal, broken: Path) -> None:
+    for name in TRAINING:
+        path = broken / "labels" / f"{name}.nii.gz"
+        label = read_volume(path)
+        label.data[:] = 0
+        write_nifti(label, path, overwrite=True)
+    assert "no training case shows any organ" in refusal(broken)
+
+
 def test_a_split_without_cases(lamp3d: CommandLine, trained: Path, broken: Path) -> None:
     path = broken / "dataset.json"
     content = json.loads(path.read_text())

@@ -80,6 +80,8 @@ def train(
         if before.splits is not None:
             dataset = dataset.with_splits(before.splits)
     train_cases, validation_cases = dataset.split("train"), _validation_cases(dataset)
+    if train_cases and not any(case.annotated for case in train_cases):
+        raise _nothing_to_learn(dataset)
     loss = config.loss.resolved_for([case.annotated for case in train_cases], dataset.organs)
     config = config.model_copy(update={"loss": loss})
     single_parts(config.predict, dataset.organs)  # or it says which organ is not there
@@ -107,10 +109,7 @@ def train(
         _point_out(unusual_contours(store, (*train_cases, *validation_cases)), console)
         if unseen := unseen_organs(store, train_cases):
             if len(unseen) == len(dataset.organs):
-                raise DatasetError(
-                    f"{dataset.root}: no training case shows any organ, so that there is nothing to learn; are the "
-                    "label maps empty, or does `annotated` leave everything out?"
-                )
+                raise _nothing_to_learn(dataset)
             console.print(
                 f"No training case shows {', '.join(unseen)}: are its contours there? The network cannot learn it.",
                 highlight=False, soft_wrap=True,
@@ -126,6 +125,13 @@ def train(
             plan.save(run.plan_path(index))
         _train(run, store, train_cases, devices, resume, auto_replan, console)
     return run
+
+
+def _nothing_to_learn(dataset: Dataset) -> DatasetError:
+    return DatasetError(
+        f"{dataset.root}: no training case shows any organ, so that there is nothing to learn; are the label maps "
+        "empty, or does `annotated` leave everything out?"
+    )
 
 
 def _check_same_labels(before: Run, dataset: Dataset) -> None:
