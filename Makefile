@@ -32,6 +32,8 @@ demo: $(STAMP)
 test: export OMP_NUM_THREADS := 1
 # Some libraries change the process's locale, and with it what the tests' files are read as.
 test: export PYTHONUTF8 := 1
+# Every worker is a new interpreter; none should compile lamp3d anew.
+test: export PYTHONDONTWRITEBYTECODE :=
 # On the CPU, with as many workers as a test wants; then what needs a GPU, where there is one.
 test: $(STAMP)
 	$(BIN)/ruff check

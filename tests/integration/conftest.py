@@ -40,7 +40,7 @@ train:
 # starts workers from scratch nevertheless, since the command line spawns them.
 _SERVER = """
 import json, os, signal, sys, time, traceback
-import lamp3d.cli, monai.transforms, monai.metrics
+import lamp3d.cli, monai.transforms, monai.metrics, torch._dynamo  # the last is what a first trace imports
 
 for line in sys.stdin:
     job = json.loads(line)
