@@ -125,9 +125,24 @@ def _kept(mesh: tuple[int, ...]) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("mesh", [(4,), (2, 2)])
-def test_no_operation_keeps_a_copy_of_its_slab(mesh: tuple[int, ...]) -> None:
-    by_rank = launch(_kept, 4, (mesh,))
+MESHES = ((4,), (2, 2))
+
+OnMeshes = dict[tuple[int, ...], tuple[dict[str, float], list[tuple[bool, float]]]]
+
+
+def _on_meshes() -> OnMeshes:
+    """By mesh, what `_kept` and `_deferred` find: one launch for all, since one takes seconds."""
+    return {mesh: (_kept(mesh), _deferred(mesh)) for mesh in MESHES}
+
+
+@pytest.fixture(scope="module")
+def on_meshes() -> list[OnMeshes]:
+    return launch(_on_meshes, 4)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_no_operation_keeps_a_copy_of_its_slab(on_meshes: list[OnMeshes], mesh: tuple[int, ...]) -> None:
+    by_rank = [found[mesh][0] for found in on_meshes]
     for name in ("same", "strided", "pool", "transposed"):
         shares = [kept[name] for kept in by_rank]
         assert min(shares) >= 0  # beside the last slab nothing may be needed
@@ -154,9 +169,9 @@ def _deferred(mesh: tuple[int, ...]) -> list[tuple[bool, float]]:
     ]
 
 
-@pytest.mark.parametrize("mesh", [(3,), (2, 2)])
-def test_a_slabs_weight_gradients_can_be_left_for_later(mesh: tuple[int, ...]) -> None:
-    for found in launch(_deferred, math.prod(mesh), (mesh,)):
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_slabs_weight_gradients_can_be_left_for_later(on_meshes: list[OnMeshes], mesh: tuple[int, ...]) -> None:
+    for _, found in (of_rank[mesh] for of_rank in on_meshes):
         assert [left for left, _ in found] == [True, True]
         assert max(error for _, error in found) <= 1e-12
 
@@ -190,7 +205,11 @@ def _loss_on_slabs(missing: Literal["mask", "merge"], exponent: int) -> list[flo
     ]
 
 
-@pytest.mark.parametrize(("missing", "exponent"), [("mask", 2), ("merge", 0)])
-def test_the_hybrid_loss_of_a_shared_volume_is_that_of_the_whole(missing: str, exponent: int) -> None:
-    for differences in launch(_loss_on_slabs, 3, (missing, exponent)):
+def _losses_on_slabs() -> list[float]:
+    return [*_loss_on_slabs("mask", 2), *_loss_on_slabs("merge", 0)]
+
+
+def test_the_hybrid_loss_of_a_shared_volume_is_that_of_the_whole() -> None:
+    for differences in launch(_losses_on_slabs, 3):
+        assert len(differences) == 4
         assert max(differences) <= 1e-12
