@@ -24,6 +24,7 @@ from lamp3d.nets import SEUNet, UNet
 from lamp3d.parallel import mean_over_cases
 from lamp3d.plan import Plan, find_plans, make_plan
 from lamp3d.plan.cache import remembered
+from lamp3d.plan.costs import StageCosts
 from lamp3d.plan.cut import Cut, best_cut
 from lamp3d.plan.hardware import Hardware, known_hardware, load_hardware, workers_per_gpu
 from lamp3d.plan.links import Links, load_link
@@ -523,6 +524,22 @@ def test_where_not_all_cuts_are_tried_good_ones_are_found(monkeypatch: pytest.Mo
     assert sum(ratio < 1 + 1e-9 for ratio in ratios) >= 28, ratios
     assert sorted(ratios)[-3] < 1.1
     assert max(ratios) < 1.3
+
+
+def test_an_interleaved_networks_stages_are_about_equally_long() -> None:
+    """To improve the cut whose longest stage is shortest, and it alone, leaves a step that takes a tenth longer."""
+    devices = 4
+    with torch.device("meta"):
+        network = UNet(1, 8, filters=64)
+    meter = ModelMeter(network, (1, 1, 128, 128, 128), 1, A100, NVLINK)
+    costs = StageCosts(meter.graph, meter.profile(Slabs(), "bf16", True, False), 8, "never")
+    links = NVLINK.in_pipeline(devices)
+    stages, n = 2 * devices, len(costs.graph.cells)
+    done = list(itertools.accumulate((cell.seconds for cell in costs.profile.cells), initial=0.0))
+    even = [min(range(n), key=lambda cell: abs(done[cell] - done[-1] * s / stages)) for s in range(stages)]
+    found = best_cut(costs, "interleaved", devices, None, links)
+    assert found is not None
+    assert found.line.seconds <= Cut(costs, "interleaved", devices, links, even).line.seconds
 
 
 def test_timings_are_kept_and_measured_again_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

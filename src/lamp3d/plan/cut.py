@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lamp3d.graph import Edge
 from lamp3d.plan.costs import StageCosts, runs
 from lamp3d.plan.links import LinkTable
@@ -174,7 +177,8 @@ def best_cut(
 
     Few cuts are all played through. Where there are many, those of the dynamic program are: for each tolerance the cut
     with the fewest bytes sent among those whose slowest rank is within it of the least possible. From the fastest of
-    them on, a stage's beginning is moved for as long as that makes the step faster.
+    them on (and from equally long stages, where it does not know ranks), a stage's beginning is moved for as long as
+    that makes the step faster.
 
     Args:
         costs: of the network's cells.
@@ -204,12 +208,28 @@ def best_cut(
     if not known:
         return None
     seeds = sorted(known.values(), key=lambda cut: cut.line.seconds)[:SEEDS]
+    if not program.is_exact:
+        even = cut_at(_equally_long(costs.seconds[0], stages))
+        seeds += [even] if limit is None or even.peak_bytes <= limit else []
     return min((_improved(seed, cut_at, limit, hopeless) for seed in seeds), key=lambda cut: cut.line.seconds)
 
 
 def _cuts(costs: StageCosts, schedule: str, devices: int, links: LinkTable) -> CutAt:
     """The cut that begins its stages at given cells, each made (and so played through) once."""
     return functools.cache(lambda starts: Cut(costs, schedule, devices, links, list(starts)))
+
+
+def _equally_long(seconds: NDArray[np.float64], stages: int) -> tuple[int, ...]:
+    """Where stages of about equal length begin, of cells that have taken so many seconds before each of them.
+
+    A schedule can need that more than a slowest rank that is as fast as can be: the interleaved one waits for every
+    stage that is longer than the others.
+    """
+    starts, n = [0], len(seconds) - 1
+    for stage in range(1, stages):
+        nearest = int(np.abs(seconds - seconds[-1] * stage / stages).argmin())
+        starts.append(min(max(starts[-1] + 1, nearest), n - stages + stage))
+    return tuple(starts)
 
 
 def _improved(best: Cut, cut_at: CutAt, limit: int | None, hopeless: float) -> Cut:

@@ -29,12 +29,16 @@ class CutProgram:
         costs: of the network's cells.
         schedule: its name.
         devices: K.
+
+    Attributes:
+        is_exact: whether it is ranks that it looks at, and not stages of which a rank has several.
     """
 
     def __init__(self, costs: StageCosts, schedule: str, devices: int):
         self.devices = devices
         self._ranks = PLACEMENTS[schedule](devices)
         self._folded = len(self._ranks) > devices and self._ranks == folded_placement(devices)
+        self.is_exact = self._folded or len(self._ranks) == devices
         flights = _flights(schedule, devices, costs.micro_batches)
         # Where stages may begin: where the network is folded, not before every cell of a long one.
         n = len(costs.seconds)
