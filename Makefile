@@ -34,13 +34,13 @@ test: export OMP_NUM_THREADS := 1
 test: export PYTHONUTF8 := 1
 # Every worker is a new interpreter; none should compile lamp3d anew.
 test: export PYTHONDONTWRITEBYTECODE :=
-# On the CPU, with as many workers as a test wants; then what needs a GPU, where there is one.
+# On the CPU, with as many workers as a test wants, files that take long first; then what needs a GPU, where there is one.
 test: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports
-	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist loadfile --ignore tests/cuda
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/cuda
 	$(BIN)/pytest tests/cuda
 
 format: $(STAMP)
