@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -109,30 +109,28 @@ class StageCosts:
     @cached_property
     def exchanged(self) -> Matrix:
         """Of every run: bytes of the values that pass between it and all others, forward only."""
-        steps = self._no_steps()
-        for value, maker in self._maker.items():
-            cells = sorted({max(maker, 0), *self._users[value]})
-            self._count_runs(steps, -1, cells, self.profile.value_bytes[value])
-            steps[: cells[0] + 1, cells[-1] + 1] -= self.profile.value_bytes[value]  # all of them are in the run
-        return np.triu(np.cumsum(steps, axis=1), 1)
+        inside = np.zeros((len(self.graph.cells) + 1, len(self.graph.cells) + 1))
+        concerned = {value: sorted({max(maker, 0), *self._users[value]}) for value, maker in self._maker.items()}
+        for value, cells in concerned.items():
+            inside[: cells[0] + 1, cells[-1] + 1 :] += self.profile.value_bytes[value]
+        return self._touched((-1, cells, value) for value, cells in concerned.items()) - inside
 
     @cached_property
     def received_bytes(self) -> Matrix:
         """Of every run: bytes of the values that it receives."""
-        steps = self._no_steps()
-        for value, maker in self._maker.items():
-            self._count_runs(steps, maker, self._users[value], self.profile.value_bytes[value])
+        return self._touched((maker, self._users[value], value) for value, maker in self._maker.items())
+
+    def _touched(self, values: Iterable[tuple[int, Sequence[int], str]]) -> Matrix:
+        """Of every run: bytes of values, of which each counts where the run begins after a cell and has one of others.
+
+        Args:
+            values: that cell, those that come after it, in order, and the value.
+        """
+        steps = np.zeros((len(self.graph.cells) + 1, len(self.graph.cells) + 1))  # from runs that end a cell earlier
+        for after, cells, value in values:
+            for before, cell in itertools.pairwise((after, *cells)):
+                steps[before + 1 : cell + 1, cell + 1] += self.profile.value_bytes[value]
         return np.triu(np.cumsum(steps, axis=1), 1)
-
-    def _no_steps(self) -> Matrix:
-        """By begin and end of a run: what it has more than the run that ends a cell earlier."""
-        return np.zeros((len(self.graph.cells) + 1, len(self.graph.cells) + 1))
-
-    @staticmethod
-    def _count_runs(steps: Matrix, after: int, cells: Sequence[int], size: int) -> None:
-        """Count bytes for every run that begins after a cell and has one of some later cells (in order)."""
-        for before, cell in itertools.pairwise((after, *cells)):
-            steps[before + 1 : cell + 1, cell + 1] += size
 
     def peak(self, in_flight: int) -> Matrix:
         """Of every run: peak memory with so many micro-batches in flight, if its rank has no other runs."""

@@ -209,8 +209,8 @@ def best_cut(
         return None
     seeds = sorted(known.values(), key=lambda cut: cut.line.seconds)[:SEEDS]
     if not program.is_exact:
-        even = cut_at(_equally_long(costs.seconds[0], stages))
-        seeds += [even] if limit is None or even.peak_bytes <= limit else []
+        even = _fastest_that_fits([cut_at(_equally_long(costs.seconds[0], stages))], limit)
+        seeds += [] if even is None else [even]
     return min((_improved(seed, cut_at, limit, hopeless) for seed in seeds), key=lambda cut: cut.line.seconds)
 
 

@@ -38,7 +38,7 @@ class Slabs:
         return math.prod(self.mesh)
 
     @cached_property
-    def least_planes(self) -> tuple[tuple[int, int], ...]:
+    def needed_planes(self) -> tuple[tuple[int, int], ...]:
         """Of each dimension that is cut, how many planes a value needs to be cut there."""
         return tuple((dim, size * max(1, self.least)) for size, dim in zip(self.mesh, self.dims, strict=True))
 
@@ -171,7 +171,7 @@ def is_gathered(whole: CellWork, slabs: Slabs) -> bool:
 
 def _is_thin(shape: Sequence[int], slabs: Slabs) -> bool:
     """Whether every rank has all of such a value: what is no volume, or has too few planes to be cut."""
-    return len(shape) != 5 or any(shape[dim] < planes for dim, planes in slabs.least_planes)
+    return len(shape) != 5 or any(shape[dim] < planes for dim, planes in slabs.needed_planes)
 
 
 def _share(cell: CellProfile, near: CellWork, whole: CellWork, slabs: Slabs, link: Link) -> CellProfile:
